@@ -1,0 +1,117 @@
+# Both jobs start on a bare machine: they need python3 (3.10 or later), make and a package index, nothing else.
+#
+#   make bench    time the fused losses against what people use today, on this machine
+#   make test     lint, types and tests
+#
+# Variables (environment or command line):
+#   PYTHON           the interpreter that .venv is made with (python3)
+#   TORCH_INDEX_URL  the package index that torch comes from, as pytorch.org names it for your platform; empty:
+#                    pip's own. On an ordinary Linux machine pip's own has the CUDA build, several GB even where
+#                    there is no GPU; the index of CPU builds has a small one.
+#   GPU              nvidia, amd or none: overrides what was detected
+#   BENCH_ARGS       the benchmark's arguments (speed --quick)
+#   PYTEST_WORKERS   test processes (one for each core)
+#   PYTEST_ARGS      further arguments to pytest
+
+PYTHON ?= python3
+TORCH_INDEX_URL ?=
+BENCH_ARGS ?= speed --quick
+PYTEST_ARGS ?=
+
+ifndef PYTEST_WORKERS
+PYTEST_WORKERS := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+endif
+
+# A driver's tools can be installed where there is no GPU, so nvidia-smi has to list one.
+ifndef GPU
+GPU := $(shell \
+	if nvidia-smi -L 2>/dev/null | grep -q '^GPU' || ls /dev/nvidia[0-9]* >/dev/null 2>&1; then echo nvidia; \
+	elif [ -e /dev/kfd ] || command -v rocm-smi >/dev/null 2>&1; then echo amd; \
+	else echo none; fi)
+endif
+
+SYSTEM := $(shell uname -s)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CONSTRAINTS := $(VENV)/constraints.txt
+TYPED := $(VENV)/typed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# Without a GPU, numbers are only comparable between machines that run the same PyTorch, and the kernels run
+# under the interpreter of the Triton that this PyTorch is tested with.
+ifeq ($(GPU),none)
+TORCH := torch==2.13.0
+TRITON := triton==3.7.1
+else
+TORCH := torch
+TRITON := triton
+endif
+
+# The PyTorch that .venv has, as a constraint; fails on a half-installed one too, which can be imported.
+TORCH_PIN := $(BIN)/python -c 'import importlib.metadata as m, torch; torch.Tensor; print("torch==" + m.version("torch"))'
+
+ifeq ($(GPU)$(TORCH_INDEX_URL),amd)
+AMD_NOTICE := \
+	echo "AMD GPU found. pip's own PyTorch, which is installed now, cannot use it. For the ROCm build:"; \
+	echo "  make distclean, then make again with TORCH_INDEX_URL=<the ROCm index that pytorch.org names>,"; \
+	echo "or install it into $(VENV) by hand before running make.";
+endif
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help bench test lint types clean distclean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+bench: $(STAMP) ## time the fused losses against today's alternatives, quick settings
+	$(BIN)/hpo-fused-bench $(BENCH_ARGS)
+
+# One thread in each test process: workers that each take every core slow each other down. loadgroup keeps tests
+# that share an expensive fixture in one process.
+test: lint ## lint, types and tests
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
+
+lint: $(STAMP) ## style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@$(MAKE) --no-print-directory types
+
+# mypy does not follow setuptools' editable finder, so it is shown the package as it is installed: a tree of links
+# in which kernels/ and bench/ lie inside hpo_fused/.
+types: $(STAMP) ## types alone
+	@rm -rf $(TYPED) && mkdir -p $(TYPED)/hpo_fused
+	@ln -s "$(CURDIR)"/hpo_fused/* "$(CURDIR)/kernels" "$(CURDIR)/bench" $(TYPED)/hpo_fused/
+	cd $(TYPED) && ../bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p hpo_fused
+
+clean: ## remove build products and caches, keep .venv
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
+	find hpo_fused kernels bench tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv as well
+	rm -rf $(VENV)
+
+# The stamp is written under another name when the installation starts and renamed when it has succeeded: an
+# interrupted run leaves none, and a change to setup.py meanwhile is newer than it. A .venv made by hand, with a
+# PyTorch of the user's choice in it, is completed and not replaced; the constraint holds pip to that PyTorch.
+$(STAMP): setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "hpo_fused needs Python 3.10 or later; '$(PYTHON)' is not. Name one: make PYTHON=python3.12 ..." >&2; \
+		exit 1; }
+	@$(BIN)/python -c '' 2>/dev/null || { \
+		$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+			echo "'$(PYTHON)' has no venv module. Install it (Debian and Ubuntu: apt install python3-venv)." >&2; \
+			exit 1; }; \
+		$(PYTHON) -m venv --clear $(VENV); }
+	@$(PIP) --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
+	@touch $@.partial
+	@$(TORCH_PIN) >$(CONSTRAINTS) 2>/dev/null || { \
+		$(AMD_NOTICE) \
+		$(PIP) install $(if $(TORCH_INDEX_URL),--index-url '$(TORCH_INDEX_URL)') '$(TORCH)'; }
+	@$(TORCH_PIN) >$(CONSTRAINTS)
+ifeq ($(SYSTEM)-$(filter amd,$(GPU)),Linux-)
+	@$(BIN)/python -c 'from triton import jit' 2>/dev/null || $(PIP) install -c $(CONSTRAINTS) '$(TRITON)'
+endif
+	@$(PIP) install -c $(CONSTRAINTS) numpy -e '.[dev]'
+	@mv $@.partial $@

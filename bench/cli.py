@@ -1,0 +1,19 @@
+"""Entry point of ``hpo-fused-bench``; the commands are in :mod:`hpo_fused.bench.commands`."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> int | None:
+    """Run the command line. Returns 2 where typer or rich is missing: they belong to the extra ``bench``."""
+    try:
+        from .commands import app
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in {"rich", "typer"}:
+            raise
+        print(f"hpo-fused-bench needs {missing}: pip install 'hpo-fused[bench]'", file=sys.stderr)
+        return 2
+    app(prog_name="hpo-fused-bench")
+    return None

@@ -1,0 +1,195 @@
+"""Clocks, interleaved rounds, and peak memory."""
+
+from __future__ import annotations
+
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Run = Callable[[], object]
+
+# Larger than the last-level cache of any GPU on sale, so that zeroing it leaves nothing of the logits behind.
+FLUSH_BYTES = 512 << 20
+
+
+class Clock(ABC):
+    """Seconds that one call takes."""
+
+    @abstractmethod
+    def time(self, run: Run) -> float:
+        """Call ``run`` once. Its result is freed after the clock has stopped: that cost is the caller's."""
+
+
+class CpuClock(Clock):
+    """Wall time. No cache is flushed: the logits of every named shape are larger than it."""
+
+    def time(self, run: Run) -> float:
+        start = time.perf_counter()
+        result = run()
+        seconds = time.perf_counter() - start
+        del result
+        return seconds
+
+
+class CudaClock(Clock):
+    """Time between two events on the device, with a cold L2.
+
+    The flush also keeps the device busy while the host enqueues ``run``, as a training step's preceding work does:
+    launch overhead shows only where it exceeds that.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+
+    def time(self, run: Run) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self.flush.zero_()
+        start.record()
+        result = run()
+        end.record()
+        end.synchronize()
+        del result
+        return float(start.elapsed_time(end)) / 1e3
+
+
+def clock_for(device: torch.device) -> Clock:
+    """The clock of ``device``."""
+    return CudaClock(device) if device.type == "cuda" else CpuClock()
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something to time; ``before`` is called ahead of each run and not timed."""
+
+    run: Run
+    before: Callable[[], object] = lambda: None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A task that raised, and what."""
+
+    name: str
+    error: Exception
+
+
+def rounds(
+    tasks: Mapping[str, Task], clock: Clock, repeats: int, budget: float, minimum: int = 3
+) -> Iterator[dict[str, float] | Failure]:
+    """Time every task once per round, in an order that rotates from round to round.
+
+    What disturbs a machine (its clock rate, its neighbours) then disturbs all tasks alike, none always runs behind
+    the same other one, and a ratio can be taken within a round. A task that raises is yielded as a
+    :class:`Failure` and dropped; its round is completed by the others.
+
+    Args:
+        tasks: what to time, by name.
+        clock: how.
+        repeats: rounds at most.
+        budget: seconds after which no further round starts, once ``minimum`` are done.
+        minimum: rounds at least (unless ``repeats`` is smaller).
+    """
+    alive = dict(tasks)
+    deadline = time.monotonic() + budget
+    for index in range(repeats):
+        if index >= minimum and time.monotonic() > deadline:
+            return
+        names = list(alive)
+        shift = index % max(len(names), 1)
+        seconds: dict[str, float] = {}
+        for name in names[shift:] + names[:shift]:
+            try:
+                alive[name].before()
+                seconds[name] = clock.time(alive[name].run)
+            except Exception as error:  # a provider's code: anything can come
+                del alive[name]
+                # Its frames hold what the provider had allocated, which the others of this round may need.
+                error.__cause__ = error.__context__ = None
+                yield Failure(name, error.with_traceback(None))
+        yield seconds
+
+
+def _cpu_peak(run: Run) -> int | None:
+    """Peak of PyTorch's CPU allocator during ``run``, from the profiler's record of every allocation and release.
+
+    Resident memory would also count, or miss, what the C library keeps and returns when it likes. Memory allocated
+    before is not in the record; scratch that a kernel gets from the C library by itself is not either.
+    """
+    # The profiler announces itself on stderr, through the progress bar. Its logger reads this when it first starts.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:
+        result = run()
+    del result
+    record: Any = profile.profiler
+    if record is None or record.kineto_results is None:
+        return None
+    events = [event for event in record.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def peak_extra_bytes(run: Run, device: torch.device) -> int | None:
+    """Peak memory that one call of ``run`` takes beyond what is allocated now, its result included; None: unknown."""
+    if device.type != "cuda":
+        return _cpu_peak(run)
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    result = run()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    del result
+    return peak
+
+
+class CpuUse:
+    """How much of the machine's CPUs others take from now on: what decides whether times on a CPU can be believed."""
+
+    def __init__(self) -> None:
+        self.start = self._read()
+
+    @staticmethod
+    def _read() -> tuple[float, float, float] | None:
+        """Seconds of all CPUs: passed, passed busy, and used by this process. None where there is no /proc/stat."""
+        try:
+            with open("/proc/stat", encoding="ascii") as lines:
+                ticks = [int(word) for word in lines.readline().split()[1:9]]  # user ... idle iowait ... steal
+            scale = os.sysconf("SC_CLK_TCK")
+        except (OSError, ValueError, AttributeError):
+            return None
+        own = os.times()
+        return sum(ticks) / scale, (sum(ticks) - ticks[3] - ticks[4]) / scale, own.user + own.system
+
+    def others(self) -> float | None:
+        """Share of all CPU time since the start that went to other processes or was stolen from this machine."""
+        now = self._read()
+        if self.start is None or now is None or now[0] <= self.start[0]:
+            return None
+        passed, busy, own = (b - a for a, b in zip(self.start, now, strict=True))
+        return min(max((busy - own) / passed, 0.0), 1.0)
+
+
+def available_bytes() -> int | None:
+    """Main memory that can still be had, or None where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            fields = dict(line.split(":", 1) for line in lines)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` is an allocator's refusal: CUDA's has a class, the CPU's only a message."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,97 @@
+"""The policy losses as a trainer writes them in plain PyTorch: the baseline, eager and compiled.
+
+Written with care for speed and memory within that style: the cast to float32 happens inside ``log_softmax`` where
+there is no softcap, the entropy (a statistic: no preset has a bonus) keeps nothing for backward, and autograd does
+the rest. Presets only: no KL term, no entropy bonus, no further bounds of the clip.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hpo_fused.objective import (
+    AdaptiveHysteretic,
+    Clip,
+    Hysteretic,
+    LogFidelity,
+    Objective,
+    SoftGate,
+    TruncatedRatio,
+)
+
+
+class PlainOutput(NamedTuple):
+    """Loss attached to the graph; detached log-probabilities and entropy [B, T]."""
+
+    loss: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+
+
+def _surrogate(objective: Objective, x: Tensor, advantages: Tensor, logprobs: Tensor) -> Tensor:
+    shaping, ratio = objective.shaping, x.exp()
+    if isinstance(shaping, Clip):
+        clipped = ratio.clamp(1 - shaping.low, 1 + shaping.high)
+        return torch.minimum(ratio * advantages, clipped * advantages)
+    if isinstance(shaping, LogFidelity):
+        psi = shaping.c * torch.tanh(x / shaping.c)
+        if shaping.hazard is None:
+            return psi.exp() * advantages
+        with torch.no_grad():
+            zeta = (F.softplus(psi) / shaping.hazard.lambda_pos) ** shaping.hazard.k_pos
+            zeta = zeta + (F.softplus(-psi) / shaping.hazard.lambda_neg) ** shaping.hazard.k_neg
+        return (psi - zeta).exp() * advantages
+    if isinstance(shaping, SoftGate):
+        tau = torch.where(advantages > 0, shaping.tau_pos, shaping.tau_neg)
+        return 4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantages
+    assert isinstance(shaping, TruncatedRatio)
+    return ratio.clamp(shaping.low, shaping.high).detach() * advantages * logprobs
+
+
+def plain_policy_loss(
+    objective: Objective,
+    logits: Tensor,
+    tokens: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor,
+    mask: Tensor | None,
+    softcap: float | None,
+) -> PlainOutput:
+    """Loss, log-probabilities and entropy of padded logits [B, T, V]; shapes as in :func:`hpo_fused.policy_loss`."""
+    if softcap is None:
+        log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    else:
+        log_p = torch.log_softmax(softcap * torch.tanh(logits.float() / softcap), dim=-1)
+    logprobs = log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    with torch.no_grad():
+        entropy = -(log_p.exp() * log_p).sum(-1)
+
+    keep = torch.ones_like(logprobs) if mask is None else mask.to(logprobs.dtype)
+    lengths = keep.sum(-1)
+    x = logprobs - old_logprobs
+    if objective.ratio_level == "sequence":
+        x = ((x * keep).sum(-1) / lengths.clamp(min=1)).unsqueeze(-1).expand_as(x)
+    x = x.clamp(-objective.max_log_ratio, objective.max_log_ratio)
+    signal = advantages.unsqueeze(-1)
+    loss = -_surrogate(objective, x, signal, logprobs)
+
+    if isinstance(objective.weighting, Hysteretic):
+        loss = loss * torch.where(signal < 0, objective.weighting.alpha, 1.0)
+    elif isinstance(objective.weighting, AdaptiveHysteretic):
+        positive, negative = (advantages > 0).sum(), (advantages < 0).sum()
+        alpha = torch.where(negative == 0, 1.0, positive / negative.clamp(min=1))
+        loss = loss * torch.where(signal < 0, alpha.clamp(objective.weighting.alpha_min, 1.0), 1.0)
+
+    sums = (loss * keep).sum(-1)
+    if objective.normalization == "response":
+        total = (sums / lengths.clamp(min=1)).mean()
+    elif objective.normalization == "mean_length":
+        total = sums.sum() / lengths.sum().clamp(min=1)
+    else:
+        assert objective.normalization == "constant" and objective.max_length is not None
+        total = sums.mean() / objective.max_length
+    return PlainOutput(total, logprobs.detach(), entropy)

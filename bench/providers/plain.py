@@ -1,0 +1,59 @@
+"""Plain PyTorch: the same function eager and compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from hpo_fused.bench.cases import Case, Inputs
+from hpo_fused.bench.plain import PlainOutput, plain_policy_loss
+
+from .base import Output, Provider, Unavailable
+
+
+class Eager(Provider):
+    """The loss in plain PyTorch, differentiated by autograd."""
+
+    name = "eager"
+    summary = "plain PyTorch: float32 log_softmax, entropy, loss, autograd"
+
+    def function(self, inputs: Inputs) -> Callable[..., PlainOutput]:
+        """The loss as a function of tensors."""
+        return partial(plain_policy_loss, inputs.objective)
+
+    def forward(self, inputs: Inputs, logits: Tensor) -> Output:
+        softcap = inputs.case.shape.softcap
+        out = self.function(inputs)(logits, inputs.tokens, inputs.advantages, inputs.old_logprobs, inputs.mask, softcap)
+        return Output(*out)
+
+
+class Compiled(Eager):
+    """The same under torch.compile, for exactly the case's shapes, as a tuned trainer would have it."""
+
+    name = "compile"
+    summary = "torch.compile(dynamic=False) of the eager function"
+    slow_start = "torch.compile can take a minute"
+    memory_factor = 2.5
+
+    def __init__(self) -> None:
+        self.compiled: Callable[..., PlainOutput] | None = None
+
+    def prepare(self, case: Case, device: torch.device) -> None:
+        self.compiled = None
+
+    def function(self, inputs: Inputs) -> Callable[..., PlainOutput]:
+        if self.compiled is None:
+            self.compiled = torch.compile(partial(plain_policy_loss, inputs.objective), dynamic=False)
+        return self.compiled
+
+    def forward(self, inputs: Inputs, logits: Tensor) -> Output:
+        try:
+            return super().forward(inputs, logits)
+        except Exception as error:
+            # Inductor's own class for a missing or broken compiler is private, and wrapped on the way up.
+            if any(name in repr(error) for name in ("InvalidCxxCompiler", "TritonMissing")):
+                raise Unavailable("torch.compile found no working compiler on this machine") from error
+            raise

@@ -1,0 +1,178 @@
+"""Results for people: the terminal's table, the one-line verdict, and markdown for a README."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+
+from rich import box
+from rich.table import Table
+
+from .cases import Case
+from .results import COPY, COPY_NEW, Result, Row
+
+MIB = 1 << 20
+BUSY = 0.1  # share of the CPUs in use by others from which a warning is printed
+# Where copying to new memory takes this many times longer, page faults are what is measured, and worth a hint.
+PAGE_FAULTS, PAGE_FAULT_BYTES = 2.0, 32 * MIB  # below, the C library keeps what it freed
+
+
+def number(value: float | None) -> str:
+    """Three digits or all those before the point, never in exponent form; a dash where there is nothing."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    digits = 2 - math.floor(math.log10(abs(value))) if value else 0
+    return f"{value:.{max(0, min(digits, 3))}f}"
+
+
+def describe(case: Case) -> str:
+    """A case in a few words, for the line above its rows."""
+    words = [
+        f"{case.responses}×{case.length} = {case.tokens} tokens × {case.shape.vocabulary} {case.dtype} "
+        f"({number(case.logits_bytes / MIB)} MiB)",
+        case.objective,
+    ]
+    if case.shape.softcap is not None:
+        words.append(f"softcap {case.shape.softcap:g}")
+    if case.inactive:
+        words.append(f"{case.inactive:.0%} inactive")
+    if case.ragged:
+        words.append("ragged")
+    return ", ".join(words)
+
+
+def _cells(row: Row) -> list[str]:
+    """A timed row's cells, from the median on."""
+    assert row.median_s is not None and row.q20_s is not None and row.q80_s is not None
+    return [
+        number(row.median_s * 1e3),
+        f"{number(row.q20_s * 1e3)}–{number(row.q80_s * 1e3)}",
+        "–" if row.ratio_to_ours is None else f"{number(row.ratio_to_ours)}×",
+        number(row.gb_per_s),
+        "–" if not row.time_over_copy else number(100 / row.time_over_copy),
+        "" if row.is_copy else ("–" if row.peak_extra_bytes is None else number(row.peak_extra_bytes / MIB)),
+    ]
+
+
+HEADINGS = ("shape", "provider", "median ms", "20–80 %", "time ÷ ours", "GB/s", "% of copy", "peak MiB")
+
+
+def _cases(rows: Iterable[Row]) -> Iterator[tuple[Case, list[Row]]]:
+    for case, group in groupby(rows, key=lambda row: row.case):
+        yield case, list(group)
+
+
+def table(result: Result) -> Table:
+    """The result as a table that fits 80 columns; a section for each case."""
+    view = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), collapse_padding=True)
+    view.add_column("shape", overflow="fold", max_width=14)
+    view.add_column("provider", no_wrap=True)
+    for heading in HEADINGS[2:]:
+        view.add_column(heading, justify="right", no_wrap=heading == "20–80 %")
+    for case, rows in _cases(result.rows):
+        for index, row in enumerate(rows):
+            shape = case.shape.name if index == 0 else ""
+            cells = _cells(row) if row.median_s is not None else [row.status.replace("_", " ")]
+            style = "bold" if row.provider.startswith("hpo_fused") else "dim" if row.is_copy else None
+            view.add_row(shape, row.provider, *cells, style=style, end_section=index == len(rows) - 1)
+    return view
+
+
+def notes(result: Result) -> Iterator[str]:
+    """What the table cannot say: the cases in full, whatever was not timed, and what the columns mean."""
+    for case, rows in _cases(result.rows):
+        yield f"{case.shape.name}: {describe(case)}"
+        reasons: dict[tuple[str, str], list[str]] = {}
+        for row in rows:
+            if row.status != "ok":
+                reasons.setdefault((row.status, row.note), []).append(row.provider)
+        for (status, note), names in reasons.items():
+            yield f"  {', '.join(names)}: {status.replace('_', ' ')}: {note}"
+    gradients = {row.gradient_bytes for row in result.rows if row.gradient_bytes}
+    sizes = " / ".join(number(size / MIB) for size in sorted(gradients)) or "–"
+    yield "GB/s: one read and one write of the logits over the median time."
+    yield "% of copy: speed reached, of that of copying the logits to memory already in use."
+    yield f"peak MiB: beyond the inputs, gradient included (which alone is {sizes} MiB)."
+    if any(row.provider == COPY_NEW for row in result.rows):
+        yield "copy_new: the same to new memory, as an operation that returns a new tensor does by default."
+    hint = page_fault_hint(result)
+    if hint:
+        yield hint
+
+
+def page_fault_hint(result: Result) -> str:
+    """Advice where the system's handing out of memory takes most of a copy's time, or ""."""
+    on_linux_cpu = "gpu" not in result.environment and result.environment.get("transparent_huge_pages") is not None
+    if not on_linux_cpu or result.environment.get("thp_mem_alloc_enable") == "1":
+        return ""
+    for case, rows in _cases(result.rows):
+        if case.logits_bytes < PAGE_FAULT_BYTES:
+            continue
+        medians = {row.provider: row.median_s for row in rows if row.is_copy and row.median_s}
+        new, reused = medians.get(COPY_NEW), medians.get(COPY)
+        if new and reused and new > PAGE_FAULTS * reused:
+            return (
+                f"{1 - reused / new:.0%} of copy_new is page faults; "
+                "with THP_MEM_ALLOC_ENABLE=1 in the environment PyTorch asks for huge pages."
+            )
+    return ""
+
+
+def _spread(values: list[float], unit: str) -> str:
+    texts = dict.fromkeys(f"{value:.2f}" if value < 10 else f"{value:.0f}" for value in (min(values), max(values)))
+    return "–".join(texts) + unit
+
+
+def verdict(result: Result) -> str:
+    """One line: how our first provider stands against the others, over all cases."""
+    base = next((r.provider for r in result.rows if r.provider.startswith("hpo_fused") and r.status == "ok"), None)
+    ratios: dict[str, list[float]] = {}
+    shares: list[float] = []
+    for row in result.rows:
+        if row.status != "ok" or row.time_over_copy is None:
+            continue
+        if row.provider == base:
+            shares.append(100 / row.time_over_copy)
+        elif not row.is_copy and row.ratio_to_ours is not None:
+            ratios.setdefault(row.provider, []).append(row.ratio_to_ours)
+    if base is None or not shares:
+        return "No verdict: hpo_fused was not timed."
+    words = []
+    for name, values in ratios.items():
+        if max(values) < 1:
+            words.append(f"{_spread([1 / value for value in values], '×')} slower than {name}")
+        else:
+            words.append(f"{_spread(values, '×')} the speed of {name}")
+    words.append(f"{_spread(shares, '%')} of a bare copy's")
+    return f"{base}: {', '.join(words)}."
+
+
+def busy_warning(result: Result) -> str:
+    """A warning where other processes took so much of the CPUs that times on them mean little, or ""."""
+    others = max((row.others_cpu or 0.0 for row in result.rows), default=0.0)
+    if others < BUSY:
+        return ""
+    return f"Other processes used {others:.0%} of the CPUs meanwhile: do not trust these times."
+
+
+def environment_line(result: Result) -> str:
+    """The machine and the versions in one line."""
+    found = result.environment
+    where = found.get("gpu") or f"{found['cpu']}, {found['threads']} thread{'s' * (found['threads'] != 1)}"
+    triton = f", triton {found['triton']}" if found.get("triton") else ""
+    return f"{where}; torch {found['torch']}{triton}, python {found['python']}, hpo_fused {found['hpo_fused']}"
+
+
+def markdown(result: Result) -> str:
+    """The result as GitHub-flavoured markdown: a table for all cases and what is needed to read it."""
+    lines = ["| " + " | ".join(HEADINGS) + " |", "|---|---|" + "---:|" * (len(HEADINGS) - 2)]
+    for case, rows in _cases(result.rows):
+        for row in rows:
+            cells = _cells(row) if row.median_s is not None else [row.status.replace("_", " "), *[""] * 5]
+            provider = f"**{row.provider}**" if row.provider.startswith("hpo_fused") else row.provider
+            lines.append("| " + " | ".join([case.shape.name, provider, *cells]) + " |")
+    interrupted = ["Interrupted: rows or rounds are missing."] if result.interrupted else []
+    warnings = filter(None, [busy_warning(result)])
+    below = [environment_line(result) + ".", *interrupted, *warnings, *notes(result)]
+    return "\n".join([*lines, "", *(f"- {line.strip()}" for line in below)])

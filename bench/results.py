@@ -1,0 +1,144 @@
+"""What a run produces: rows, their statistics, and the JSON file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from .cases import Case, Shape
+
+SCHEMA_VERSION = 1
+Status = Literal["ok", "wrong", "failed", "out_of_memory", "skipped"]
+
+# The limit that every row is held against: one read and one write of the logits, to memory already in use. On a
+# CPU a second copy goes to new memory, as a gradient does: the difference is what the system takes to hand it out.
+# (On a GPU PyTorch keeps the memory that it freed, and the two are the same.)
+COPY, COPY_NEW = "copy", "copy_new"
+
+
+@dataclass
+class Row:
+    """One provider on one case.
+
+    Attributes:
+        case, provider: what was measured.
+        status: "ok" (timed), "wrong" (differs from the oracle, not timed), "failed", "out_of_memory" or "skipped".
+        note: why, for anything but "ok".
+        samples_s: seconds of every complete round, in order; samples of one case belong together by index as
+            long as no provider failed midway.
+        median_s, q20_s, q80_s: of the samples.
+        ratio_to_ours: median over rounds of this time / our time in the same round; above 1 we are faster.
+        gb_per_s: one read and one write of the logits over the median, in 1e9 bytes per second.
+        time_over_copy: median over rounds of this time / the copy's time.
+        peak_extra_bytes: peak memory beyond the inputs, gradient included.
+        gradient_bytes: the gradient's own size.
+        first_call_s: the first call, with whatever compilation it takes.
+        loss_error, gradient_error: relative errors against the float64 oracle.
+        others_cpu: share of the CPUs that other processes took while the case was timed; None on a GPU.
+    """
+
+    case: Case
+    provider: str
+    status: Status = "ok"
+    note: str = ""
+    samples_s: list[float] = field(default_factory=list)
+    median_s: float | None = None
+    q20_s: float | None = None
+    q80_s: float | None = None
+    ratio_to_ours: float | None = None
+    gb_per_s: float | None = None
+    time_over_copy: float | None = None
+    peak_extra_bytes: int | None = None
+    gradient_bytes: int = 0
+    first_call_s: float | None = None
+    loss_error: float | None = None
+    gradient_error: float | None = None
+    others_cpu: float | None = None
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether this is one of the limits and not a provider."""
+        return self.provider in (COPY, COPY_NEW)
+
+
+def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
+    """20%, 50% and 80% quantile, interpolated between samples."""
+    if len(samples) == 1:
+        return (samples[0],) * 3
+    fifths = statistics.quantiles(samples, n=5, method="inclusive")
+    return fifths[0], statistics.median(samples), fifths[3]
+
+
+def median_ratio(samples: Sequence[float], others: Sequence[float]) -> float | None:
+    """Median over rounds of sample / other; None without a common round.
+
+    Within a round both saw the same machine, so this holds steady where the ratio of two medians wanders.
+    """
+    pairs = list(zip(samples, others, strict=False))
+    return statistics.median(a / b for a, b in pairs) if pairs else None
+
+
+def summarise(rows: Sequence[Row], ours: str | None) -> None:
+    """Fill in the statistics of one case's rows from their samples.
+
+    Args:
+        rows: rows of one case.
+        ours: the provider that the others are compared with.
+    """
+    samples = {row.provider: row.samples_s for row in rows if row.status == "ok"}
+    for row in rows:
+        if row.status != "ok" or not row.samples_s:
+            continue
+        row.q20_s, row.median_s, row.q80_s = quantiles(row.samples_s)
+        row.gb_per_s = 2 * row.case.logits_bytes / row.median_s / 1e9
+        row.ratio_to_ours = median_ratio(row.samples_s, samples.get(ours or "", []))
+        row.time_over_copy = median_ratio(row.samples_s, samples.get(COPY, []))
+
+
+@dataclass
+class Result:
+    """A whole run. ``interrupted`` says that it was cut short, so that rows and rounds are missing."""
+
+    environment: dict[str, Any]
+    settings: dict[str, Any]
+    command: str = "speed"
+    interrupted: bool = False
+    rows: list[Row] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        """The file's content."""
+        content = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
+        return json.dumps(content, indent=1) + "\n"
+
+    def write(self, path: Path) -> None:
+        """Write the file."""
+        path.write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> Result:
+        """Read a file that :meth:`write` wrote.
+
+        Raises:
+            OSError: no such file, or not readable.
+            ValueError: not such a file, or of another schema version.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            version = content.pop("schema_version")
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{path} is not a result of hpo-fused-bench") from error
+        if version != SCHEMA_VERSION:
+            raise ValueError(f"{path} has schema version {version}; this hpo-fused-bench reads {SCHEMA_VERSION}")
+        try:
+            content["rows"] = [
+                Row(**{**row, "case": Case(**{**row["case"], "shape": Shape(**row["case"]["shape"])})})
+                for row in content["rows"]
+            ]
+            return cls(**content)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a result of hpo-fused-bench speed: {error}") from error

@@ -1,0 +1,37 @@
+"""hpo_fused: policy losses for language-model RL in one pass over the vocabulary."""
+
+from .backend import backend_for
+from .batch import BatchStatistics
+from .objective import (
+    AdaptiveHysteretic,
+    Clip,
+    Hazard,
+    Hysteretic,
+    LogFidelity,
+    Objective,
+    SoftGate,
+    TruncatedRatio,
+)
+from .policy_loss import PolicyLossOutput, logprob_policy_loss, policy_loss
+from .token_logprobs import TokenLogprobs, token_logprobs
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdaptiveHysteretic",
+    "BatchStatistics",
+    "Clip",
+    "Hazard",
+    "Hysteretic",
+    "LogFidelity",
+    "Objective",
+    "PolicyLossOutput",
+    "SoftGate",
+    "TokenLogprobs",
+    "TruncatedRatio",
+    "__version__",
+    "backend_for",
+    "logprob_policy_loss",
+    "policy_loss",
+    "token_logprobs",
+]

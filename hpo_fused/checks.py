@@ -1,0 +1,101 @@
+"""Input checks: one sentence per refusal, naming the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+_ARTICLE = {
+    "integer": "an integer",
+    "floating": "a floating",
+    "mask": "a mask",
+    "number": "an integer or floating",
+}
+
+
+def found(value: object) -> str:
+    """What came, in words: dtype, shape and device of a tensor, type and value of anything else."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def check_tensor(
+    name: str,
+    value: object,
+    shapes: Sequence[tuple[int, ...]],
+    kind: str,
+    device: torch.device,
+) -> Tensor:
+    """``value`` itself, if it is a tensor of one of ``shapes``, of dtype ``kind`` and on ``device``.
+
+    Args:
+        kind: "integer", "floating", "mask" (bool, integer or floating) or "number" (integer or floating).
+
+    Raises:
+        TypeError: not a tensor, or a dtype outside ``kind``.
+        ValueError: another shape or device.
+    """
+    wanted = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected {_ARTICLE[kind]} tensor of shape {wanted}, got {found(value)}")
+    floating, integer = value.is_floating_point(), value.dtype in INTEGER_DTYPES
+    fits = {
+        "integer": integer,
+        "floating": floating,
+        "mask": floating or integer or value.dtype == torch.bool,
+        "number": floating or integer,
+    }[kind]
+    if not fits:
+        raise TypeError(f"{name}: expected {_ARTICLE[kind]} tensor of shape {wanted}, got {found(value)}")
+    if tuple(value.shape) not in shapes:
+        raise ValueError(f"{name}: expected shape {wanted}, got {found(value)}")
+    if value.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, got {found(value)}")
+    return value
+
+
+def check_floating(name: str, value: object) -> Tensor:
+    """``value`` itself, if it is a floating tensor; TypeError otherwise."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating tensor, got {found(value)}")
+    return value
+
+
+def check_logits(name: str, value: object) -> Tensor:
+    """``value`` itself, if it is [B, T, V] or [N, V] logits whose last dimension is contiguous and not empty.
+
+    Raises:
+        TypeError: not a tensor, or not float16, bfloat16 or float32.
+        ValueError: another number of dimensions, V = 0, or a strided last dimension.
+    """
+    if not isinstance(value, Tensor) or value.dtype not in LOGIT_DTYPES:
+        raise TypeError(f"{name}: expected a float16, bfloat16 or float32 tensor, got {found(value)}")
+    if value.dim() not in (2, 3) or value.shape[-1] == 0:
+        raise ValueError(f"{name}: expected shape [B, T, V] or [N, V] with V > 0, got {found(value)}")
+    if value.stride(-1) != 1 and value.shape[-1] > 1 and value.numel() > 0:
+        raise ValueError(
+            f"{name}: expected a contiguous last dimension (stride 1; the others may be strided), got strides "
+            f"{value.stride()} of {found(value)}"
+        )
+    return value
+
+
+def check_positive(name: str, value: object) -> float:
+    """``value`` as a float, if it is a finite number above zero; TypeError or ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a finite number > 0, got {found(value)}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
+    return float(value)
+
+
+def values_readable(value: Tensor) -> bool:
+    """Whether looking at the values is free: on the CPU, and not while torch.compile traces."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -1,0 +1,66 @@
+"""Row-level data that passes between the public functions and a backend.
+
+A *row* is one token position: V logits. Both backends (``hpo_fused.kernels`` and ``hpo_fused.eager``) take and
+return exactly these types, so nothing above them knows which one is in use. Plain values only: a backend never
+sees an :class:`~hpo_fused.objective.Objective`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class LogitTransform(NamedTuple):
+    """z' = softcap * tanh(z / softcap) / temperature; ``softcap=None`` leaves z' = z / temperature."""
+
+    temperature: float = 1.0
+    softcap: float | None = None
+
+
+class SurrogateSpec(NamedTuple):
+    """An objective lowered to the values that a row needs.
+
+    ``parameters`` by ``kind``, with the neutral value of each optional one (all finite or +inf, never None):
+      clip             1 - low, 1 + high, delta (inf: none), dual (inf: none)
+      log_fidelity     c, k_pos, 1/lambda_pos, k_neg, 1/lambda_neg (both reciprocals 0: no hazard)
+      soft_gate        tau_pos, tau_neg
+      truncated_ratio  low (0: none), high
+    """
+
+    kind: str
+    parameters: tuple[float, ...]
+    max_log_ratio: float
+    kl_coef: float
+    entropy_coef: float
+
+
+class TokenTerms(NamedTuple):
+    """Everything a row's loss needs besides its logits, each float32 [B, T] contiguous.
+
+    With s the surrogate, the row's loss is
+    ``-policy_weights * s(x, advantages) + penalty_weights * (kl_coef * k3 - entropy_coef * H)``.
+    Masks, caller's token weights, hysteretic weights, length normalisation and gradient averaging are already in
+    the two weights; a weight of exactly 0 switches its part off whatever the other entries hold (NaN included).
+    """
+
+    advantages: Tensor
+    policy_weights: Tensor
+    penalty_weights: Tensor
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+
+
+class RowStatistics(NamedTuple):
+    """Statistics of each row of transformed logits z', float32 [B, T]; undefined (NaN) in rows not computed.
+
+    The softmax denominator is kept as ``maximum`` and ``rest`` = sum over j != y of exp(z'_j - maximum), without
+    the sampled token y: log p_y = -log1p(rest / e_y) and 1 - p_y = rest / (rest + e_y) then keep their relative
+    precision on peaked rows, where log p_y computed as z'_y - lse cancels to nothing.
+    """
+
+    logprobs: Tensor
+    maximum: Tensor
+    rest: Tensor
+    entropy: Tensor | None

@@ -1,0 +1,77 @@
+"""Differentiable log-probabilities and entropies of sampled tokens."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import autograd
+from .backend import Backend, backend_for
+from .batch import as_mask
+from .checks import check_logits, check_tensor
+from .policy_loss import check_transform
+
+
+class TokenLogprobs(NamedTuple):
+    """Float32 tensors shaped like tokens, 0 where masked; ``entropy`` is None when it was not asked for."""
+
+    logprobs: Tensor
+    entropy: Tensor | None
+
+
+def token_logprobs(
+    logits: Tensor,
+    tokens: Tensor,
+    *,
+    mask: Tensor | None = None,
+    entropy: bool = True,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    backend: Backend = "auto",
+) -> TokenLogprobs:
+    """log p(token) and the entropy of p = softmax(z'), z' = softcap * tanh(z / softcap) / temperature.
+
+    One read of the logits; backward reads them once more and writes their gradient once, from the gradients of both
+    outputs together. No [N, V] temporary.
+
+    Args:
+        logits: float16, bfloat16 or float32 [B, T, V] or [N, V]; any strides except on the last dimension.
+        tokens: integer [B, T] or [N], ids in [0, V) where unmasked, anything elsewhere.
+        mask: bool or 0/1, shaped like tokens: rows to compute; None: all.
+        entropy: whether to compute the entropy too.
+        temperature, softcap, backend: as in :func:`policy_loss`.
+
+    Returns:
+        :class:`TokenLogprobs`, both differentiable (not twice). Backward may run again with retain_graph=True: it
+        recomputes from the logits.
+
+    Raises:
+        TypeError, ValueError: as :func:`policy_loss`.
+
+    Examples:
+        >>> import torch
+        >>> result = token_logprobs(torch.zeros(1, 2, 4), torch.tensor([[0, 3]]))
+        >>> result.logprobs
+        tensor([[-1.3863, -1.3863]])
+        >>> result.entropy
+        tensor([[1.3863, 1.3863]])
+    """
+    transform = check_transform(temperature, softcap)
+    check_logits("logits", logits)
+    shape = logits.shape[:-1]
+    tokens = check_tensor("tokens", tokens, [tuple(shape)], "integer", logits.device)
+    compute = as_mask(mask, shape, logits.device)
+    name = backend_for(logits, backend)
+    rows = shape if len(shape) == 2 else torch.Size((1, *shape))
+    compute = compute.reshape(rows)
+    logprobs, entropies = autograd.token_statistics(
+        logits if logits.dim() == 3 else logits.unsqueeze(0), tokens.to(torch.int64).reshape(rows).contiguous(), compute.contiguous(), transform,
+        entropy=entropy, inplace=False, backend=name,
+    )  # fmt: skip
+
+    def shaped(value: Tensor) -> Tensor:
+        return torch.where(compute, value, 0.0).reshape(shape)
+
+    return TokenLogprobs(shaped(logprobs), None if entropies is None else shaped(entropies))

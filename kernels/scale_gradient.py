@@ -1,0 +1,43 @@
+"""Kernel and launcher: multiply a gradient by the upstream gradient, without traffic when that is 1."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import launch_configuration, on_device_of
+from .vocab_sweep import row_offset, scale_row
+
+
+@triton.jit(do_not_specialize=["N", "T", "V", "stride_b", "stride_t"])
+def scale_gradient_kernel(
+    gradient,  # [B, T, V], unit stride on V
+    factor,  # [] float32
+    N,
+    T,
+    V,
+    stride_b,
+    stride_t,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    # Decided here and not on the host, which would have to wait for the device to learn the factor.
+    multiplier = tl.load(factor)
+    if multiplier != 1.0:
+        for row in range(tl.program_id(0), N, tl.num_programs(0)):
+            scale_row(gradient + row_offset(row, T, stride_b, stride_t), V, multiplier, LANES, VEC, UNROLL)
+
+
+def scale_gradient(gradient: Tensor, factor: Tensor) -> None:
+    """``gradient`` [B, T, V] times the 0-d float32 ``factor`` on its device, in place: float32 product, one rounding."""
+    B, T, V = gradient.shape
+    if B * T == 0:
+        return
+    launch = launch_configuration(gradient, reread=False)
+    with on_device_of(gradient):
+        scale_gradient_kernel[launch.grid(B * T)](
+            gradient, factor, B * T, T, V, gradient.stride(0), gradient.stride(1),
+            LANES=launch.lanes, VEC=launch.vec, UNROLL=launch.unroll, num_warps=launch.num_warps, **launch.options,
+        )  # fmt: skip

@@ -1,0 +1,342 @@
+"""The two sweeps over one row of V logits: its statistics, and its gradient. Nothing here knows the objective.
+
+Everything runs in the scaled domain of base-2 exponentials: with v = z, or tanh(z / softcap) under a softcap, and
+``scale`` = log2(e) / temperature (times softcap), the transformed logit is z' = ln2 * scale * v and
+exp(z' - max) = exp2(u) with u = scale * v - peak: one FFMA and one MUFU.EX2 per element.
+
+A row is walked in steps of UNROLL tiles of [LANES, VEC] elements, VEC elements being 16 bytes, so that every thread
+owns whole 16-byte groups. Each thread keeps a running maximum and sums of its own, rescaled once per UNROLL * VEC
+elements; lanes meet once, after the last step. UNROLL independent 16-byte loads per thread are what keeps enough
+bytes in flight (``launch.py``).
+
+Groups are aligned to 16 bytes in memory, not to the row's start: for an odd V seven rows in eight start between
+boundaries. The fewer than 2 * VEC elements before the first and after the last whole group are the row's edge, one
+element per lane. This costs a handful of instructions per row and needs no variant per alignment.
+
+The sampled token y is kept out of the sum of exponentials, because subtracting it afterwards would cancel on peaked
+rows: the one step that contains it sees -inf there. All other steps pay one uniform branch.
+"""
+
+import triton
+import triton.language as tl
+
+from .elementary import LN2, LOG2E, log1p_unit, multiply_subtract, round_to, to_float32
+
+# Finite start of the running maximum and finite stand-in for a scaled -inf: no inf - inf and no 0 * inf can arise,
+# and a difference with any float32 is still finite.
+LOWEST = tl.constexpr(-1e30)
+
+
+@triton.jit
+def row_offset(row, T, stride_b, stride_t):
+    """Element offset of row b * T + t, in 64 bits: logits pass 2^31 elements at 14,000 tokens of a 150k vocabulary."""
+    b = row // T
+    t = row - b * T
+    return tl.cast(b, tl.int64) * stride_b + tl.cast(t, tl.int64) * stride_t
+
+
+@triton.jit
+def checked_token(token, V):
+    """The token's id, or -1 where it is outside [0, V): ``load_target`` then gives NaN, which no one overlooks."""
+    valid = (token >= 0) & (token < V)
+    tl.device_assert(valid, "tokens: expected ids in [0, V) in computed rows")
+    return tl.where(valid, token, -1).to(tl.int32)
+
+
+@triton.jit
+def load_target(row, y):
+    """The sampled token's logit; reads nothing outside the row."""
+    return to_float32(tl.load(row + y, mask=y >= 0, other=float("nan")))
+
+
+@triton.jit
+def _frame(row, V, VEC: tl.constexpr):
+    """Elements before the first 16-byte boundary, and whole groups from there on."""
+    itemsize: tl.constexpr = row.dtype.element_ty.primitive_bitwidth // 8
+    misalignment = ((-row.to(tl.int64)) & (VEC * itemsize - 1)).to(tl.int32)
+    head = tl.minimum(misalignment // itemsize, V)
+    return head, (V - head) // VEC
+
+
+@triton.jit
+def _edge_columns(head, groups, LANES: tl.constexpr, VEC: tl.constexpr):
+    lane = tl.arange(0, LANES)
+    return tl.where(lane < head, lane, lane + groups * VEC)
+
+
+@triton.jit
+def _tile(step, i: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr):
+    """Offset of a tile from the first boundary, and the elements' offsets in it."""
+    lane = tl.arange(0, LANES)[:, None]
+    element = tl.arange(0, VEC)[None, :]
+    return (step * UNROLL + i) * (LANES * VEC), lane * VEC + element
+
+
+@triton.jit
+def _group_mask(step, i: tl.constexpr, groups, LANES: tl.constexpr, UNROLL: tl.constexpr):
+    """[LANES, 1]: constant along a group, so that masked accesses stay 16 bytes wide."""
+    return (step * UNROLL + i) * LANES + tl.arange(0, LANES)[:, None] < groups
+
+
+@triton.jit
+def _without_target(
+    tile, step, i: tl.constexpr, y_element, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr
+):
+    """-inf in place of the sampled token. Compares an element's index in its group, a literal, with one value per
+    lane: comparing columns would keep VEC of them in registers throughout the loop."""
+    base = (step * UNROLL + i) * (LANES * VEC)
+    distance = (y_element - base) - tl.arange(0, LANES)[:, None] * VEC
+    return tl.where(tl.arange(0, VEC)[None, :] == distance, float("-inf"), tile)
+
+
+@triton.jit
+def _load_step(
+    body, step, groups,
+    LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr, MASKED: tl.constexpr, POLICY: tl.constexpr,
+):  # fmt: skip
+    """The step's tiles as loaded, all issued before any is used."""
+    tiles = ()
+    for i in tl.static_range(UNROLL):
+        base, offsets = _tile(step, i, LANES, VEC, UNROLL)
+        if MASKED:
+            mask = _group_mask(step, i, groups, LANES, UNROLL)
+            tile = tl.load(body + base + offsets, mask=mask, other=float("-inf"), eviction_policy=POLICY)
+        else:
+            tile = tl.load(body + base + offsets, eviction_policy=POLICY)
+        tiles = tiles + (tile,)
+    return tiles
+
+
+@triton.jit
+def _squash(z, transform, SOFTCAP: tl.constexpr):
+    """v, and dv'/dz up to the constant 1 / temperature: 1, or 1 - tanh^2 under a softcap.
+
+    With q = 1 / (1 + exp2(2 log2(e) z / softcap)): tanh = 1 - 2q, absolute error one ulp of 1; 1 - tanh^2 = 4q(1 - q).
+    q as the square of rsqrt: one MUFU.RSQ, where a division costs range checks as well.
+    """
+    z = to_float32(z)
+    if SOFTCAP:
+        root = tl.rsqrt(1.0 + tl.exp2(z * transform[2]))
+        q = root * root
+        return 1.0 - 2.0 * q, 4.0 * q * (1.0 - q)
+    else:
+        return z, 1.0
+
+
+@triton.jit
+def _absorb(peak, total, moment, tiles, scale, UNROLL: tl.constexpr, MOMENT: tl.constexpr):
+    """Fold tiles of v into the lanes' running maximum, sum of exp2(u) and, for the entropy, sum of exp2(u) * u.
+
+    The maximum skips NaN, as the hardware's does; u then carries it into the sums.
+    """
+    top = tl.max(tiles[0], axis=1)
+    for i in tl.static_range(1, UNROLL):
+        top = tl.maximum(top, tl.max(tiles[i], axis=1))
+    raised = tl.maximum(peak, top * scale)
+    drop = peak - raised
+    decay = tl.exp2(drop)
+    if MOMENT:
+        moment = decay * (moment + drop * total)
+    total = decay * total
+    for i in tl.static_range(UNROLL):
+        u = multiply_subtract(tiles[i], scale, raised[:, None])
+        e = tl.exp2(u)
+        total += tl.sum(e, axis=1)
+        if MOMENT:
+            moment += tl.sum(e * tl.maximum(u, LOWEST), axis=1)
+    return raised, total, moment
+
+
+@triton.jit
+def target_terms(z_y, maximum, rest, transform, SOFTCAP: tl.constexpr):
+    """Of the sampled token: u, exp2(u), the softcap's slope; of the row: the log of the sum of exponentials."""
+    v, slope = _squash(z_y, transform, SOFTCAP)
+    u = multiply_subtract(v, transform[0], maximum * LOG2E)
+    e = tl.exp2(u)
+    log_total = tl.where(rest < e, u * LN2 + log1p_unit(rest / e), tl.log(rest + e))
+    return u, e, slope, log_total
+
+
+@triton.jit
+def sweep_statistics(
+    row, V, y, transform,
+    LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
+    SOFTCAP: tl.constexpr, MOMENT: tl.constexpr, POLICY: tl.constexpr,
+):  # fmt: skip
+    """Each lane's maximum, sum and moment over its share of the row, the sampled token left out."""
+    scale = transform[0]
+    head, groups = _frame(row, V, VEC)
+    body = tl.multiple_of(row + head, 16)
+    peak = tl.full([LANES], LOWEST, tl.float32)
+    total = tl.zeros([LANES], tl.float32)
+    moment = tl.zeros([LANES], tl.float32)
+
+    edge = V - groups * VEC
+    if edge > 0:
+        columns = _edge_columns(head, groups, LANES, VEC)
+        mask = tl.arange(0, LANES) < edge
+        v, _ = _squash(tl.load(row + columns, mask=mask, other=float("-inf")), transform, SOFTCAP)
+        v = tl.where(mask & (columns != y), v, float("-inf"))
+        peak, total, moment = _absorb(peak, total, moment, (v[:, None],), scale, 1, MOMENT)
+
+    steps = groups // (LANES * UNROLL)
+    y_element = y - head
+    # An edge token before the first group must not select step 0: hence not the truncating division of a negative.
+    y_step = tl.where(y_element < 0, -1, y_element // (LANES * VEC * UNROLL))
+    for step in range(steps):
+        raw = _load_step(body, step, groups, LANES, VEC, UNROLL, False, POLICY)
+        tiles = ()
+        for i in tl.static_range(UNROLL):
+            v, _ = _squash(raw[i], transform, SOFTCAP)
+            tiles = tiles + (v,)
+        if step == y_step:
+            others = ()
+            for i in tl.static_range(UNROLL):
+                others = others + (_without_target(tiles[i], step, i, y_element, LANES, VEC, UNROLL),)
+            tiles = others
+        peak, total, moment = _absorb(peak, total, moment, tiles, scale, UNROLL, MOMENT)
+    if steps * (LANES * UNROLL) < groups:
+        raw = _load_step(body, steps, groups, LANES, VEC, UNROLL, True, POLICY)
+        tiles = ()
+        for i in tl.static_range(UNROLL):
+            v, _ = _squash(raw[i], transform, SOFTCAP)
+            if SOFTCAP:  # a padded -inf has become -1, the smallest legitimate value
+                v = tl.where(_group_mask(steps, i, groups, LANES, UNROLL), v, float("-inf"))
+            tiles = tiles + (_without_target(v, steps, i, y_element, LANES, VEC, UNROLL),)
+        peak, total, moment = _absorb(peak, total, moment, tiles, scale, UNROLL, MOMENT)
+
+    return peak, total, moment
+
+
+@triton.jit
+def row_statistics(lanes, z_y, transform, SOFTCAP: tl.constexpr, MOMENT: tl.constexpr):
+    """logp, maximum, rest and entropy of the row (the entropy is 0 without MOMENT), from its lanes' sums.
+
+    ``maximum`` is in natural units and everything after it is relative to maximum * log2(e) as float32 rounds it,
+    so that a second kernel which starts from ``maximum`` finds exactly the same u.
+    """
+    peak, total, moment = lanes
+    v_y, _ = _squash(z_y, transform, SOFTCAP)
+    maximum = tl.maximum(tl.max(peak, axis=0), v_y * transform[0]) * LN2
+    shift = peak - maximum * LOG2E
+    decay = tl.exp2(shift)
+    rest = tl.sum(decay * total, axis=0)
+    u, e, _, log_total = target_terms(z_y, maximum, rest, transform, SOFTCAP)
+    peaked = rest < e
+    logprob = tl.where(peaked, -log1p_unit(rest / e), u * LN2 - log_total)
+    entropy = tl.full((), 0.0, tl.float32)
+    if MOMENT:
+        others = tl.sum(decay * (moment + shift * total), axis=0)
+        # H = log S - ln2 (others + e u) / S. On a peaked row log S and u are the same rounding residue and cancel:
+        # with log S = u ln2 - logp, H = -logp + ln2 (u rest - others) / S keeps its relative precision.
+        reciprocal = LN2 / (rest + e)
+        spread = log_total - (others + e * tl.maximum(u, LOWEST)) * reciprocal
+        entropy = tl.where(peaked, (u * rest - others) * reciprocal - logprob, spread)
+    return logprob, maximum, rest, entropy
+
+
+@triton.jit
+def _gradient(raw, transform, peak, common, tilt, SOFTCAP: tl.constexpr, TILT: tl.constexpr):
+    v, slope = _squash(raw, transform, SOFTCAP)
+    u = multiply_subtract(v, transform[0], peak)
+    if TILT:
+        g = tl.exp2(u) * (common - tilt * tl.maximum(u, LOWEST))
+    else:
+        g = tl.exp2(u) * common
+    if SOFTCAP:
+        g = g * slope
+    return g
+
+
+@triton.jit
+def row_gradient(
+    row, out, V, y, z_y, maximum, rest, entropy, c, h, transform,
+    LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
+    SOFTCAP: tl.constexpr, TILT: tl.constexpr, ALIGNED_OUT: tl.constexpr, POLICY: tl.constexpr,
+):  # fmt: skip
+    """Write dloss/dz of the row to ``out``, which may be ``row`` itself.
+
+    For j != y, g_j = p_j (h (E[z'] - z'_j) - c) dz'/dz = exp2(u_j) (common - tilt u_j) slope_j, with the row's
+    constants folded: E[z'] - z'_j = (log S - H) - ln2 u_j relative to the maximum. The target gets its own value,
+    c (1 - p_y) with 1 - p_y = rest / S, in one scalar store after a barrier: no per-element comparison.
+    The sweep walks backwards, since what was read last is nearest in the cache.
+    """
+    head, groups = _frame(row, V, VEC)
+    body = tl.multiple_of(row + head, 16)
+    out_body = out + head
+    if (
+        ALIGNED_OUT
+    ):  # ``out`` has the row's alignment; otherwise the compiler finds narrower coalesced stores itself
+        out_body = tl.multiple_of(out_body, 16)
+    dtype: tl.constexpr = out.dtype.element_ty
+    peak = maximum * LOG2E
+    u_y, e_y, slope_y, log_total = target_terms(z_y, maximum, rest, transform, SOFTCAP)
+    normalizer = transform[1] / (rest + e_y)
+    common = -c * normalizer
+    tilt = 0.0
+    target = c * rest * normalizer
+    if TILT:
+        mean = log_total - entropy
+        common = (h * mean - c) * normalizer
+        tilt = h * LN2 * normalizer
+        target += h * e_y * normalizer * (mean - LN2 * tl.maximum(u_y, LOWEST))
+    if SOFTCAP:
+        target = target * slope_y
+
+    steps = groups // (LANES * UNROLL)
+    if steps * (LANES * UNROLL) < groups:
+        raw = _load_step(body, steps, groups, LANES, VEC, UNROLL, True, POLICY)
+        for i in tl.static_range(UNROLL):
+            base, offsets = _tile(steps, i, LANES, VEC, UNROLL)
+            g = _gradient(raw[i], transform, peak, common, tilt, SOFTCAP, TILT)
+            mask = _group_mask(steps, i, groups, LANES, UNROLL)
+            tl.store(out_body + base + offsets, round_to(g, dtype), mask=mask, eviction_policy=POLICY)
+    for index in range(steps):
+        step = steps - 1 - index
+        raw = _load_step(body, step, groups, LANES, VEC, UNROLL, False, POLICY)
+        for i in tl.static_range(UNROLL):
+            base, offsets = _tile(step, i, LANES, VEC, UNROLL)
+            g = _gradient(raw[i], transform, peak, common, tilt, SOFTCAP, TILT)
+            tl.store(out_body + base + offsets, round_to(g, dtype), eviction_policy=POLICY)
+    edge = V - groups * VEC
+    if edge > 0:
+        columns = _edge_columns(head, groups, LANES, VEC)
+        mask = tl.arange(0, LANES) < edge
+        raw = tl.load(row + columns, mask=mask, other=float("-inf"))
+        g = _gradient(raw, transform, peak, common, tilt, SOFTCAP, TILT)
+        tl.store(out + columns, round_to(g, dtype), mask=mask)
+    tl.debug_barrier()  # orders the target's store after the sweep's, which wrote this element as any other
+    tl.store(out + y, round_to(target, dtype), mask=y >= 0)
+
+
+@triton.jit
+def zero_row(out, V, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr):
+    head, groups = _frame(out, V, VEC)
+    body = tl.multiple_of(out + head, 16)
+    zeros = tl.zeros([LANES, VEC], out.dtype.element_ty)
+    for step in range(tl.cdiv(groups, LANES * UNROLL)):
+        for i in tl.static_range(UNROLL):
+            base, offsets = _tile(step, i, LANES, VEC, UNROLL)
+            mask = _group_mask(step, i, groups, LANES, UNROLL)
+            tl.store(body + base + offsets, zeros, mask=mask, eviction_policy="evict_first")
+    columns = _edge_columns(head, groups, LANES, VEC)
+    mask = tl.arange(0, LANES) < V - groups * VEC
+    tl.store(out + columns, tl.zeros([LANES], out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def scale_row(row, V, factor, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr):
+    head, groups = _frame(row, V, VEC)
+    body = tl.multiple_of(row + head, 16)
+    dtype: tl.constexpr = row.dtype.element_ty
+    for step in range(tl.cdiv(groups, LANES * UNROLL)):
+        raw = _load_step(body, step, groups, LANES, VEC, UNROLL, True, "evict_first")
+        for i in tl.static_range(UNROLL):
+            base, offsets = _tile(step, i, LANES, VEC, UNROLL)
+            mask = _group_mask(step, i, groups, LANES, UNROLL)
+            product = round_to(to_float32(raw[i]) * factor, dtype)
+            tl.store(body + base + offsets, product, mask=mask, eviction_policy="evict_first")
+    columns = _edge_columns(head, groups, LANES, VEC)
+    mask = tl.arange(0, LANES) < V - groups * VEC
+    edge = tl.load(row + columns, mask=mask, other=0.0)
+    tl.store(row + columns, round_to(to_float32(edge) * factor, dtype), mask=mask)

@@ -1,0 +1,274 @@
+"""The backward contract: scaling, second backward, in place, compilation, operator registration."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hpo_fused as hf
+from hpo_fused import autograd
+
+from .equivalence import Case, build
+from .test_equivalence import PRESETS
+
+TOKEN_AND_SEQUENCE = ["grpo", "gspo"]
+
+
+def inputs(
+    device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 4, 37, generator=generator).to(dtype)
+    tokens = torch.randint(37, (3, 4), generator=generator)
+    old = {"old_logprobs": (-3.6 + 0.1 * torch.randn(3, 4, generator=generator)).to(device)}
+    return logits.to(device), tokens.to(device), torch.tensor([1.0, 0.0, -1.0], device=device), old
+
+
+@pytest.mark.parametrize("name", TOKEN_AND_SEQUENCE)
+def test_second_backward_raises(name: str, backend: str, device: torch.device) -> None:
+    logits, tokens, advantages, old = inputs(device)
+    leaf = logits.requires_grad_()
+    loss = hf.policy_loss(leaf, tokens, advantages, **old, objective=name, backend=backend).loss
+    (loss * 2).backward(retain_graph=True)
+    kept = leaf.grad.clone()
+    with pytest.raises(RuntimeError, match="second time"):
+        (loss * 3).backward()
+    torch.testing.assert_close(leaf.grad, kept, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", TOKEN_AND_SEQUENCE)
+def test_double_backward_raises(name: str, backend: str, device: torch.device) -> None:
+    logits, tokens, advantages, old = inputs(device)
+    leaf = logits.requires_grad_()
+    loss = hf.policy_loss(leaf, tokens, advantages, **old, objective=name, backend=backend).loss
+    (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError):
+        gradient.sum().backward()
+
+
+def test_loss_may_be_changed_in_place(backend: str, device: torch.device) -> None:
+    logits, tokens, advantages, old = inputs(device)
+    leaf, twin = (logits.clone().requires_grad_() for _ in range(2))
+    loss = hf.policy_loss(leaf, tokens, advantages, **old, backend=backend).loss
+    loss -= 0.25
+    loss *= 0.5
+    loss.backward()
+    (0.5 * hf.policy_loss(twin, tokens, advantages, **old, backend=backend).loss).backward()
+    torch.testing.assert_close(leaf.grad, twin.grad, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", TOKEN_AND_SEQUENCE)
+@pytest.mark.parametrize("sliced", [False, True])
+def test_inplace_gives_the_same_gradient(
+    name: str, sliced: bool, dtype: torch.dtype, backend: str, device: torch.device
+) -> None:
+    logits, tokens, advantages, old = inputs(device, dtype)
+    if sliced:
+        tokens, old = tokens[:, :-1], {"old_logprobs": old["old_logprobs"][:, :-1]}
+    gradients = []
+    for inplace in (False, True):
+        leaf = logits.clone().requires_grad_()
+        produced = leaf * 1  # what a language-model head would return
+        view = produced[:, :-1] if sliced else produced
+        pointer, version = produced.data_ptr(), produced._version
+        out = hf.policy_loss(view, tokens, advantages, **old, objective=name, inplace=inplace, backend=backend)
+        seen: list[int] = []
+        view.register_hook(lambda gradient, seen=seen: seen.append(gradient.data_ptr()))
+        (out.loss * 0.5).backward()
+        assert (seen == [pointer]) == inplace
+        assert (produced._version > version) == inplace
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", TOKEN_AND_SEQUENCE)
+def test_reading_overwritten_logits_raises(name: str, backend: str, device: torch.device) -> None:
+    """Another term of the loss that saved the logits must fail, not read gradients."""
+    logits, tokens, advantages, old = inputs(device)
+    produced = logits.requires_grad_() * 1
+    other = produced.square().sum()
+    loss = hf.policy_loss(produced, tokens, advantages, **old, objective=name, inplace=True, backend=backend).loss
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        if name == "gspo":
+            loss.backward(retain_graph=True)
+        other.backward()
+
+
+def test_writing_to_stored_gradient_raises(backend: str, device: torch.device) -> None:
+    logits, tokens, advantages, old = inputs(device)
+    produced = logits.requires_grad_() * 1
+    loss = hf.policy_loss(produced, tokens, advantages, **old, inplace=True, backend=backend).loss
+    with torch.no_grad():
+        produced.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("name", TOKEN_AND_SEQUENCE)
+def test_all_masked_stays_attached(name: str, backend: str, device: torch.device) -> None:
+    logits, tokens, advantages, old = inputs(device)
+    leaf = logits.requires_grad_()
+    out = hf.policy_loss(
+        leaf, tokens, advantages, **old, mask=torch.zeros_like(tokens), objective=name, backend=backend
+    )
+    assert out.loss.item() == 0
+    assert out.loss.requires_grad
+    out.loss.backward()
+    assert leaf.grad is not None
+    assert not leaf.grad.any()
+    assert not out.active.any()
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0)])
+def test_empty_batch(shape: tuple[int, int], backend: str, device: torch.device) -> None:
+    logits = torch.randn(*shape, 11, device=device, requires_grad=True)
+    tokens = torch.zeros(shape, dtype=torch.long, device=device)
+    out = hf.policy_loss(logits, tokens, torch.zeros(shape[0], device=device), backend=backend)
+    out.loss.backward()
+    assert out.loss.item() == 0
+    assert logits.grad.shape == logits.shape
+    assert all(value.isfinite() for value in out.metrics().values())
+
+
+def test_float16_survives_a_loss_scaler(backend: str, device: torch.device) -> None:
+    """Gradients of 1e-8 vanish in float16; multiplied by 2^16 first, they do not."""
+    logits = torch.randn(64, 32, 53, device=device, dtype=torch.float16)
+    tokens = torch.randint(53, (64, 32), device=device)
+    advantages = 1e-3 * torch.ones(64, device=device)
+    leaf, twin = logits.clone().requires_grad_(), logits.float().requires_grad_()
+    (hf.policy_loss(leaf, tokens, advantages, objective="dapo", backend=backend).loss * 2**16).backward()
+    (hf.policy_loss(twin, tokens, advantages, objective="dapo", backend=backend).loss * 2**16).backward()
+    error = (leaf.grad.float() - twin.grad).square().mean().sqrt() / twin.grad.square().mean().sqrt()
+    assert error < 1e-3
+    assert (leaf.grad == 0).sum() < leaf.numel() / 1000
+
+
+def test_non_contiguous_upstream(backend: str, device: torch.device) -> None:
+    """Gradients arrive expanded (from sum), transposed, or for one output only."""
+    logits, tokens, _, _ = inputs(device)
+    weight = torch.randn(4, 3, device=device)
+    reference_leaf = logits.clone().requires_grad_()
+    log_p = reference_leaf.log_softmax(-1)
+    chosen = log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    for build_loss in (
+        lambda lp, h: lp.sum(),
+        lambda lp, h: h.sum(),
+        lambda lp, h: (lp.t() * weight).sum() + (h * weight.t()).sum(),
+        lambda lp, h: lp[:, 1:].sum() - h[::2].mean(),
+    ):
+        leaf = logits.clone().requires_grad_()
+        result = hf.token_logprobs(leaf, tokens, backend=backend)
+        (ours,) = torch.autograd.grad(build_loss(result.logprobs, result.entropy), leaf)
+        (expected,) = torch.autograd.grad(build_loss(chosen, entropy), reference_leaf, retain_graph=True)
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_token_logprobs_backward_twice_is_right(backend: str, device: torch.device) -> None:
+    logits, tokens, _, _ = inputs(device)
+    leaf = logits.requires_grad_()
+    logprobs = hf.token_logprobs(leaf, tokens, backend=backend).logprobs
+    (first,) = torch.autograd.grad(logprobs.sum(), leaf, retain_graph=True)
+    (second,) = torch.autograd.grad(2 * logprobs.sum(), leaf)
+    torch.testing.assert_close(second, 2 * first, rtol=1e-6, atol=0)
+
+
+def test_no_gradient_wanted(backend: str, device: torch.device) -> None:
+    logits, tokens, advantages, old = inputs(device)
+    with torch.no_grad():
+        quiet = hf.policy_loss(logits.requires_grad_(), tokens, advantages, **old, backend=backend).loss
+    with torch.inference_mode():
+        inference = hf.policy_loss(logits, tokens, advantages, **old, backend=backend).loss
+    loud = hf.policy_loss(logits, tokens, advantages, **old, backend=backend).loss
+    assert not quiet.requires_grad
+    assert quiet.item() == inference.item() == loud.item()
+
+
+def test_stored_gradient_is_handed_over(device: torch.device) -> None:
+    """The gradient made in forward becomes the leaf's .grad: no copy of [N, V] in backward."""
+    logits = torch.randn(4, 8, 5000, device=device, requires_grad=True)
+    out = hf.policy_loss(logits, torch.zeros(4, 8, dtype=torch.long, device=device), torch.ones(4, device=device))
+    stored = [t for t in gc.get_objects() if isinstance(t, Tensor) and t.shape == logits.shape and t is not logits]
+    pointers = {t.data_ptr() for t in stored}
+    if out.loss.grad_fn is not None and not pointers:  # held by the graph alone
+        pointers = {out.loss.grad_fn.saved_tensors[0].data_ptr()}
+    out.loss.backward()
+    assert logits.grad.data_ptr() in pointers
+
+
+def op_inputs(gradient: bool, name: str = "mhpo_ahpo") -> tuple[Any, ...]:
+    case = Case("opcheck", hf.Objective.preset(name, kl_coef=0.1, entropy_coef=0.1))
+    logits, tokens, advantages, old = inputs(torch.device("cpu"))
+    batch = hf.batch.prepare(
+        case.objective, hf.batch.Layout.of("tokens", tokens.shape, tokens.device, None, None), advantages,
+        ref_logprobs=old["old_logprobs"] + 0.1, token_weights=None, groups=None, statistics=None, **old,
+    )  # fmt: skip
+    logits = logits.requires_grad_(gradient)
+    spec = case.objective.lower()
+    return logits, tokens, batch, spec
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_opcheck(gradient: bool) -> None:
+    logits, tokens, batch, spec = op_inputs(gradient)
+    # test_schema compares outputs bit for bit between calls, test_aot_dispatch_dynamic runs autograd under tracing.
+    torch.library.opcheck(
+        autograd._fused_op,
+        (logits, tokens, batch.active, *batch.terms, 0.9, 5.0, *spec, True, gradient, "torch"),
+    )
+    torch.library.opcheck(autograd._statistics_op, (logits, tokens, batch.active, 0.9, None, True, "torch"))
+    logprobs, entropy, maximum, rest = autograd._statistics_op(
+        logits.detach(), tokens, batch.active, 0.9, None, True, "torch"
+    )
+    c = torch.randn_like(logprobs)
+    torch.library.opcheck(
+        autograd._gradient_op,
+        (logits.detach(), tokens, logprobs, entropy, maximum, rest, c, c, 0.9, None, "torch"),
+    )
+    for sequence in (False, True):
+        torch.library.opcheck(
+            autograd._logprob_op,
+            (logprobs.requires_grad_(gradient), entropy, *batch.terms, *batch.layout, sequence, *spec),
+        )
+
+
+@pytest.mark.parametrize("name", ["mhpo_ahpo", "gspo"])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_compiles_as_one_graph(name: str, layout: str) -> None:
+    """torch.compile(fullgraph=True) of a step that calls the op gives the eager step's loss and gradient."""
+    case = Case(f"compile-{name}-{layout}", PRESETS[name], layout=layout, small_ratios=name == "gspo")
+    made = build(case, torch.device("cpu"))
+
+    def step(base: Tensor) -> Tensor:
+        logits = base[:, :-1] if layout == "padded" else base
+        out = hf.policy_loss(logits * 1.5, *made.positional, **made.keywords)
+        return out.loss * 2 + out.metrics()["ratio_mean"] * 0
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaf = made.base.detach().clone().requires_grad_()
+        loss = function(leaf)
+        loss.backward()
+        results.append((loss.detach(), leaf.grad))
+    torch.testing.assert_close(results[1][0], results[0][0])
+    torch.testing.assert_close(results[1][1], results[0][1], equal_nan=True)
+
+
+def test_compiled_token_logprobs() -> None:
+    logits, tokens, _, _ = inputs(torch.device("cpu"))
+
+    def step(z: Tensor) -> Tensor:
+        result = hf.token_logprobs(z, tokens, temperature=0.8)
+        return result.logprobs.sum() - 0.1 * result.entropy.sum()
+
+    gradients = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaf = logits.clone().requires_grad_()
+        function(leaf).backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(gradients[1], gradients[0])

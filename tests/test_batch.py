@@ -1,0 +1,195 @@
+"""Totals of the optimiser batch, layouts and weights: any split into calls gives the gradient of one big call."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+import torch
+from torch import Tensor, distributed, multiprocessing
+
+import hpo_fused as hf
+
+from .test_equivalence import PRESETS
+
+ADVANTAGES = torch.tensor([1.0, -0.5, -0.5, 0.0, -2.0, 0.3])
+MASK = torch.arange(5) < torch.tensor([5, 2, 3, 4, 0, 1])[:, None]
+GROUPS = torch.tensor([10, 10, 3, 3, 99, 99])
+
+
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 5, 31, generator=generator)
+    tokens = torch.randint(31, (6, 5), generator=generator)
+    return logits, tokens, -3 + torch.randn(6, 5, generator=generator)
+
+
+def test_counts() -> None:
+    statistics = hf.BatchStatistics.from_batch(ADVANTAGES, MASK)
+    assert [int(statistics.responses), int(statistics.tokens)] == [6, 15]
+    # The fifth response is negative but has no token left: it counts as a response, with neither sign.
+    assert [int(statistics.positive), int(statistics.negative)] == [2, 2]
+    assert statistics.gradient_average == 1.0
+
+
+def test_counts_by_masked_sum() -> None:
+    per_token = torch.tensor([[1.0, -3.0, 1.0], [1.0, -3.0, 9.0], [0.0, 0.0, 0.0], [-1.0, 1.0, torch.nan]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 1, 0]])
+    statistics = hf.BatchStatistics.from_batch(per_token, mask)
+    assert [int(statistics.positive), int(statistics.negative)] == [0, 2]
+
+
+@pytest.mark.parametrize("advantages", [ADVANTAGES, ADVANTAGES[:, None], ADVANTAGES[:, None].expand(6, 5)])
+def test_layouts_count_alike(advantages: Tensor) -> None:
+    padded = hf.BatchStatistics.from_batch(advantages, MASK, groups=GROUPS)
+    lengths = MASK.sum(1)
+    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).int()
+    packed_advantages = advantages.reshape(-1) if advantages.numel() == 6 else advantages[MASK]
+    packed = hf.BatchStatistics.from_batch(packed_advantages, cu_seqlens=cu_seqlens, groups=GROUPS)
+    for name in ("responses", "tokens", "positive", "negative"):
+        assert int(getattr(padded, name)) == int(getattr(packed, name))
+    assert padded.group_lengths.tolist() == packed.group_lengths.tolist() == lengths.tolist()
+
+
+@pytest.mark.parametrize(
+    ("positive", "negative", "alpha"), [(0, 5, 0.1), (1, 4, 0.25), (5, 4, 1.0), (3, 0, 1.0), (0, 0, 1.0)]
+)
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_adaptive_alpha(positive: int, negative: int, alpha: float, as_tensor: bool) -> None:
+    wrap = torch.tensor if as_tensor else int
+    statistics = hf.BatchStatistics(9, 9, wrap(positive), wrap(negative))
+    assert float(statistics.alpha(hf.AdaptiveHysteretic(0.1))) == pytest.approx(alpha, rel=1e-6)
+    assert statistics.alpha(hf.Hysteretic(0.6)) == 0.6
+    assert statistics.alpha(None) == 1.0
+
+
+@pytest.mark.parametrize("name", [*PRESETS, "group_mean_length"])
+@pytest.mark.parametrize("splits", [[3, 3], [1, 4, 1]])
+def test_micro_batches_add_up(name: str, splits: list[int]) -> None:
+    objective = hf.Objective.preset("mhpo_ahpo", normalization=name) if name == "group_mean_length" else PRESETS[name]
+    groups = GROUPS if name == "group_mean_length" else None
+    logits, tokens, old = batch()
+    whole = logits.clone().requires_grad_()
+    full = hf.policy_loss(whole, tokens, ADVANTAGES, old_logprobs=old, mask=MASK, objective=objective, groups=groups)
+    full.loss.backward()
+
+    statistics = hf.BatchStatistics.from_batch(ADVANTAGES, MASK, groups=groups)
+    parts = logits.clone().requires_grad_()
+    total = torch.zeros(())
+    for rows in torch.arange(6).split(splits):
+        out = hf.policy_loss(
+            parts[rows],
+            tokens[rows],
+            ADVANTAGES[rows],
+            old_logprobs=old[rows],
+            mask=MASK[rows],
+            objective=objective,
+            groups=None if groups is None else groups[rows],
+            statistics=statistics,
+        )
+        out.loss.backward()
+        total = total + out.loss.detach()
+    torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(total, full.loss.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_average_multiplies() -> None:
+    logits, tokens, old = batch()
+    statistics = hf.BatchStatistics.from_batch(ADVANTAGES, MASK, gradient_average=4)
+    losses = [
+        hf.policy_loss(logits, tokens, ADVANTAGES, old_logprobs=old, mask=MASK, statistics=s).loss
+        for s in (None, statistics)
+    ]
+    torch.testing.assert_close(losses[1], 4 * losses[0])
+
+
+def test_mean_length_is_daposs_token_mean() -> None:
+    logprobs = torch.randn(6, 5) - 2
+    loss = hf.logprob_policy_loss(logprobs, ADVANTAGES, mask=MASK, objective="dapo").loss
+    expected = -(ADVANTAGES[:, None] * MASK).sum() / MASK.sum()
+    torch.testing.assert_close(loss, expected)
+
+
+def _rank(rank: int, port: int, failures: multiprocessing.SimpleQueue) -> None:
+    try:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        distributed.init_process_group("gloo", rank=rank, world_size=2)
+        mine = slice(0, 4) if rank == 0 else slice(4, 6)  # unequal shares
+        statistics = hf.BatchStatistics.from_batch(
+            ADVANTAGES[mine], MASK[mine], groups=GROUPS[mine], process_group=distributed.group.WORLD,
+            gradient_average=2,
+        )  # fmt: skip
+        logits, tokens, old = batch()
+        for normalization in ("mean_length", "response", "group_mean_length"):
+            objective = hf.Objective.preset("ahpo", normalization=normalization)
+            whole = logits.clone().requires_grad_()
+            hf.policy_loss(
+                whole, tokens, ADVANTAGES, old_logprobs=old, mask=MASK, objective=objective, groups=GROUPS
+            ).loss.backward()
+            part = logits.clone().requires_grad_()
+            hf.policy_loss(
+                part[mine],
+                tokens[mine],
+                ADVANTAGES[mine],
+                old_logprobs=old[mine],
+                mask=MASK[mine],
+                objective=objective,
+                groups=GROUPS[mine],
+                statistics=statistics,
+            ).loss.backward()
+            distributed.all_reduce(part.grad)  # what DDP does: sum, then divide by the number of ranks
+            torch.testing.assert_close(part.grad / 2, whole.grad, rtol=1e-6, atol=1e-9)
+        distributed.destroy_process_group()
+    except BaseException as error:
+        failures.put(f"rank {rank}: {error!r}")
+        raise
+
+
+@pytest.mark.distributed
+def test_ranks_add_up() -> None:
+    """Two processes with unequal shares and averaged gradients give the gradient of the whole batch."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    failures = context.SimpleQueue()
+    processes = [context.Process(target=_rank, args=(rank, port, failures)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+    assert failures.empty(), failures.get()
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "words"),
+    [
+        (lambda: hf.BatchStatistics.from_batch(ADVANTAGES), ValueError, "mask: expected .*lengths"),
+        (lambda: hf.BatchStatistics.from_batch([1.0]), TypeError, "advantages.*list"),
+        (lambda: hf.BatchStatistics.from_batch(ADVANTAGES, [1]), TypeError, "mask.*list"),
+        (
+            lambda: hf.BatchStatistics.from_batch(ADVANTAGES[:2], MASK),
+            ValueError,
+            r"advantages: .*\[6\].*\[2\]",
+        ),
+        (
+            lambda: hf.BatchStatistics.from_batch(ADVANTAGES, MASK, groups=GROUPS[:3]),
+            ValueError,
+            r"groups: .*\[6\].*\[3\]",
+        ),
+        (
+            lambda: hf.BatchStatistics.from_batch(ADVANTAGES, MASK, gradient_average=0),
+            ValueError,
+            "gradient_average",
+        ),
+        (lambda: hf.BatchStatistics(1, 2, 3, "4"), TypeError, "negative.*str"),
+        (lambda: hf.BatchStatistics(-1, 2, 3, 4), ValueError, "responses.*-1"),
+        (lambda: hf.BatchStatistics(torch.ones(2), 2, 3, 4), ValueError, "responses.*0-d"),
+        (lambda: hf.BatchStatistics(1, 1, 1, 1, group_ids=GROUPS), ValueError, "group_lengths"),
+    ],
+)
+def test_bad_statistics(build, error, words) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(error, match=words):
+        build()

@@ -1,0 +1,152 @@
+"""Every backend against the float64 oracle, by table."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import hpo_fused as hf
+
+from .equivalence import Case, check
+
+PRESETS = {
+    name: dataclasses.replace(objective, max_length=9 if objective.normalization == "constant" else None)
+    for name, objective in hf.Objective.presets().items()
+}
+
+
+def presets() -> list[Case]:
+    """Every preset in every dtype and layout."""
+    return [
+        Case(f"{name}-{str(dtype)[6:]}-{layout}", objective, dtype, layout, small_ratios=name == "gspo")
+        for name, objective in PRESETS.items()
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        for layout in ("padded", "packed")
+    ]
+
+
+def shapings() -> list[Case]:
+    """Every branch of every shaping: all log-ratios x all signs, token by token, on enough rows to hold them."""
+    kinds = {
+        "clip": hf.Clip(0.2, 0.28),
+        "clip-delta": hf.Clip(0.2, 0.2, delta=1.5),
+        "clip-delta-below-high": hf.Clip(0.2, 2.0, delta=1.5),
+        "clip-dual": hf.Clip(0.2, 0.2, dual=3.0),
+        "fidelity": hf.LogFidelity(),
+        "fidelity-sharp": hf.LogFidelity(0.4, hf.Hazard(2.5, 0.7, 0.8, 1.3)),
+        "fidelity-bare": hf.LogFidelity(2.0, None),
+        "gate": hf.SoftGate(1.0, 1.05),
+        "gate-sharp": hf.SoftGate(4.0, 0.5),
+        "truncated": hf.TruncatedRatio(5.0),
+        "truncated-both": hf.TruncatedRatio(1.2, 0.8),
+    }
+    return [
+        Case(
+            f"shape-{name}",
+            hf.Objective("token", shaping, hf.Hysteretic(0.6), "mean_length"),
+            responses=9,
+            length=6,
+            per_token_advantages=True,
+            ragged=False,
+        )
+        for name, shaping in kinds.items()
+    ]
+
+
+def sequences() -> list[Case]:
+    """Sequence-level ratios in every shaping that has one."""
+    kinds = {"clip": hf.Clip(3e-4, 4e-4), "fidelity": hf.LogFidelity(), "gate": hf.SoftGate(8.0, 9.0)}
+    return [
+        Case(f"sequence-{name}-{layout}-{per_token}",
+             hf.Objective("sequence", shaping, hf.Hysteretic(0.6), "response"), layout=layout,
+             small_ratios=True, per_token_advantages=per_token)
+        for name, shaping in kinds.items() for layout in ("padded", "packed") for per_token in (False, True)
+    ]  # fmt: skip
+
+
+def terms() -> list[Case]:
+    """Penalties, weights, normalisers, statistics, transforms, alone and together."""
+    preset = hf.Objective.preset
+    both = {"kl_coef": 0.04, "entropy_coef": 0.02}
+    cases = [
+        Case("kl", preset("grpo", kl_coef=0.04)),
+        Case("entropy", preset("hpo", entropy_coef=0.01)),
+        Case("entropy-penalty", preset("hpo", entropy_coef=-0.5)),
+        Case("kl-entropy-transform", preset("mhpo_ahpo", **both), options={"temperature": 0.7, "softcap": 6.0}),
+        Case("kl-entropy-sequence", preset("gspo", **both), small_ratios=True, options={"temperature": 1.3}),
+        Case("weights", preset("ahpo", **both), token_weights=True),
+        Case("weights-packed", preset("mhpo", **both), token_weights=True, layout="packed"),
+        Case("weights-sequence", preset("gspo"), token_weights=True, small_ratios=True),
+        Case("temperature", preset("mhpo_ahpo"), options={"temperature": 0.6}),
+        Case("softcap", preset("mhpo_ahpo"), options={"softcap": 5.0}),
+        Case("alpha-zero", hf.Objective("token", hf.Clip(), hf.Hysteretic(0.0), "mean_length")),
+        Case("on-policy", preset("mhpo_ahpo"), on_policy=True),
+        Case("on-policy-sequence", preset("gspo"), on_policy=True),
+        Case("on-policy-cispo", preset("cispo"), on_policy=True),
+        Case("narrow-clamp", preset("grpo", max_log_ratio=0.5, kl_coef=0.1)),
+    ]
+    for normalization in ("response", "mean_length", "group_mean_length", "constant"):
+        for layout in ("padded", "packed"):
+            for micro_batch in (False, True):
+                objective = preset("ahpo", normalization=normalization, max_length=5, kl_coef=0.02)
+                cases.append(
+                    Case(
+                        f"{normalization}-{layout}-{micro_batch}",
+                        objective,
+                        layout=layout,
+                        micro_batch=micro_batch,
+                    )
+                )
+    return cases
+
+
+def difficult_rows() -> list[Case]:
+    """Rows that overflow, cancel or vanish in careless arithmetic."""
+    plain, bonus = (hf.Objective.preset("mhpo_ahpo", entropy_coef=coef) for coef in (0.0, 0.01))
+    # The entropy's gradient p_j (E - z_j) cancels on flat rows, and against c's on peaked ones: no relative error.
+    kinds = [("peaked", plain), ("flat", plain), ("negative", bonus), ("minus_inf", bonus)]
+    return [
+        Case(f"{rows}-{str(dtype)[6:]}", objective, dtype, rows=rows)
+        for rows, objective in kinds
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+
+
+def vocabularies() -> list[Case]:
+    """Sizes that no block divides, one entry, and real ones."""
+    objective = hf.Objective.preset("mhpo_ahpo", entropy_coef=0.01)
+    small = [
+        Case(f"V{v}-{str(d)[6:]}", objective, d, vocabulary=v)
+        for v in (1, 2, 17, 997)
+        for d in (torch.float32, torch.bfloat16)
+    ]
+    return small + [
+        Case(f"V{v}-{str(d)[6:]}", objective, d, vocabulary=v, responses=4, length=2)
+        for v in (50257, 151936)
+        for d in (torch.float32, torch.bfloat16)
+    ]
+
+
+CASES = presets() + shapings() + sequences() + terms() + difficult_rows() + vocabularies()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_the_oracle(case: Case, backend: str, device: torch.device) -> None:
+    check(case, backend, device)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [c for c in CASES if c.name in ("hpo-bfloat16-padded", "weights", "sequence-clip-packed-True")],
+    ids=str,
+)
+def test_all_statistics(case: Case, backend: str, device: torch.device) -> None:
+    check(case, backend, device, skip_inactive=False)
+
+
+@pytest.mark.parametrize("scale", [0.37, -3.0])
+@pytest.mark.parametrize("name", ["grpo", "gspo"])
+def test_upstream_gradient(name: str, scale: float, backend: str, device: torch.device) -> None:
+    check(Case(f"upstream-{name}", PRESETS[name], small_ratios=name == "gspo"), backend, device, scale=scale)

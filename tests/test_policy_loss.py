@@ -1,0 +1,271 @@
+"""Behaviour of the public losses that no comparison with the oracle covers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import hpo_fused as hf
+
+from .equivalence import Case, build
+from .test_equivalence import PRESETS
+
+
+def arguments(device: torch.device, vocabulary: int = 211) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    logits = 2 * torch.randn(5, 4, vocabulary, generator=generator)
+    tokens = torch.randint(vocabulary, (5, 4), generator=generator)
+    old = hf.token_logprobs(logits, tokens).logprobs + 0.2 * torch.randn(5, 4, generator=generator)
+    return (
+        logits.to(device),
+        tokens.to(device),
+        torch.tensor([1.0, -1.0, 0.0, 0.5, -2.0], device=device),
+        old.to(device),
+    )
+
+
+@pytest.mark.parametrize("name", ["mhpo_ahpo", "gspo"])
+@pytest.mark.parametrize("vocabulary", [211, 50257])
+def test_bitwise_reproducible(name: str, vocabulary: int, backend: str, device: torch.device) -> None:
+    logits, tokens, advantages, old = arguments(device, vocabulary)
+    results = []
+    for _ in range(2):
+        leaf = logits.clone().requires_grad_()
+        out = hf.policy_loss(leaf, tokens, advantages, old_logprobs=old, objective=name, backend=backend)
+        out.loss.backward()
+        results.append((out.loss.detach(), out.logprobs, leaf.grad))
+    for first, second in zip(*results, strict=True):
+        torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("vocabulary", [211, 50257])
+def test_a_row_does_not_depend_on_the_others(vocabulary: int, backend: str, device: torch.device) -> None:
+    logits, tokens, advantages, old = arguments(device, vocabulary)
+    statistics = hf.BatchStatistics.from_batch(advantages, torch.ones_like(tokens))
+    whole = logits.clone().requires_grad_()
+    out = hf.policy_loss(whole, tokens, advantages, old_logprobs=old, statistics=statistics, backend=backend)
+    out.loss.backward()
+    for b, t in ((0, 1), (4, 3)):
+        leaf = logits[b : b + 1, t : t + 1].clone().requires_grad_()
+        alone = hf.policy_loss(
+            leaf,
+            tokens[b : b + 1, t : t + 1],
+            advantages[b : b + 1],
+            old_logprobs=old[b : b + 1, t : t + 1],
+            statistics=statistics,
+            backend=backend,
+        )
+        alone.loss.backward()
+        assert alone.logprobs.item() == out.logprobs[b, t].item()
+        torch.testing.assert_close(leaf.grad[0, 0], whole.grad[b, t], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["mhpo_ahpo", "gspo"])
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_nan_stays_in_its_row(name: str, poison: float, backend: str, device: torch.device) -> None:
+    logits, tokens, advantages, old = arguments(device)
+    gradients = []
+    for value in (0.0, poison):
+        leaf = logits.clone()
+        leaf[1, 2, 7] += value
+        leaf.requires_grad_()
+        out = hf.policy_loss(leaf, tokens, advantages, old_logprobs=old, objective=name, backend=backend)
+        out.loss.backward()
+        gradients.append(leaf.grad)
+    assert out.loss.isnan()
+    assert gradients[1][1, 2].isnan().any()
+    spared = torch.ones(5, 4, dtype=torch.bool)
+    spared[1, 2 if name == "mhpo_ahpo" else slice(None)] = False  # one ratio serves the whole response in GSPO
+    torch.testing.assert_close(gradients[1][spared], gradients[0][spared], rtol=0, atol=0)
+
+
+def test_rows_of_weight_zero_ignore_nan(backend: str, device: torch.device) -> None:
+    """A = 0, a caller's weight of 0 and alpha = 0 switch a row off, whatever it holds."""
+    logits, tokens, advantages, old = arguments(device)
+    weights = torch.ones(5, 4, device=device)
+    weights[0, 1] = 0
+    logits[2], logits[0, 1], logits[1] = torch.nan, torch.inf, torch.nan
+    old[2], old[0, 1] = torch.nan, -torch.inf
+    leaf = logits.requires_grad_()
+    objective = hf.Objective(weighting=hf.Hysteretic(0.0))
+    out = hf.policy_loss(
+        leaf,
+        tokens,
+        advantages,
+        old_logprobs=old,
+        token_weights=weights,
+        objective=objective,
+        backend=backend,
+    )
+    out.loss.backward()
+    assert out.loss.isfinite()
+    assert leaf.grad.isfinite().all()
+    assert not leaf.grad[2].any()
+    assert not leaf.grad[0, 1].any()
+    assert not leaf.grad[1].any()
+    assert out.active.tolist() == [[True, False, True, True], *[[b == 3] * 4 for b in range(1, 5)]]
+
+
+@pytest.mark.parametrize("name", sorted(set(PRESETS) - {"cispo"}))
+@pytest.mark.parametrize("old", [math.inf, -math.inf, 100.0, -100.0])
+def test_extreme_log_ratios_stay_finite(name: str, old: float, backend: str, device: torch.device) -> None:
+    logits, tokens, advantages, _ = arguments(device)
+    leaf = logits.requires_grad_()
+    objective = hf.Objective.preset(name, kl_coef=0.1, max_length=4)
+    extreme = torch.full((5, 4), old, device=device)
+    out = hf.policy_loss(
+        leaf,
+        tokens,
+        advantages,
+        old_logprobs=extreme,
+        ref_logprobs=extreme,
+        objective=objective,
+        backend=backend,
+    )
+    out.loss.backward()
+    assert out.loss.isfinite()
+    # Beyond max_log_ratio every derivative with respect to the log-ratio is zero.
+    assert not leaf.grad.any()
+
+
+def test_inactive_rows_are_loud(backend: str, device: torch.device) -> None:
+    logits, tokens, advantages, old = arguments(device)
+    lazy, full = (
+        hf.policy_loss(logits, tokens, advantages, old_logprobs=old, skip_inactive=skip, backend=backend)
+        for skip in (True, False)
+    )
+    assert lazy.logprobs[2].isnan().all()
+    assert lazy.entropy[2].isnan().all()
+    assert full.logprobs.isfinite().all()
+    assert lazy.loss.item() == full.loss.item()
+    assert torch.equal(lazy.active, full.active)
+
+
+def test_metrics(device: torch.device) -> None:
+    logprobs = torch.full((3, 2), -1.0, device=device)
+    old = torch.tensor([[-1.0, -1.5], [-0.5, -1.0], [-1.0, -9.0]], device=device)
+    mask = torch.tensor([[1, 1], [1, 1], [1, 0]], device=device)
+    advantages = torch.tensor([1.0, -1.0, 0.0], device=device)
+    objective = hf.Objective.preset("ahpo", kl_coef=0.1)
+    out = hf.logprob_policy_loss(
+        logprobs, advantages, old_logprobs=old, ref_logprobs=old, mask=mask, objective=objective
+    )
+    values = {key: value.item() for key, value in out.metrics().items()}
+    x = torch.tensor([0.0, 0.5, -0.5, 0.0, 0.0], dtype=torch.float64)
+    assert values.pop("ratio_mean") == pytest.approx(x.exp().mean().item(), rel=1e-6)
+    assert values.pop("clip_fraction") == pytest.approx(2 / 5)  # r = 1.65 with A > 0 and r = 0.61 with A < 0
+    assert values.pop("approx_kl") == pytest.approx((x.exp() - x - 1).mean().item(), rel=1e-6)
+    assert values.pop("kl_ref") == pytest.approx(((-x).exp() + x - 1).mean().item(), rel=1e-6)
+    assert values.pop("hysteretic_weight") == 1.0
+    assert values.pop("positive_fraction") == 0.5
+    assert values.pop("active_fraction") == 1.0  # the KL term reaches every unmasked row
+    assert not values
+
+    fidelity = hf.logprob_policy_loss(logprobs, advantages, old_logprobs=old, mask=mask, objective="mhpo").metrics()
+    psi = 1.5 * torch.tanh(x / 1.5)
+    zeta = torch.log1p(psi.exp()) ** 1.5 + (torch.log1p((-psi).exp()) / 0.8) ** 2
+    assert fidelity["psi_mean"].item() == pytest.approx(psi.mean().item(), abs=1e-7)
+    assert fidelity["hazard_mean"].item() == pytest.approx(zeta.mean().item(), rel=1e-6)
+    assert fidelity["survival_mean"].item() == pytest.approx((-zeta).exp().mean().item(), rel=1e-6)
+    assert fidelity["active_fraction"].item() == pytest.approx(4 / 5)
+    assert {"clip_fraction", "kl_ref", "hysteretic_weight", "entropy"}.isdisjoint(fidelity)
+
+
+def test_metrics_of_a_fused_call_skip_inactive_rows(backend: str, device: torch.device) -> None:
+    logits, tokens, advantages, old = arguments(device)
+    out = hf.policy_loss(logits, tokens, advantages, old_logprobs=old, backend=backend)
+    active = out.active
+    ratio = (out.logprobs - old)[active].exp().mean()
+    torch.testing.assert_close(out.metrics()["ratio_mean"], ratio)
+    torch.testing.assert_close(out.metrics()["entropy"], out.entropy[active].mean())
+    assert out.metrics()["active_fraction"].item() == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8])
+def test_any_integer_tokens(dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    logits, tokens, advantages, old = arguments(device, 100)
+    losses = [
+        hf.policy_loss(logits, t, advantages, old_logprobs=old, backend=backend).loss
+        for t in (tokens, tokens.to(dtype))
+    ]
+    assert losses[0].item() == losses[1].item()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32, torch.bfloat16])
+def test_any_mask(dtype: torch.dtype, device: torch.device) -> None:
+    logits, tokens, advantages, old = arguments(device)
+    mask = torch.rand(5, 4, device=device) < 0.5
+    losses = [hf.policy_loss(logits, tokens, advantages, old_logprobs=old, mask=m).loss for m in (mask, mask.to(dtype))]
+    assert losses[0].item() == losses[1].item()
+
+
+def test_transposed_and_sliced_logits(backend: str, device: torch.device) -> None:
+    """Only the last dimension has to be contiguous."""
+    logits, tokens, advantages, old = arguments(device)
+    expected = hf.policy_loss(logits, tokens, advantages, old_logprobs=old, backend=backend)
+    padded = torch.zeros(5, 4, 300, device=device)
+    padded[..., 50:261] = logits
+    for view in (logits.transpose(0, 1).contiguous().transpose(0, 1), padded[..., 50:261]):
+        leaf = view.detach().requires_grad_()
+        out = hf.policy_loss(leaf, tokens, advantages, old_logprobs=old, backend=backend)
+        out.loss.backward()
+        torch.testing.assert_close(out.loss.detach(), expected.loss)
+        assert leaf.grad.shape == logits.shape
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "gspo"])
+def test_logprob_loss_agrees(name: str, device: torch.device) -> None:
+    """From logits, or from log-probabilities that some other code computed: the same loss and gradient."""
+    made = build(Case(f"logprob-{name}", PRESETS[name]), device)
+    out = hf.policy_loss(made.logits, *made.positional, **made.keywords, skip_inactive=False)
+    out.loss.backward()
+    other = made.base.detach().clone().requires_grad_()
+    logits = other[:, :-1].nan_to_num()
+    chosen = logits.log_softmax(-1).gather(-1, made.positional[0].clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    again = hf.logprob_policy_loss(chosen, made.positional[1], **made.keywords)
+    again.loss.backward()
+    torch.testing.assert_close(again.loss, out.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(other.grad, made.base.grad, rtol=2e-3, atol=1e-6)
+
+
+def test_logprob_loss_in_low_precision(device: torch.device) -> None:
+    logprobs = torch.tensor([[-1.0, -2.0]], dtype=torch.bfloat16, device=device, requires_grad=True)
+    out = hf.logprob_policy_loss(logprobs, torch.tensor([2.0], device=device), objective="dapo")
+    out.loss.backward()
+    assert out.loss.dtype == torch.float32
+    assert logprobs.grad.dtype == torch.bfloat16
+    assert logprobs.grad.tolist() == [[-1.0, -1.0]]
+
+
+def test_backend_for(device: torch.device, backend: str) -> None:
+    tensor = torch.zeros(1, device=device)
+    assert hf.backend_for(tensor) == ("triton" if tensor.is_cuda and hf.backend.kernels is not None else "torch")
+    assert hf.backend_for(tensor, backend) == backend
+
+
+def test_more_than_65535_rows(backend: str, device: torch.device) -> None:
+    """No grid dimension may run out (65,535 is CUDA's limit for all but the first)."""
+    if backend == "triton" and device.type == "cpu":
+        advantages = torch.zeros(70000)  # inactive rows cost nothing, the interpreter's time would
+        advantages[-1] = 1
+    else:
+        advantages = torch.ones(70000, device=device)
+    logits = torch.zeros(70000, 1, 2, device=device, requires_grad=True)
+    tokens = torch.zeros(70000, 1, dtype=torch.long, device=device)
+    out = hf.policy_loss(logits, tokens, advantages, objective="grpo", backend=backend)
+    out.loss.backward()
+    assert logits.grad[-1, 0].tolist() == pytest.approx([-0.5 / 70000, 0.5 / 70000], rel=1e-5)
+
+
+def test_wide_strides_do_not_overflow(backend: str, device: torch.device) -> None:
+    """Row offsets past 2^31 elements: a view with a huge stride over a small piece of storage is enough."""
+    storage = torch.empty(2**31 + 4096, dtype=torch.bfloat16, device=device)
+    logits = storage.as_strided((2, 1, 64), (2**31, 64, 1))
+    logits.copy_(torch.randn(2, 1, 64))
+    tokens = torch.tensor([[3], [5]], device=device)
+    small = hf.token_logprobs(logits.clone(), tokens, backend=backend)
+    wide = hf.token_logprobs(logits, tokens, backend=backend)
+    assert torch.equal(small.logprobs, wide.logprobs)

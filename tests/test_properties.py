@@ -1,0 +1,59 @@
+"""Random shapes, layouts, masks and settings (hypothesis): the oracle decides."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import hpo_fused as hf
+
+from .conftest import BACKENDS, GPU
+from .equivalence import Case, check
+
+shapings = st.one_of(
+    st.builds(hf.Clip, low=st.sampled_from([0.0, 0.1, 0.2]), high=st.sampled_from([0.1, 0.28]),
+              delta=st.sampled_from([None, 1.5, 4.0]), dual=st.sampled_from([None, 3.0])),
+    st.builds(hf.LogFidelity, c=st.sampled_from([0.7, 1.5]), hazard=st.sampled_from([None, hf.Hazard(), hf.Hazard(1, 2, 3, 1)])),
+    st.builds(hf.SoftGate, tau_pos=st.sampled_from([0.5, 1.0]), tau_neg=st.sampled_from([1.05, 3.0])),
+    st.builds(hf.TruncatedRatio, high=st.sampled_from([1.5, 5.0]), low=st.sampled_from([None, 0.5])),
+)  # fmt: skip
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    shaping = draw(shapings)
+    level = "token" if isinstance(shaping, hf.TruncatedRatio) else draw(st.sampled_from(["token", "sequence"]))
+    objective = hf.Objective(
+        level,
+        shaping,
+        draw(st.sampled_from([None, hf.Hysteretic(0.3), hf.AdaptiveHysteretic(0.2)])),
+        draw(st.sampled_from(["response", "mean_length", "group_mean_length", "constant"])),
+        max_length=13,
+        kl_coef=draw(st.sampled_from([0.0, 0.05])),
+        entropy_coef=draw(st.sampled_from([0.0, 0.01])),
+    )
+    transform = {"temperature": draw(st.sampled_from([0.5, 1.0, 1.4]))}
+    if draw(st.booleans()):
+        transform["softcap"] = 8.0
+    return Case(
+        f"property-{draw(st.integers(0, 2**32))}",
+        objective,
+        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16])),
+        layout=draw(st.sampled_from(["padded", "packed"])),
+        vocabulary=draw(st.integers(2, 300)),
+        responses=draw(st.integers(2, 6)),
+        length=draw(st.integers(1, 7)),
+        on_policy=draw(st.booleans()),
+        per_token_advantages=draw(st.booleans()),
+        token_weights=draw(st.booleans()),
+        small_ratios=level == "sequence",
+        micro_batch=draw(st.booleans()),
+        options=transform,
+    )
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(case=cases(), backend=st.sampled_from(BACKENDS), skip_inactive=st.booleans())
+def test_any_combination(case: Case, backend: str, skip_inactive: bool) -> None:
+    check(case, backend, torch.device("cuda" if GPU else "cpu"), skip_inactive=skip_inactive)
