@@ -13,7 +13,6 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
-README = ROOT / "README.md"
 
 # A mapping for the two folders that move; everything below each of them is found, not listed.
 MOVED = {"hpo_fused.kernels": "kernels", "hpo_fused.bench": "bench"}
@@ -58,7 +57,7 @@ setup(
     name="hpo-fused",
     version=version(),
     description="Fused Triton kernels for GRPO-style reinforcement-learning losses of language models",
-    long_description=README.read_text(encoding="utf-8") if README.is_file() else "",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license_expression="Apache-2.0",
     license_files=["LICENSE"],

@@ -118,9 +118,7 @@ def covering_variants() -> list[Variant]:
     variants += [
         Variant("fused_policy_loss", "bf16", entropy=True),
         Variant("fused_policy_loss", "bf16", gradient=False, entropy=True),
-        Variant(
-            "fused_policy_loss", "bf16", softcap=True, entropy=True, entropy_term=True, kl=True, kind="clip"
-        ),
+        Variant("fused_policy_loss", "bf16", softcap=True, entropy=True, entropy_term=True, kl=True, kind="clip"),
         Variant("fused_policy_loss", "bf16", kind="clip", entropy=True, old=False),
         Variant("fused_policy_loss", "bf16", kind="soft_gate", entropy=True),
         Variant("fused_policy_loss", "bf16", kind="truncated_ratio", entropy=True, aligned_out=False),
@@ -135,7 +133,9 @@ def covering_variants() -> list[Variant]:
 def _arguments(variant: Variant) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """The kernel, the types of its run-time arguments and the values of its constexpr ones (None included)."""
     logits = f"*{variant.dtype}"
-    f32 = "*fp32"
+    f32: Any = "*fp32"  # stands where the NamedTuples hold a tensor
+    types: dict[str, Any]
+    switches: dict[str, Any]
     lengths = {"N": "i32", "T": "i32", "V": "i32", "stride_b": "i32", "stride_t": "i32"}
     out_strides = {"out_stride_b": "i32", "out_stride_t": "i32"}
     transform = {"transform": ("fp32",) * 3}
@@ -288,7 +288,8 @@ def _read_cubin(asm: Any) -> tuple[list[Instruction], int, int]:
 def _read_amdgcn(asm: Any) -> tuple[list[Instruction], int, int]:
     text = asm["amdgcn"]
     body = text[: text.index("s_endpgm")] if "s_endpgm" in text else text
-    lines, labels = [], {}
+    lines: list[str] = []
+    labels: dict[str, int] = {}
     for line in body.splitlines():
         line = line.split(";")[0].strip()
         if label := re.match(r"(\.LBB\w+):", line):
@@ -364,12 +365,9 @@ def main() -> None:
         return
     for r in records:
         loops = "  ".join(
-            f"{x.role}: {x.instructions} instr, {x.mufu} MUFU, {x.load_bytes}/{x.store_bytes} B"
-            for x in r.loops
+            f"{x.role}: {x.instructions} instr, {x.mufu} MUFU, {x.load_bytes}/{x.store_bytes} B" for x in r.loops
         )
-        print(
-            f"{r.target:7}{r.kernel:18} {r.variant:44} {r.registers:3} registers {r.spills} spills  {loops}"
-        )
+        print(f"{r.target:7}{r.kernel:18} {r.variant:44} {r.registers:3} registers {r.spills} spills  {loops}")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ turns log-probabilities into the loss; behind ``token_statistics`` it makes the 
 ratios need (a response's mean stands between the sweeps), and float16 logits too: there the upstream gradient,
 a loss scaler's factor, must enter before the gradient is rounded, or small entries underflow.
 
-In place the gradient takes the logits' storage. Functional operators cannot say that, so those two calls are plain
-autograd Functions around the same row functions.
+Eager code runs the fused loss through a plain autograd Function around the same row functions: its gradient is
+private, so that backward may scale it where it lies, or even take the logits' storage. A functional operator can say
+neither; what a compiler traces is the operator.
 """
 
 from __future__ import annotations
@@ -35,14 +36,6 @@ def _consume(ctx: Any, name: str) -> None:
     if getattr(ctx, "consumed", False):
         raise RuntimeError(_AGAIN.format(name))
     ctx.consumed = True
-
-
-def _scaled(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
-    """``gradient * factor``: in the gradient's own storage, except while a compiler traces."""
-    if type(gradient) is not Tensor:  # functional or fake: a compiled backward must not mutate what it saved
-        return (gradient * factor).to(gradient.dtype)
-    implementation(backend).scale_gradient(gradient, factor)
-    return gradient
 
 
 def _empty(condition: bool, like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -95,7 +88,7 @@ def _fused_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.mark_non_differentiable(logprobs, entropy, gradient)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(gradient)
-    ctx.backend, ctx.inputs = inputs[-1], len(inputs)
+    ctx.inputs = len(inputs)
 
 
 @once_differentiable
@@ -104,25 +97,28 @@ def _fused_backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor
     if upstream is None:
         return nothing
     (gradient,) = ctx.saved_tensors
-    _consume(ctx, "policy_loss")
-    return _scaled(gradient, upstream, ctx.backend), *nothing[1:]
+    return (gradient * upstream).to(gradient.dtype), *nothing[1:]
 
 
 _fused_op.register_autograd(_fused_backward, setup_context=_fused_setup)
 
 
-class _FusedInPlace(torch.autograd.Function):
+class _Fused(torch.autograd.Function):
+    """The operator as eager code runs it: the gradient is nobody else's, so backward scales it where it lies."""
+
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, tokens: Tensor, compute: Tensor, terms: TokenTerms, transform: LogitTransform,
-        spec: SurrogateSpec, entropy: bool, backend: str,
+        spec: SurrogateSpec, entropy: bool, inplace: bool, backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        out = logits if inplace else logits.new_empty(logits.shape)
         losses, logprobs, entropies = implementation(backend).fused_policy_loss(
-            logits, tokens, compute, terms, transform, spec, entropy=entropy, out=logits
+            logits, tokens, compute, terms, transform, spec, entropy=entropy, out=out
         )
-        torch.autograd.graph.increment_version(logits)
+        if inplace:
+            torch.autograd.graph.increment_version(logits)
         # Saved after the bump: whoever writes to the logits between here and backward is told so.
-        ctx.save_for_backward(logits)
+        ctx.save_for_backward(out)
         ctx.backend = backend
         entropies = logprobs.new_empty(0) if entropies is None else entropies
         ctx.mark_non_differentiable(logprobs, entropies)
@@ -133,30 +129,32 @@ class _FusedInPlace(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
-            return (None,) * 8
-        (logits,) = ctx.saved_tensors
+            return (None,) * 9
         _consume(ctx, "policy_loss")
-        return _scaled(logits.detach(), upstream, ctx.backend), *(None,) * 7
+        gradient = ctx.saved_tensors[0].detach()
+        implementation(ctx.backend).scale_gradient(gradient, upstream)
+        return gradient, *(None,) * 8
+
+
+def _traced(logits: Tensor) -> bool:
+    """Whether a compiler is looking: it needs the functional operators, which it can reason about."""
+    return torch.compiler.is_compiling() or type(logits) not in (Tensor, torch.nn.Parameter)
 
 
 def fused_policy_loss(
-    logits: Tensor,
-    tokens: Tensor,
-    compute: Tensor,
-    terms: TokenTerms,
-    transform: LogitTransform,
-    spec: SurrogateSpec,
-    *,
-    entropy: bool,
-    inplace: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    logits: Tensor, tokens: Tensor, compute: Tensor, terms: TokenTerms, transform: LogitTransform,
+    spec: SurrogateSpec, *, entropy: bool, inplace: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Loss (differentiable once), log-probabilities and entropy (detached) of a token-level objective."""
     gradient = torch.is_grad_enabled() and logits.requires_grad
-    if inplace and gradient and not torch.compiler.is_compiling():
-        loss, logprobs, entropies = _FusedInPlace.apply(  # type: ignore[no-untyped-call]
-            logits, tokens, compute, terms, transform, spec, entropy, backend
+    if gradient and not _traced(logits):
+        loss, logprobs, entropies = _Fused.apply(  # type: ignore[no-untyped-call]
+            logits, tokens, compute, terms, transform, spec, entropy, inplace, backend
         )
+        if inplace:
+            # A view whose version has moved rebuilds its grad_fn when that is next read; register_hook does not
+            # read it first and crashes (PyTorch 2.13, segmentation fault).
+            _ = logits.grad_fn
     else:
         loss, logprobs, entropies, _ = _fused_op(
             logits, tokens, compute, *terms, *transform, *spec, entropy, gradient, backend
@@ -287,8 +285,8 @@ class _StatisticsInPlace(torch.autograd.Function):
     def backward(
         ctx: Any, upstream_logprobs: Tensor | None, upstream_entropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        logits, tokens, compute, logprobs, maximum, rest, entropy = ctx.saved_tensors
         _consume(ctx, "policy_loss(inplace=True)")
+        logits, tokens, compute, logprobs, maximum, rest, entropy = ctx.saved_tensors
         c = _coefficients(upstream_logprobs, compute, logprobs)
         h = _coefficients(upstream_entropy, compute, logprobs) if entropy is not None else None
         if c is None and h is None:
@@ -312,7 +310,7 @@ def token_statistics(
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     """Differentiable log-probabilities and entropy, NaN in rows not computed; their gradient runs the second sweep."""
-    if inplace and torch.is_grad_enabled() and logits.requires_grad and not torch.compiler.is_compiling():
+    if inplace and torch.is_grad_enabled() and logits.requires_grad and not _traced(logits):
         logprobs, entropies = _StatisticsInPlace.apply(  # type: ignore[no-untyped-call]
             logits, tokens, compute, transform, entropy, backend
         )
@@ -367,8 +365,8 @@ def _logprob_backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tens
     nothing: tuple[None, ...] = (None,) * ctx.inputs
     if upstream is None:
         return nothing
-    c, h = ctx.saved_tensors
     _consume(ctx, "the policy loss")
+    c, h = ctx.saved_tensors
     return c * upstream, h * upstream if h.dim() > 1 else None, *nothing[2:]
 
 

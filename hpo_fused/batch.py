@@ -60,7 +60,7 @@ class Layout(NamedTuple):
     def rows(self, value: Tensor) -> Tensor:
         """A [B] or per-token tensor as one entry per row: [B, T] or [1, N], by broadcasting or gathering."""
         if self.response_of_row is None:
-            return value.reshape(value.shape[0], -1).expand(self.mask.shape)
+            return (value if value.dim() == 2 else value.unsqueeze(-1)).expand(self.mask.shape)
         if value.shape[0] == self.responses and value.dim() == 1:
             value = value[self.response_of_row]
         return value.reshape(self.mask.shape)

@@ -26,6 +26,10 @@ def found(value: object) -> str:
     return f"{type(value).__name__} {value!r}"
 
 
+def _listed(shapes: Sequence[tuple[int, ...]]) -> str:
+    return " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
+
+
 def check_tensor(
     name: str,
     value: object,
@@ -42,9 +46,8 @@ def check_tensor(
         TypeError: not a tensor, or a dtype outside ``kind``.
         ValueError: another shape or device.
     """
-    wanted = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected {_ARTICLE[kind]} tensor of shape {wanted}, got {found(value)}")
+        raise TypeError(f"{name}: expected {_ARTICLE[kind]} tensor of shape {_listed(shapes)}, got {found(value)}")
     floating, integer = value.is_floating_point(), value.dtype in INTEGER_DTYPES
     fits = {
         "integer": integer,
@@ -53,9 +56,9 @@ def check_tensor(
         "number": floating or integer,
     }[kind]
     if not fits:
-        raise TypeError(f"{name}: expected {_ARTICLE[kind]} tensor of shape {wanted}, got {found(value)}")
+        raise TypeError(f"{name}: expected {_ARTICLE[kind]} tensor of shape {_listed(shapes)}, got {found(value)}")
     if tuple(value.shape) not in shapes:
-        raise ValueError(f"{name}: expected shape {wanted}, got {found(value)}")
+        raise ValueError(f"{name}: expected shape {_listed(shapes)}, got {found(value)}")
     if value.device != device:
         raise ValueError(f"{name}: expected a tensor on {device}, got {found(value)}")
     return value

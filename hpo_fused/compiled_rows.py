@@ -127,7 +127,7 @@ class CompiledSweeps(NamedTuple):
 
 _lock = threading.Lock()
 _compiled: dict[tuple[torch.dtype, bool, int], CompiledSweeps] = {}
-_failed = False
+_failure = threading.Event()
 
 
 def compiled_sweeps(logits: Tensor, transform: LogitTransform) -> CompiledSweeps | None:
@@ -136,7 +136,6 @@ def compiled_sweeps(logits: Tensor, transform: LogitTransform) -> CompiledSweeps
     Raises:
         Exception: what torch.compile raised, where the environment variable is "1".
     """
-    global _failed
     setting = os.environ.get(ENVIRONMENT_VARIABLE, "")
     if setting == "0" or logits.device.type != "cpu" or logits.shape[-1] < MINIMUM_WIDTH:
         return None
@@ -144,11 +143,11 @@ def compiled_sweeps(logits: Tensor, transform: LogitTransform) -> CompiledSweeps
     key = (logits.dtype, transform.softcap is not None, torch.get_num_threads())
     if key not in _compiled:
         with _lock:
-            if key not in _compiled and (not _failed or setting == "1"):
+            if key not in _compiled and (not _failure.is_set() or setting == "1"):
                 try:
                     _compiled[key] = _compile(*key)
                 except Exception:
-                    _failed = True
+                    _failure.set()
                     if setting == "1":
                         raise
     return _compiled.get(key)

@@ -59,7 +59,9 @@ def _check_tokens(tokens: Tensor, width: int) -> None:
         return
     low, high = (int(bound) for bound in tokens.aminmax())
     if low < 0 or high >= width:
-        raise ValueError(f"tokens: expected ids in [0, {width}) at unmasked positions, got {low if low < 0 else high}")
+        raise ValueError(
+            f"tokens: expected ids in [0, {width}) at unmasked positions, got {low if low < 0 else high}"
+        )
 
 
 def _transformed(logits: Tensor, transform: LogitTransform) -> Tensor:
@@ -75,7 +77,9 @@ def _scale(transform: LogitTransform) -> float:
 class _Row:
     """What a row's statistics say about its sampled token, in wide precision: d_y, e_y, the sum S and log S."""
 
-    def __init__(self, target_logits: Tensor, maximum: Tensor, rest: Tensor, transform: LogitTransform) -> None:
+    def __init__(
+        self, target_logits: Tensor, maximum: Tensor, rest: Tensor, transform: LogitTransform
+    ) -> None:
         self.difference = _transformed(target_logits, transform) - maximum
         self.exponential = self.difference.exp()
         self.sum = rest + self.exponential
@@ -85,11 +89,14 @@ class _Row:
         self.logprob = torch.where(peaked, -odds, self.difference - self.sum.log())
 
 
-def _finish_statistics(shift: Tensor, rest: Tensor, weighted: Tensor, target_logits: Tensor,
-                       transform: LogitTransform) -> RowStatistics:
+def _finish_statistics(
+    shift: Tensor, rest: Tensor, weighted: Tensor, target_logits: Tensor, transform: LogitTransform
+) -> RowStatistics:
     """Statistics relative to the maximum, from a sweep's sums relative to its shift (all [padded_rows])."""
     wide = _wide(shift)
-    shift, rest, weighted, target_logits = (entry.to(wide) for entry in (shift, rest, weighted, target_logits))
+    shift, rest, weighted, target_logits = (
+        entry.to(wide) for entry in (shift, rest, weighted, target_logits)
+    )
     maximum = (shift * _scale(transform)).to(torch.float32)
     # The float32 maximum is not exactly scale * shift where scale is not 1: the sums move by the difference.
     gap = shift * _scale(transform) - maximum.to(wide)
@@ -97,10 +104,14 @@ def _finish_statistics(shift: Tensor, rest: Tensor, weighted: Tensor, target_log
     row = _Row(target_logits, maximum.to(wide), rest, transform)
     weighted = weighted + torch.where(row.exponential > 0, row.exponential * row.difference, 0.0)
     entropy = row.log_sum - weighted / row.sum
-    return RowStatistics(row.logprob.to(torch.float32), maximum, rest.to(torch.float32), entropy.to(torch.float32))
+    return RowStatistics(
+        row.logprob.to(torch.float32), maximum, rest.to(torch.float32), entropy.to(torch.float32)
+    )
 
 
-def _sweep_statistics(sweeps: Sweeps, logits: RowSelection, start: int, stop: int, tokens: Tensor) -> RowStatistics:
+def _sweep_statistics(
+    sweeps: Sweeps, logits: RowSelection, start: int, stop: int, tokens: Tensor
+) -> RowStatistics:
     """Statistics of rows [start, stop), each [padded_rows]; ``tokens``: the selection's, padded."""
     tokens = tokens[start : start + sweeps.padded_rows]
     shift, rest, weighted = sweeps.statistics(logits, start, stop, tokens)
@@ -109,8 +120,18 @@ def _sweep_statistics(sweeps: Sweeps, logits: RowSelection, start: int, stop: in
     return _finish_statistics(shift, rest, weighted, target_logits, sweeps.transform)
 
 
-def _sweep_gradient(sweeps: Sweeps, logits: RowSelection, out: RowSelection, start: int, stop: int, tokens: Tensor,
-                    statistics: RowStatistics, c: Tensor, h: Tensor | None, live: Tensor | None = None) -> None:
+def _sweep_gradient(
+    sweeps: Sweeps,
+    logits: RowSelection,
+    out: RowSelection,
+    start: int,
+    stop: int,
+    tokens: Tensor,
+    statistics: RowStatistics,
+    c: Tensor,
+    h: Tensor | None,
+    live: Tensor | None = None,
+) -> None:
     """Writes the gradient of rows [start, stop) to ``out``; ``tokens`` and all after it are [padded_rows].
 
     dL/dz'_j = e'_j / S * (h * (E - d'_j) - c) with e', d' relative to the maximum and E = E_p[d'] = log S - H; in
@@ -143,8 +164,9 @@ def _sweep_gradient(sweeps: Sweeps, logits: RowSelection, out: RowSelection, sta
     out.put(start, stop, tokens[:count], target[:count])
 
 
-def token_statistics(logits: Tensor, tokens: Tensor, compute: Tensor, transform: LogitTransform, *,
-                     entropy: bool) -> RowStatistics:
+def token_statistics(
+    logits: Tensor, tokens: Tensor, compute: Tensor, transform: LogitTransform, *, entropy: bool
+) -> RowStatistics:
     """Log-probability of each row's token, and what ``token_gradient`` needs to know about the row.
 
     Args:
@@ -171,13 +193,20 @@ def token_statistics(logits: Tensor, tokens: Tensor, compute: Tensor, transform:
             for start in range(0, len(selection), sweeps.chunk_rows):
                 stop = min(start + sweeps.chunk_rows, len(selection))
                 statistics = _sweep_statistics(sweeps, selection, start, stop, selected_tokens)
-                for whole, part in zip(full, statistics):
+                for whole, part in zip(full, statistics[: len(full)], strict=True):
                     whole.view(-1)[positions[start:stop]] = part[: stop - start]
         return RowStatistics(*full[:3], full[3] if entropy else None)
 
 
-def token_gradient(logits: Tensor, tokens: Tensor, statistics: RowStatistics, logprob_coefficients: Tensor,
-                   entropy_coefficients: Tensor | None, transform: LogitTransform, out: Tensor) -> None:
+def token_gradient(
+    logits: Tensor,
+    tokens: Tensor,
+    statistics: RowStatistics,
+    logprob_coefficients: Tensor,
+    entropy_coefficients: Tensor | None,
+    transform: LogitTransform,
+    out: Tensor,
+) -> None:
     """Writes dL/dlogits to ``out``, given c = dL/dlogp and h = dL/dH of each row.
 
     Args:
@@ -213,9 +242,17 @@ def token_gradient(logits: Tensor, tokens: Tensor, statistics: RowStatistics, lo
         _zero(out, ~live)
 
 
-def fused_policy_loss(logits: Tensor, tokens: Tensor, compute: Tensor, terms: TokenTerms, transform: LogitTransform,
-                      spec: SurrogateSpec, *, entropy: bool,
-                      out: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def fused_policy_loss(
+    logits: Tensor,
+    tokens: Tensor,
+    compute: Tensor,
+    terms: TokenTerms,
+    transform: LogitTransform,
+    spec: SurrogateSpec,
+    *,
+    entropy: bool,
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Each row's loss and, in ``out``, the gradient of their sum: token-level objectives, one read of the logits.
 
     Args:
@@ -255,19 +292,39 @@ def fused_policy_loss(logits: Tensor, tokens: Tensor, compute: Tensor, terms: To
                 statistics = _sweep_statistics(sweeps, selection, start, stop, selected_tokens)
                 row_terms = TokenTerms(*(None if entry is None else entry[part] for entry in selected_terms))
                 loss = token_loss(spec, row_terms, statistics.logprobs, statistics.entropy)
-                for whole, rows in zip((losses, logprobs, entropies), (loss.losses, *statistics[0::3])):
+                for whole, rows in zip(
+                    (losses, logprobs, entropies), (loss.losses, *statistics[0::3]), strict=True
+                ):
                     whole.view(-1)[here] = rows[: stop - start]
                 if target is not None:
-                    live = _gradient_of_chunk(sweeps, selection, target, start, stop, selected_tokens[part],
-                                              statistics, loss.logprob_coefficients, loss.entropy_coefficients)  # fmt: skip
+                    live = _gradient_of_chunk(
+                        sweeps,
+                        selection,
+                        target,
+                        start,
+                        stop,
+                        selected_tokens[part],
+                        statistics,
+                        loss.logprob_coefficients,
+                        loss.entropy_coefficients,
+                    )
                     written[here] = live
         if out is not None:
             _zero(out, ~written)
         return losses, logprobs, entropies if entropy or spec.entropy_coef != 0 else None
 
 
-def _gradient_of_chunk(sweeps: Sweeps, logits: RowSelection, out: RowSelection, start: int, stop: int, tokens: Tensor,
-                       statistics: RowStatistics, c: Tensor, h: Tensor | None) -> Tensor:
+def _gradient_of_chunk(
+    sweeps: Sweeps,
+    logits: RowSelection,
+    out: RowSelection,
+    start: int,
+    stop: int,
+    tokens: Tensor,
+    statistics: RowStatistics,
+    c: Tensor,
+    h: Tensor | None,
+) -> Tensor:
     """The second sweep over those rows [start, stop) whose c or h is not 0. Returns which of them are now written."""
     live = c != 0 if h is None else (c != 0) | (h != 0)
     count = stop - start
@@ -282,8 +339,17 @@ def _gradient_of_chunk(sweeps: Sweeps, logits: RowSelection, out: RowSelection, 
         positions = logits.positions[start:stop][chosen]
         rows = RowStatistics(*(gather(entry) for entry in statistics))
         logits, out = RowSelection(logits.tensor, positions), RowSelection(out.tensor, positions)
-        _sweep_gradient(sweeps, logits, out, 0, chosen.numel(), gather(tokens), rows, gather(c),
-                        None if h is None else gather(h))  # fmt: skip
+        _sweep_gradient(
+            sweeps,
+            logits,
+            out,
+            0,
+            chosen.numel(),
+            gather(tokens),
+            rows,
+            gather(c),
+            None if h is None else gather(h),
+        )
     return live[:count]
 
 

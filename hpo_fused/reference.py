@@ -174,7 +174,7 @@ def logprob_policy_loss(
         if objective.ratio_level == "sequence":
             x = x.mean().expand(lengths[i])
         s = _surrogate(objective, x.clamp(-bound, bound), advantage, logp)
-        a = torch.where(advantage < 0, alpha, 1.0).to(dtype)
+        a = torch.ones_like(advantage).masked_fill(advantage < 0, alpha)
         u = 1.0 if token_weights is None else of_response(token_weights, i, place)
         loss = -n * u * a * s
         if objective.kl_coef != 0:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from bisect import bisect_right
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -112,12 +113,10 @@ def prefer_huge_pages(tensor: Tensor) -> None:
     """
     if tensor.device.type != "cpu" or not sys.platform.startswith("linux") or tensor.numel() == 0:
         return
-    extent = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) + 1
+    extent = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
     first = -(-tensor.data_ptr() // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
     last = (tensor.data_ptr() + extent * tensor.element_size()) // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
     if last - first < 16 * _HUGE_PAGE_BYTES:
         return
-    try:
+    with suppress(OSError, AttributeError):
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_HUGEPAGE)
-    except (OSError, AttributeError):
-        pass

@@ -13,17 +13,22 @@ from .compiled_rows import LOWEST, compiled_sweeps, scales
 from .row_chunks import RowSelection
 from .rows import LogitTransform
 
-# Bytes of logits per chunk of the compiled sweeps. The sweeps are bound by arithmetic, not by memory: 2 and 20 MB
-# measured alike on an idle machine. On a busy one each chunk costs some barriers between threads, of which one may
-# have to wait for its time slice, so that few large chunks are better. Twice this is the most that staging takes.
-_COMPILED_CHUNK_BYTES = 20_000_000
+# Bytes of logits per chunk of the compiled sweeps, which need no buffers. They are bound by arithmetic, not by
+# memory, so that finding a chunk in the cache gains little; each chunk costs 0.3 ms of small operations and some
+# barriers between threads, and where other processes hold the cores, a barrier waits for a time slice.
+_COMPILED_CHUNK_BYTES = 160_000_000
+
+# Per-token functions stay below ATen's parallelisation grain of 32768 entries (see TOKEN_PADDING).
+_COMPILED_CHUNK_ROWS = 16384
+
+# Bytes of a staging buffer, for rows that do not lie side by side; at most two are in use.
+_STAGING_BYTES = 16_000_000
 
 # Entries of a float32 working buffer of the plain sweeps; two of them, 16 MiB, stay in a last-level cache. On a GPU
 # larger, for a launch must keep it busy.
 _PLAIN_CHUNK_ENTRIES = {"cpu": 1 << 21}
 _PLAIN_CHUNK_ENTRIES_OTHER = 1 << 22
 _PLAIN_CHUNK_ROWS = 1024
-_COMPILED_CHUNK_ROWS = 1024
 
 # Per-token tensors are padded to a multiple of this: ATen's vector and scalar code for one function may round
 # differently, and the scalar one runs on what is left over of a whole number of vectors (2 x 16 floats at most).
@@ -42,22 +47,21 @@ class Sweeps:
         self.transform = transform
         self.compiled = compiled_sweeps(logits, transform)
         if self.compiled is not None:
-            threads = torch.get_num_threads()
             row_bytes = width * logits.element_size()
-            rows = _COMPILED_CHUNK_BYTES // row_bytes
-            rows = rows // threads * threads or rows
-            self.chunk_rows = max(2, min(rows, _COMPILED_CHUNK_ROWS))
+            self.chunk_rows = min(max(2, _COMPILED_CHUNK_BYTES // row_bytes), _COMPILED_CHUNK_ROWS)
+            self._staging_rows = min(max(2, _STAGING_BYTES // row_bytes), self.chunk_rows)
             self._constants = scales(transform)
         else:
             entries = _PLAIN_CHUNK_ENTRIES.get(logits.device.type, _PLAIN_CHUNK_ENTRIES_OTHER)
-            self.chunk_rows = min(max(1, entries // width), _PLAIN_CHUNK_ROWS)
+            self.chunk_rows = self._staging_rows = min(max(1, entries // width), _PLAIN_CHUNK_ROWS)
         self.padded_rows = -(-self.chunk_rows // TOKEN_PADDING) * TOKEN_PADDING
         self._buffers: dict[str, Tensor] = {}
         self._like = logits
 
     def _buffer(self, name: str, dtype: torch.dtype) -> Tensor:
         if name not in self._buffers:
-            self._buffers[name] = torch.zeros(self.chunk_rows, self._like.shape[-1], dtype=dtype, device=self._like.device)
+            shape, device = (self._staging_rows, self._like.shape[-1]), self._like.device
+            self._buffers[name] = torch.zeros(shape, dtype=dtype, device=device)
         return self._buffers[name]
 
     def _padded(self, values: Tensor) -> Tensor:
@@ -65,28 +69,41 @@ class Sweeps:
         result[: values.numel()] = values
         return result
 
-    def statistics(self, logits: RowSelection, start: int, stop: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def statistics(
+        self, logits: RowSelection, start: int, stop: int, tokens: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """shift = max u, sum over j != y of e_j, and of e_j * d_j, of rows [start, stop).
 
         ``tokens`` int64 and the results float32 are [padded_rows]; entries past the rows are of no meaning.
         """
-        count = stop - start
         if self.compiled is None:
             results = self._plain_statistics(logits, start, stop, tokens[: self.chunk_rows])
         else:
-            rows = logits.view(start, stop) if count > 1 else None
-            if rows is None:
-                rows = self._staged(logits, start, stop)
-            results = self.compiled.statistics(rows, tokens[: rows.shape[0]].to(torch.int32), *self._constants)
+            parts = []
+            for first, last in self._pieces(start, stop, logits):
+                rows = self._rows(logits, first, last)
+                ids = tokens[first - start : first - start + rows.shape[0]].to(torch.int32)
+                part = self.compiled.statistics(rows, ids, *self._constants)
+                parts.append([entry[: last - first] for entry in part])
+            results = tuple(torch.cat(entries) for entries in zip(*parts, strict=True))
         shift, rest, weighted = (self._padded(result) for result in results)
         return shift, rest, weighted
 
-    def gradient(self, logits: RowSelection, out: RowSelection, start: int, stop: int, shift: Tensor, factor: Tensor,
-                 slope: Tensor, live: Tensor | None = None) -> None:
+    def gradient(
+        self,
+        logits: RowSelection,
+        out: RowSelection,
+        start: int,
+        stop: int,
+        shift: Tensor,
+        factor: Tensor,
+        slope: Tensor,
+        live: Tensor | None = None,
+    ) -> None:
         """Writes e_j * (factor - slope * d_j) * softcap's derivative to the rows [start, stop) of ``out``.
 
         ``shift``, ``factor``, ``slope``: float32 [padded_rows]. Rows where ``live`` (bool [padded_rows]) is False
-        get zeros.
+        get zeros; only the plain sweeps take it.
         """
         if self.compiled is None:
             gradient = self._plain_gradient(logits, start, stop, shift, factor, slope)
@@ -94,21 +111,33 @@ class Sweeps:
                 gradient.masked_fill_(~live[: self.chunk_rows, None], 0.0)
             out.store(start, stop, gradient)
             return
-        rows = logits.view(start, stop) if stop - start > 1 else None
-        if rows is None:
-            rows = self._staged(logits, start, stop)
-        count = rows.shape[0]
-        target = out.view(start, stop) if stop - start > 1 else None
-        staged = target is None
-        if target is None:
-            target = torch.from_dlpack(self._buffer("out", self._like.dtype)[:count])
-        per_row = (entry[:count].clone() for entry in (shift, factor, slope))
-        self.compiled.gradient(rows, *per_row, *self._constants, target)
-        if staged:
-            out.store(start, stop, target)
+        assert live is None
+        for first, last in self._pieces(start, stop, logits, out):
+            rows = self._rows(logits, first, last)
+            count = rows.shape[0]
+            target = out.view(first, last) if last - first > 1 else None
+            written = target
+            if written is None:
+                written = torch.from_dlpack(self._buffer("out", self._like.dtype)[:count])
+            per_row = (
+                entry[first - start : first - start + count].clone() for entry in (shift, factor, slope)
+            )
+            self.compiled.gradient(rows, *per_row, *self._constants, written)
+            if target is None:
+                out.store(first, last, written)
 
-    def _staged(self, logits: RowSelection, start: int, stop: int) -> Tensor:
-        """Rows that do not lie side by side, copied; a single one beside a spare one (torch.compile fixes sizes of 1)."""
+    def _pieces(self, start: int, stop: int, *selections: RowSelection) -> list[tuple[int, int]]:
+        """Rows [start, stop) in one piece where they lie side by side, else in pieces that can be staged."""
+        if stop - start > 1 and all(selection.view(start, stop) is not None for selection in selections):
+            return [(start, stop)]
+        step = self._staging_rows
+        return [(first, min(first + step, stop)) for first in range(start, stop, step)]
+
+    def _rows(self, logits: RowSelection, start: int, stop: int) -> Tensor:
+        """Rows as a contiguous [n, V] tensor, n >= 2: torch.compile would make another program for one row."""
+        rows = logits.view(start, stop) if stop - start > 1 else None
+        if rows is not None:
+            return rows
         buffer = self._buffer("rows", self._like.dtype)
         logits.load(start, stop, buffer)
         return torch.from_dlpack(buffer[: max(2, stop - start)])
@@ -125,7 +154,9 @@ class Sweeps:
         values.sub_(shift[:, None]).mul_((softcap or 1.0) / self.transform.temperature)
         return values, shift
 
-    def _plain_statistics(self, logits: RowSelection, start: int, stop: int, tokens: Tensor) -> tuple[Tensor, ...]:
+    def _plain_statistics(
+        self, logits: RowSelection, start: int, stop: int, tokens: Tensor
+    ) -> tuple[Tensor, ...]:
         values = self._buffer("values", torch.float32)
         logits.load(start, stop, values)
         differences, shift = self._plain_differences(values, None)
@@ -134,8 +165,9 @@ class Sweeps:
         rest = exponentials.sum(-1)
         return shift, rest, exponentials.mul_(differences).sum(-1)
 
-    def _plain_gradient(self, logits: RowSelection, start: int, stop: int, shift: Tensor, factor: Tensor,
-                        slope: Tensor) -> Tensor:
+    def _plain_gradient(
+        self, logits: RowSelection, start: int, stop: int, shift: Tensor, factor: Tensor, slope: Tensor
+    ) -> Tensor:
         values = self._buffer("values", torch.float32)
         logits.load(start, stop, values)
         shift, factor, slope = (entry[: self.chunk_rows] for entry in (shift, factor, slope))

@@ -137,9 +137,8 @@ def fused_policy_loss(
     if spec.kl_coef != 0 and terms.ref_logprobs is None:
         raise ValueError("ref_logprobs: expected a tensor beside a non-zero kl_coef, got None")
     entropy = entropy or spec.entropy_coef != 0
-    losses, logprobs, entropies = (torch.empty_like(terms.advantages) for _ in range(3))
-    if not entropy:
-        entropies = None
+    losses, logprobs = torch.empty_like(terms.advantages), torch.empty_like(terms.advantages)
+    entropies = torch.empty_like(losses) if entropy else None
     if B * T == 0:
         return losses, logprobs, entropies
     softcap, aligned = transform.softcap is not None, out is None or same_alignment(logits, out)

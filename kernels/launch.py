@@ -59,7 +59,7 @@ class LaunchConfiguration(NamedTuple):
 _MEMORY_SIDE_CACHE = {"gfx942": 256 * _MB, "gfx950": 256 * _MB}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def machine(device_index: int) -> Machine:
     """Properties of one device; looked up once, since the driver call costs more than a launch."""
     properties = torch.cuda.get_device_properties(device_index)

@@ -31,7 +31,7 @@ def scale_gradient_kernel(
 
 
 def scale_gradient(gradient: Tensor, factor: Tensor) -> None:
-    """``gradient`` [B, T, V] times the 0-d float32 ``factor`` on its device, in place: float32 product, one rounding."""
+    """``gradient`` [B, T, V] *= ``factor``, 0-d float32 on the same device: float32 product, rounded once."""
     B, T, V = gradient.shape
     if B * T == 0:
         return

@@ -69,7 +69,7 @@ def token_gradient(
     transform: LogitTransform,
     out: Tensor,
 ) -> None:
-    """Write the gradient of a loss with dloss/dlogp and dloss/dH given per token to ``out``, which may be ``logits``."""
+    """Write to ``out``, which may be ``logits``, the gradient of a loss whose dloss/dlogp and dloss/dH are given."""
     B, T, V = logits.shape
     if B * T == 0:
         return

@@ -39,9 +39,7 @@ def token_statistics_kernel(
         if tl.load(compute + row):
             start = logits + row_offset(row, T, stride_b, stride_t)
             y = checked_token(tl.load(tokens + row), V)
-            lanes = sweep_statistics(
-                start, V, y, transform, LANES, VEC, UNROLL, SOFTCAP, ENTROPY, "evict_first"
-            )
+            lanes = sweep_statistics(start, V, y, transform, LANES, VEC, UNROLL, SOFTCAP, ENTROPY, "evict_first")
             z_y = load_target(start, y)
             logprob, maximum, rest, entropy = row_statistics(lanes, z_y, transform, SOFTCAP, ENTROPY)
         tl.store(statistics.logprobs + row, logprob)
@@ -56,10 +54,8 @@ def token_statistics(
 ) -> RowStatistics:
     """Statistics of every row of ``logits`` [B, T, V] where ``compute``; NaN, without reading the row, elsewhere."""
     B, T, V = logits.shape
-    per_token = [
-        torch.empty(B, T, dtype=torch.float32, device=logits.device) for _ in range(4 if entropy else 3)
-    ]
-    statistics = RowStatistics(*per_token[:3], per_token[3] if entropy else None)
+    logprobs, maximum, rest = (torch.empty(B, T, dtype=torch.float32, device=logits.device) for _ in range(3))
+    statistics = RowStatistics(logprobs, maximum, rest, torch.empty_like(rest) if entropy else None)
     if B * T == 0:
         return statistics
     softcap = transform.softcap is not None

@@ -103,7 +103,7 @@ def _load_step(
             tile = tl.load(body + base + offsets, mask=mask, other=float("-inf"), eviction_policy=POLICY)
         else:
             tile = tl.load(body + base + offsets, eviction_policy=POLICY)
-        tiles = tiles + (tile,)
+        tiles = tiles + (tile,)  # type: ignore[assignment]
     return tiles
 
 
@@ -188,11 +188,11 @@ def sweep_statistics(
         tiles = ()
         for i in tl.static_range(UNROLL):
             v, _ = _squash(raw[i], transform, SOFTCAP)
-            tiles = tiles + (v,)
+            tiles = tiles + (v,)  # type: ignore[assignment]
         if step == y_step:
             others = ()
             for i in tl.static_range(UNROLL):
-                others = others + (_without_target(tiles[i], step, i, y_element, LANES, VEC, UNROLL),)
+                others = others + (_without_target(tiles[i], step, i, y_element, LANES, VEC, UNROLL),)  # type: ignore[assignment]
             tiles = others
         peak, total, moment = _absorb(peak, total, moment, tiles, scale, UNROLL, MOMENT)
     if steps * (LANES * UNROLL) < groups:
@@ -202,7 +202,7 @@ def sweep_statistics(
             v, _ = _squash(raw[i], transform, SOFTCAP)
             if SOFTCAP:  # a padded -inf has become -1, the smallest legitimate value
                 v = tl.where(_group_mask(steps, i, groups, LANES, UNROLL), v, float("-inf"))
-            tiles = tiles + (_without_target(v, steps, i, y_element, LANES, VEC, UNROLL),)
+            tiles = tiles + (_without_target(v, steps, i, y_element, LANES, VEC, UNROLL),)  # type: ignore[assignment]
         peak, total, moment = _absorb(peak, total, moment, tiles, scale, UNROLL, MOMENT)
 
     return peak, total, moment
@@ -264,9 +264,7 @@ def row_gradient(
     head, groups = _frame(row, V, VEC)
     body = tl.multiple_of(row + head, 16)
     out_body = out + head
-    if (
-        ALIGNED_OUT
-    ):  # ``out`` has the row's alignment; otherwise the compiler finds narrower coalesced stores itself
+    if ALIGNED_OUT:  # the rows' alignment; otherwise the compiler itself finds narrower, coalesced stores
         out_body = tl.multiple_of(out_body, 16)
     dtype: tl.constexpr = out.dtype.element_ty
     peak = maximum * LOG2E

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 import pytest
@@ -76,9 +75,10 @@ def test_inplace_gives_the_same_gradient(
         produced = leaf * 1  # what a language-model head would return
         view = produced[:, :-1] if sliced else produced
         pointer, version = produced.data_ptr(), produced._version
-        out = hf.policy_loss(view, tokens, advantages, **old, objective=name, inplace=inplace, backend=backend)
         seen: list[int] = []
         view.register_hook(lambda gradient, seen=seen: seen.append(gradient.data_ptr()))
+        out = hf.policy_loss(view, tokens, advantages, **old, objective=name, inplace=inplace, backend=backend)
+        view.register_hook(lambda gradient: None)  # a version that moved under a view must not crash it
         (out.loss * 0.5).backward()
         assert (seen == [pointer]) == inplace
         assert (produced._version > version) == inplace
@@ -193,12 +193,9 @@ def test_stored_gradient_is_handed_over(device: torch.device) -> None:
     """The gradient made in forward becomes the leaf's .grad: no copy of [N, V] in backward."""
     logits = torch.randn(4, 8, 5000, device=device, requires_grad=True)
     out = hf.policy_loss(logits, torch.zeros(4, 8, dtype=torch.long, device=device), torch.ones(4, device=device))
-    stored = [t for t in gc.get_objects() if isinstance(t, Tensor) and t.shape == logits.shape and t is not logits]
-    pointers = {t.data_ptr() for t in stored}
-    if out.loss.grad_fn is not None and not pointers:  # held by the graph alone
-        pointers = {out.loss.grad_fn.saved_tensors[0].data_ptr()}
+    pointer = out.loss.grad_fn.saved_tensors[0].data_ptr()
     out.loss.backward()
-    assert logits.grad.data_ptr() in pointers
+    assert logits.grad.data_ptr() == pointer
 
 
 def op_inputs(gradient: bool, name: str = "mhpo_ahpo") -> tuple[Any, ...]:

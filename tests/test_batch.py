@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, distributed, multiprocessing
+from torch import Tensor
 
 import hpo_fused as hf
 
@@ -111,56 +113,20 @@ def test_mean_length_is_daposs_token_mean() -> None:
     torch.testing.assert_close(loss, expected)
 
 
-def _rank(rank: int, port: int, failures: multiprocessing.SimpleQueue) -> None:
-    try:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        distributed.init_process_group("gloo", rank=rank, world_size=2)
-        mine = slice(0, 4) if rank == 0 else slice(4, 6)  # unequal shares
-        statistics = hf.BatchStatistics.from_batch(
-            ADVANTAGES[mine], MASK[mine], groups=GROUPS[mine], process_group=distributed.group.WORLD,
-            gradient_average=2,
-        )  # fmt: skip
-        logits, tokens, old = batch()
-        for normalization in ("mean_length", "response", "group_mean_length"):
-            objective = hf.Objective.preset("ahpo", normalization=normalization)
-            whole = logits.clone().requires_grad_()
-            hf.policy_loss(
-                whole, tokens, ADVANTAGES, old_logprobs=old, mask=MASK, objective=objective, groups=GROUPS
-            ).loss.backward()
-            part = logits.clone().requires_grad_()
-            hf.policy_loss(
-                part[mine],
-                tokens[mine],
-                ADVANTAGES[mine],
-                old_logprobs=old[mine],
-                mask=MASK[mine],
-                objective=objective,
-                groups=GROUPS[mine],
-                statistics=statistics,
-            ).loss.backward()
-            distributed.all_reduce(part.grad)  # what DDP does: sum, then divide by the number of ranks
-            torch.testing.assert_close(part.grad / 2, whole.grad, rtol=1e-6, atol=1e-9)
-        distributed.destroy_process_group()
-    except BaseException as error:
-        failures.put(f"rank {rank}: {error!r}")
-        raise
-
-
 @pytest.mark.distributed
 def test_ranks_add_up() -> None:
     """Two processes with unequal shares and averaged gradients give the gradient of the whole batch."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    failures = context.SimpleQueue()
-    processes = [context.Process(target=_rank, args=(rank, port, failures)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=120)
-    assert failures.empty(), failures.get()
-    assert [process.exitcode for process in processes] == [0, 0]
+    script = str(Path(__file__).with_name("ranks.py"))
+    ranks = [
+        subprocess.Popen([sys.executable, script, str(rank), str(port)], stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        _, errors = rank.communicate(timeout=120)
+        assert rank.returncode == 0, errors
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ SWEEPS = {
 def compile_report(*arguments: str) -> list[dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "hpo_fused.bench.compile_report", "--json", *arguments]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert finished.returncode == 0, finished.stderr[-4000:]
     records: list[dict[str, Any]] = json.loads(finished.stdout)
     return records
@@ -85,12 +85,11 @@ def test_special_function_operations_per_element(records: list[dict[str, Any]]) 
     excessive = {
         name(record): total
         for record in records
-        if not record["softcap"]
-        and (total := sum(loop["mufu"] for loop in record["loops"])) > limit[record["kernel"]]
+        if not record["softcap"] and (total := sum(loop["mufu"] for loop in record["loops"])) > limit[record["kernel"]]
     }
     assert excessive == {}
     softcapped = [sum(loop["mufu"] for loop in r["loops"]) for r in records if r["softcap"]]
-    assert softcapped and min(softcapped) >= 3.0, "the count misses operations that softcap certainly needs"
+    assert min(softcapped) >= 3.0, "the count misses operations that softcap certainly needs"
 
 
 def test_instructions_per_element(records: list[dict[str, Any]]) -> None:

@@ -69,10 +69,12 @@ def test_peaked_rows_keep_their_digits(backend: str, device: torch.device) -> No
     """log p of a near-certain token, computed as z - lse, is 0 in float32; -log1p(rest) has all its digits."""
     logits = torch.zeros(1, 6, 997, device=device)
     tokens = torch.full((1, 6), 400, device=device)
-    logits[0, :, 400] = torch.tensor([8.0, 12.0, 17.0, 20.0, 25.0, 30.0], device=device)
+    heights = torch.tensor([8.0, 12.0, 17.0, 20.0, 25.0, 30.0], device=device)
+    logits[0, :, 400] = heights
     ours = hf.token_logprobs(logits, tokens, backend=backend)
-    expected = reference.token_logprobs(logits.double(), tokens)
-    relative = ((ours.logprobs - expected.logprobs) / expected.logprobs).abs()
+    # In closed form: at the last height even float64's log_softmax is off by 8e-5.
+    expected = -torch.log1p(996 * torch.exp(-heights.double()))
+    relative = ((ours.logprobs[0] - expected) / expected).abs()
     worst("relative error of log p", relative, 5e-6)
 
 

