@@ -191,7 +191,6 @@ def run_case(
         note = _does_not_fit((1 + copied) * case.logits_bytes, device)
         if note:
             raise MemoryError(note)
-        torch.compiler.reset()  # every case recompiles; past a small limit dynamo would fall back to eager
         inputs = draw(case, device, settings.seed)
         oracle = Oracle.of(inputs)
         progress.advance(share)

@@ -20,7 +20,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from types import FunctionType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,10 +61,12 @@ def _differences(rows: Tensor, shift: Tensor, scale: Tensor, softcap: Tensor, ca
     return (u - shift) * scale
 
 
-def _statistics(
-    rows: Tensor, tokens: Tensor, scale: Tensor, softcap: Tensor, capped: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """shift = max u, sum over j != y of e_j, and of e_j * d_j; d = scale * (u - shift), e = exp(d). float32 [n]."""
+def _statistics(rows: Tensor, tokens: Tensor, scale: Tensor, softcap: Tensor, capped: bool) -> tuple[Tensor, ...]:
+    """shift = max u [n]; sums over j != y of e_j and of e_j * d_j, by block [n, blocks], and of the last block [n].
+
+    d = scale * (u - shift), e = exp(d). The blocks are not added up here because Inductor gives each addition a
+    barrier between threads of its own, at which a busy machine waits for a time slice.
+    """
     count, width = rows.shape
     blocks = (width - 1) // _BLOCK
     shift = rows.to(torch.float32).amax(-1)  # u grows with z
@@ -154,7 +156,7 @@ def compiled_sweeps(logits: Tensor, transform: LogitTransform) -> CompiledSweeps
 
 
 def _compile(dtype: torch.dtype, capped: bool, threads: int) -> CompiledSweeps:
-    sweeps = CompiledSweeps(*(_isolated(function, capped) for function in (_statistics, _gradient)))
+    sweeps = CompiledSweeps(_isolated(_statistics, capped), _isolated(_gradient, capped))
     # No two of these sizes may be equal, nor small: Dynamo takes equal sizes for the same one and compiles 0 and 1
     # in. Enough rows for all threads, because Inductor decides from the example over what to run them.
     count, width = max(64, 4 * threads), 2 * MINIMUM_WIDTH + 8
@@ -175,7 +177,7 @@ def _compile(dtype: torch.dtype, capped: bool, threads: int) -> CompiledSweeps:
     return sweeps
 
 
-def _isolated(function: FunctionType, capped: bool) -> Callable[..., object]:
+def _isolated(function: Callable[..., Any], capped: bool) -> Callable[..., Any]:
     """torch.compile of a copy of ``function``: Dynamo counts (and limits) compilations by code object."""
     code = function.__code__.replace(co_name=f"{function.__name__}_{len(_compiled)}")
     copy = FunctionType(code, function.__globals__, function.__name__, (capped,), function.__closure__)

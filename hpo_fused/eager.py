@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .row_chunks import RowSelection, prefer_huge_pages
+from .row_chunks import RowSelection
 from .rows import LogitTransform, RowStatistics, SurrogateSpec, TokenTerms
 from .surrogate import token_loss
 from .vocab_sweeps import Sweeps
@@ -59,9 +59,7 @@ def _check_tokens(tokens: Tensor, width: int) -> None:
         return
     low, high = (int(bound) for bound in tokens.aminmax())
     if low < 0 or high >= width:
-        raise ValueError(
-            f"tokens: expected ids in [0, {width}) at unmasked positions, got {low if low < 0 else high}"
-        )
+        raise ValueError(f"tokens: expected ids in [0, {width}) at unmasked positions, got {low if low < 0 else high}")
 
 
 def _transformed(logits: Tensor, transform: LogitTransform) -> Tensor:
@@ -77,9 +75,7 @@ def _scale(transform: LogitTransform) -> float:
 class _Row:
     """What a row's statistics say about its sampled token, in wide precision: d_y, e_y, the sum S and log S."""
 
-    def __init__(
-        self, target_logits: Tensor, maximum: Tensor, rest: Tensor, transform: LogitTransform
-    ) -> None:
+    def __init__(self, target_logits: Tensor, maximum: Tensor, rest: Tensor, transform: LogitTransform) -> None:
         self.difference = _transformed(target_logits, transform) - maximum
         self.exponential = self.difference.exp()
         self.sum = rest + self.exponential
@@ -94,9 +90,7 @@ def _finish_statistics(
 ) -> RowStatistics:
     """Statistics relative to the maximum, from a sweep's sums relative to its shift (all [padded_rows])."""
     wide = _wide(shift)
-    shift, rest, weighted, target_logits = (
-        entry.to(wide) for entry in (shift, rest, weighted, target_logits)
-    )
+    shift, rest, weighted, target_logits = (entry.to(wide) for entry in (shift, rest, weighted, target_logits))
     maximum = (shift * _scale(transform)).to(torch.float32)
     # The float32 maximum is not exactly scale * shift where scale is not 1: the sums move by the difference.
     gap = shift * _scale(transform) - maximum.to(wide)
@@ -104,14 +98,10 @@ def _finish_statistics(
     row = _Row(target_logits, maximum.to(wide), rest, transform)
     weighted = weighted + torch.where(row.exponential > 0, row.exponential * row.difference, 0.0)
     entropy = row.log_sum - weighted / row.sum
-    return RowStatistics(
-        row.logprob.to(torch.float32), maximum, rest.to(torch.float32), entropy.to(torch.float32)
-    )
+    return RowStatistics(row.logprob.to(torch.float32), maximum, rest.to(torch.float32), entropy.to(torch.float32))
 
 
-def _sweep_statistics(
-    sweeps: Sweeps, logits: RowSelection, start: int, stop: int, tokens: Tensor
-) -> RowStatistics:
+def _sweep_statistics(sweeps: Sweeps, logits: RowSelection, start: int, stop: int, tokens: Tensor) -> RowStatistics:
     """Statistics of rows [start, stop), each [padded_rows]; ``tokens``: the selection's, padded."""
     tokens = tokens[start : start + sweeps.padded_rows]
     shift, rest, weighted = sweeps.statistics(logits, start, stop, tokens)
@@ -183,7 +173,9 @@ def token_statistics(
         ValueError: an id outside [0, V) in a computed row (CPU; elsewhere PyTorch's indexing assert).
     """
     with _plain_mode(logits):
-        full = [torch.full(tokens.shape, torch.nan, device=logits.device) for _ in range(4 if entropy else 3)]
+        logprobs, maximum, rest, entropies = full = tuple(
+            torch.full(tokens.shape, torch.nan, device=logits.device) for _ in range(4)
+        )
         positions = _positions(compute)
         if positions.numel() > 0:
             sweeps = Sweeps(logits, transform)
@@ -193,9 +185,10 @@ def token_statistics(
             for start in range(0, len(selection), sweeps.chunk_rows):
                 stop = min(start + sweeps.chunk_rows, len(selection))
                 statistics = _sweep_statistics(sweeps, selection, start, stop, selected_tokens)
-                for whole, part in zip(full, statistics[: len(full)], strict=True):
+                for whole, part in zip(full, statistics, strict=True):
+                    assert part is not None
                     whole.view(-1)[positions[start:stop]] = part[: stop - start]
-        return RowStatistics(*full[:3], full[3] if entropy else None)
+        return RowStatistics(logprobs, maximum, rest, entropies if entropy else None)
 
 
 def token_gradient(
@@ -228,17 +221,16 @@ def token_gradient(
             gather = _SelectedTokens(positions, sweeps.padded_rows)
             selected_tokens = gather(tokens)
             _check_tokens(selected_tokens, logits.shape[-1])
-            if out.data_ptr() != logits.data_ptr():
-                prefer_huge_pages(out)
-            coefficients = gather(c), None if h is None else gather(h)
+            c, h = gather(c), None if h is None else gather(h)
             entries = [None if entry is None else gather(entry) for entry in statistics]
             selection, target = RowSelection(logits, positions), RowSelection(out, positions)
             for start in range(0, len(selection), sweeps.chunk_rows):
                 stop = min(start + sweeps.chunk_rows, len(selection))
                 part = slice(start, start + sweeps.padded_rows)
-                rows = RowStatistics(*(None if entry is None else entry[part] for entry in entries))
-                ch = (None if entry is None else entry[part] for entry in coefficients)
-                _sweep_gradient(sweeps, selection, target, start, stop, selected_tokens[part], rows, *ch)
+                rows = RowStatistics._make(None if entry is None else entry[part] for entry in entries)
+                pull = None if h is None else h[part]
+                ids = selected_tokens[part]
+                _sweep_gradient(sweeps, selection, target, start, stop, ids, rows, c[part], pull)
         _zero(out, ~live)
 
 
@@ -281,8 +273,6 @@ def fused_policy_loss(
             gather = _SelectedTokens(positions, sweeps.padded_rows)
             selected_tokens = gather(tokens)
             _check_tokens(selected_tokens, logits.shape[-1])
-            if out is not None and out.data_ptr() != logits.data_ptr():
-                prefer_huge_pages(out)
             selected_terms = [None if entry is None else gather(entry) for entry in terms]
             selection = RowSelection(logits, positions)
             target = None if out is None else RowSelection(out, positions)
@@ -290,11 +280,14 @@ def fused_policy_loss(
                 stop = min(start + sweeps.chunk_rows, len(selection))
                 part, here = slice(start, start + sweeps.padded_rows), positions[start:stop]
                 statistics = _sweep_statistics(sweeps, selection, start, stop, selected_tokens)
-                row_terms = TokenTerms(*(None if entry is None else entry[part] for entry in selected_terms))
+                row_terms = TokenTerms._make(None if entry is None else entry[part] for entry in selected_terms)
                 loss = token_loss(spec, row_terms, statistics.logprobs, statistics.entropy)
                 for whole, rows in zip(
-                    (losses, logprobs, entropies), (loss.losses, *statistics[0::3]), strict=True
+                    (losses, logprobs, entropies),
+                    (loss.losses, statistics.logprobs, statistics.entropy),
+                    strict=True,
                 ):
+                    assert rows is not None
                     whole.view(-1)[here] = rows[: stop - start]
                 if target is not None:
                     live = _gradient_of_chunk(
@@ -337,7 +330,7 @@ def _gradient_of_chunk(
     elif chosen.numel() > 0:
         gather = _SelectedTokens(chosen, sweeps.padded_rows - chosen.numel())
         positions = logits.positions[start:stop][chosen]
-        rows = RowStatistics(*(gather(entry) for entry in statistics))
+        rows = RowStatistics._make(None if entry is None else gather(entry) for entry in statistics)
         logits, out = RowSelection(logits.tensor, positions), RowSelection(out.tensor, positions)
         _sweep_gradient(
             sweeps,

@@ -2,21 +2,15 @@
 
 A strided view such as ``logits[:, :-1]`` or a sparse selection of rows must never be made contiguous as a whole:
 that would be the [N, V] temporary the library exists to avoid. Rows are addressed by their offset in memory; where
-a chunk's rows lie equally spaced it is one strided [n, V] view, elsewhere it is copied run by run.
+a chunk's rows lie side by side it is used in place, elsewhere it is copied run by run.
 """
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from bisect import bisect_right
-from contextlib import suppress
 
-import torch
 from torch import Tensor
-
-_MADV_HUGEPAGE = 14
-_HUGE_PAGE_BYTES = 2 << 20
+from torch.utils.dlpack import from_dlpack
 
 
 class RowSelection:
@@ -40,7 +34,7 @@ class RowSelection:
         # A tensor of its own over the same memory: it is a normal tensor even if `tensor` was made in inference
         # mode, and logits and an in-place `out` do not count as aliases, for which torch.compile would build
         # (and guard on) another program.
-        self._memory = torch.from_dlpack(tensor.detach())
+        self._memory = from_dlpack(tensor.detach())
 
     def __len__(self) -> int:
         return self.positions.numel()
@@ -50,7 +44,7 @@ class RowSelection:
         run = bisect_right(self._run_starts, start) - 1
         if self._pitch != self.width or stop > self._run_starts[run + 1]:
             return None
-        return torch.from_dlpack(self._run(run, start, stop))  # not a view in PyTorch's books
+        return from_dlpack(self._run(run, start, stop))  # not a view in PyTorch's books
 
     def _run(self, run: int, start: int, stop: int) -> Tensor:
         offset = self._run_offsets[run] + (start - self._run_starts[run]) * self._pitch
@@ -102,21 +96,3 @@ class RowSelection:
         batches, steps = self._indices
         target = self.tensor if not self.on_cpu else self._memory
         target[batches[start:stop], steps[start:stop], columns] = values.to(target.dtype)
-
-
-def prefer_huge_pages(tensor: Tensor) -> None:
-    """Asks Linux to back a large CPU tensor with huge pages; does nothing elsewhere, and never fails.
-
-    A gradient allocated anew in each step is returned to the system after it, so that every step pays a page
-    fault per 4 KiB again: 60 of 85 ms of a plain copy of 1024 x 151936 bfloat16 logits where measured, against
-    8 ms with huge pages. Only advice: contents and results do not change.
-    """
-    if tensor.device.type != "cpu" or not sys.platform.startswith("linux") or tensor.numel() == 0:
-        return
-    extent = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    first = -(-tensor.data_ptr() // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
-    last = (tensor.data_ptr() + extent * tensor.element_size()) // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
-    if last - first < 16 * _HUGE_PAGE_BYTES:
-        return
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_HUGEPAGE)

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from .compiled_rows import LOWEST, compiled_sweeps, scales
 from .row_chunks import RowSelection
 from .rows import LogitTransform
 
 # Bytes of logits per chunk of the compiled sweeps, which need no buffers. They are bound by arithmetic, not by
-# memory, so that finding a chunk in the cache gains little; each chunk costs 0.3 ms of small operations and some
-# barriers between threads, and where other processes hold the cores, a barrier waits for a time slice.
-_COMPILED_CHUNK_BYTES = 160_000_000
+# memory: 1024 x 151936 bfloat16 took 10% longer in chunks that fit the cache (20 MB) than in one. Each chunk costs
+# some 0.3 ms of small operations and some barriers between threads; with other processes on the cores, where a
+# barrier waits for a time slice, 20 MB took twice as long.
+_COMPILED_CHUNK_BYTES = 320_000_000
 
 # Per-token functions stay below ATen's parallelisation grain of 32768 entries (see TOKEN_PADDING).
 _COMPILED_CHUNK_ROWS = 16384
@@ -69,9 +71,7 @@ class Sweeps:
         result[: values.numel()] = values
         return result
 
-    def statistics(
-        self, logits: RowSelection, start: int, stop: int, tokens: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def statistics(self, logits: RowSelection, start: int, stop: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """shift = max u, sum over j != y of e_j, and of e_j * d_j, of rows [start, stop).
 
         ``tokens`` int64 and the results float32 are [padded_rows]; entries past the rows are of no meaning.
@@ -118,10 +118,8 @@ class Sweeps:
             target = out.view(first, last) if last - first > 1 else None
             written = target
             if written is None:
-                written = torch.from_dlpack(self._buffer("out", self._like.dtype)[:count])
-            per_row = (
-                entry[first - start : first - start + count].clone() for entry in (shift, factor, slope)
-            )
+                written = from_dlpack(self._buffer("out", self._like.dtype)[:count])
+            per_row = (entry[first - start : first - start + count].clone() for entry in (shift, factor, slope))
             self.compiled.gradient(rows, *per_row, *self._constants, written)
             if target is None:
                 out.store(first, last, written)
@@ -140,7 +138,7 @@ class Sweeps:
             return rows
         buffer = self._buffer("rows", self._like.dtype)
         logits.load(start, stop, buffer)
-        return torch.from_dlpack(buffer[: max(2, stop - start)])
+        return from_dlpack(buffer[: max(2, stop - start)])
 
     def _plain_differences(self, values: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
         """values [chunk_rows, V] of z become d, in place; the shift is the rows' maximum where none is given."""
@@ -154,9 +152,7 @@ class Sweeps:
         values.sub_(shift[:, None]).mul_((softcap or 1.0) / self.transform.temperature)
         return values, shift
 
-    def _plain_statistics(
-        self, logits: RowSelection, start: int, stop: int, tokens: Tensor
-    ) -> tuple[Tensor, ...]:
+    def _plain_statistics(self, logits: RowSelection, start: int, stop: int, tokens: Tensor) -> tuple[Tensor, ...]:
         values = self._buffer("values", torch.float32)
         logits.load(start, stop, values)
         differences, shift = self._plain_differences(values, None)

@@ -71,9 +71,7 @@ def coefficients(tokens: Tensor) -> tuple[Tensor, Tensor]:
     return c, torch.randn(tokens.shape, generator=generator) * 0.1
 
 
-def terms_of(
-    tokens: Tensor, *, advantages: Tensor | None = None, weights: Tensor | None = None
-) -> TokenTerms:
+def terms_of(tokens: Tensor, *, advantages: Tensor | None = None, weights: Tensor | None = None) -> TokenTerms:
     ones = torch.ones(tokens.shape)
     return TokenTerms(
         ones if advantages is None else advantages, ones if weights is None else weights, ones, None, None
@@ -270,9 +268,7 @@ def test_several_threads() -> None:
     c, h = coefficients(tokens)
     reference = run(logits, tokens, c, h)[1]
     results: list[Tensor] = []
-    threads = [
-        threading.Thread(target=lambda: results.append(run(logits, tokens, c, h)[1])) for _ in range(3)
-    ]
+    threads = [threading.Thread(target=lambda: results.append(run(logits, tokens, c, h)[1])) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -45,7 +45,9 @@ BAD = {
     "old-shape": (lambda: loss(old_logprobs=torch.zeros(2)), ValueError, r"old_logprobs: .*\[2, 3\].*\[2\]"),
     "old-dtype": (lambda: loss(old_logprobs=TOKENS), TypeError, "old_logprobs: .*int64"),
     "ref-missing": (
-        lambda: loss(objective=hf.Objective.preset("grpo", kl_coef=0.1)), ValueError, "ref_logprobs: .*kl_coef=0.1.*None",
+        lambda: loss(objective=hf.Objective.preset("grpo", kl_coef=0.1)),
+        ValueError,
+        "ref_logprobs: .*kl_coef=0.1.*None",
     ),
     "ref-shape": (lambda: loss(ref_logprobs=torch.zeros(3, 2)), ValueError, "ref_logprobs"),
     "mask-shape": (lambda: loss(mask=torch.ones(2, 4)), ValueError, r"mask: .*\[2, 3\].*\[2, 4\]"),
@@ -63,25 +65,31 @@ BAD = {
     "cu-type": (lambda: packed([0, 2, 6]), TypeError, "cu_seqlens: .*list"),
     "groups-missing": (
         lambda: loss(objective=hf.Objective.preset("ahpo", normalization="group_mean_length")),
-        ValueError, "groups: .*group_mean_length.*None",
+        ValueError,
+        "groups: .*group_mean_length.*None",
     ),
     "groups-shape": (
         lambda: loss(objective=hf.Objective.preset("ahpo", normalization="group_mean_length"), groups=CU),
-        ValueError, r"groups: .*\[2\].*\[3\]",
+        ValueError,
+        r"groups: .*\[2\].*\[3\]",
     ),
     "groups-unseen": (
         lambda: loss(
-            objective=hf.Objective.preset("ahpo", normalization="group_mean_length"), groups=torch.tensor([1, 2]),
+            objective=hf.Objective.preset("ahpo", normalization="group_mean_length"),
+            groups=torch.tensor([1, 2]),
             statistics=hf.BatchStatistics(2, 6, 1, 1, torch.tensor([1, 1]), torch.tensor([3, 3])),
         ),
-        ValueError, "groups: .*seen",
+        ValueError,
+        "groups: .*seen",
     ),
     "groups-uncounted": (
         lambda: loss(
-            objective=hf.Objective.preset("ahpo", normalization="group_mean_length"), groups=torch.tensor([1, 2]),
+            objective=hf.Objective.preset("ahpo", normalization="group_mean_length"),
+            groups=torch.tensor([1, 2]),
             statistics=hf.BatchStatistics(2, 6, 1, 1),
         ),
-        ValueError, "statistics: .*group",
+        ValueError,
+        "statistics: .*group",
     ),
     "max-length": (lambda: loss(objective="dr_grpo"), ValueError, "max_length: .*constant.*None"),
     "objective-name": (lambda: loss(objective="grpoo"), ValueError, "objective: expected one of grpo.*'grpoo'"),
@@ -94,28 +102,36 @@ BAD = {
     "softcap-negative": (lambda: loss(softcap=-30.0), ValueError, "softcap: .*-30"),
     "backend-name": (lambda: loss(backend="cuda"), ValueError, "backend: expected one of .*'cuda'"),
     "inplace-leaf": (
-        lambda: loss(logits=LOGITS.clone().requires_grad_(), inplace=True), ValueError, "inplace: .*leaf",
+        lambda: loss(logits=LOGITS.clone().requires_grad_(), inplace=True),
+        ValueError,
+        "inplace: .*leaf",
     ),
     "inplace-view-of-leaf": (
-        lambda: loss(logits=torch.randn(2, 4, 11, requires_grad=True)[:, :-1], inplace=True), ValueError, "inplace: .*leaf",
+        lambda: loss(logits=torch.randn(2, 4, 11, requires_grad=True)[:, :-1], inplace=True),
+        ValueError,
+        "inplace: .*leaf",
     ),
     "inplace-expanded": (
         lambda: loss(logits=(torch.randn(1, 3, 11, requires_grad=True) * 2).expand(2, 3, 11), inplace=True),
-        ValueError, "inplace: .*strides",
+        ValueError,
+        "inplace: .*strides",
     ),
     "logprobs-dtype": (lambda: hf.logprob_policy_loss(TOKENS, ADVANTAGES), TypeError, "logprobs: .*int64"),
     "logprobs-dims": (lambda: hf.logprob_policy_loss(LOGITS, ADVANTAGES), ValueError, r"logprobs: .*\[2, 3, 11\]"),
     "entropy-missing": (
         lambda: hf.logprob_policy_loss(torch.zeros(2, 3), ADVANTAGES, objective=hf.Objective(entropy_coef=0.1)),
-        ValueError, "entropy: .*entropy_coef=0.1.*None",
+        ValueError,
+        "entropy: .*entropy_coef=0.1.*None",
     ),
     "entropy-shape": (
-        lambda: hf.logprob_policy_loss(torch.zeros(2, 3), ADVANTAGES, entropy=torch.zeros(2)), ValueError, r"entropy: .*\[2, 3\]",
+        lambda: hf.logprob_policy_loss(torch.zeros(2, 3), ADVANTAGES, entropy=torch.zeros(2)),
+        ValueError,
+        r"entropy: .*\[2, 3\]",
     ),
     "token-logprobs-tokens": (lambda: hf.token_logprobs(LOGITS, token_at(99)), ValueError, "tokens: .*99"),
     "token-logprobs-mask": (lambda: hf.token_logprobs(LOGITS, TOKENS, mask=torch.ones(2)), ValueError, "mask: "),
     "backend-for": (lambda: hf.backend_for(LOGITS, "gpu"), ValueError, "backend: .*'gpu'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -12,12 +12,21 @@ from .conftest import BACKENDS, GPU
 from .equivalence import Case, check
 
 shapings = st.one_of(
-    st.builds(hf.Clip, low=st.sampled_from([0.0, 0.1, 0.2]), high=st.sampled_from([0.1, 0.28]),
-              delta=st.sampled_from([None, 1.5, 4.0]), dual=st.sampled_from([None, 3.0])),
-    st.builds(hf.LogFidelity, c=st.sampled_from([0.7, 1.5]), hazard=st.sampled_from([None, hf.Hazard(), hf.Hazard(1, 2, 3, 1)])),
+    st.builds(
+        hf.Clip,
+        low=st.sampled_from([0.0, 0.1, 0.2]),
+        high=st.sampled_from([0.1, 0.28]),
+        delta=st.sampled_from([None, 1.5, 4.0]),
+        dual=st.sampled_from([None, 3.0]),
+    ),
+    st.builds(
+        hf.LogFidelity,
+        c=st.sampled_from([0.7, 1.5]),
+        hazard=st.sampled_from([None, hf.Hazard(), hf.Hazard(1, 2, 3, 1)]),
+    ),
     st.builds(hf.SoftGate, tau_pos=st.sampled_from([0.5, 1.0]), tau_neg=st.sampled_from([1.05, 3.0])),
     st.builds(hf.TruncatedRatio, high=st.sampled_from([1.5, 5.0]), low=st.sampled_from([None, 0.5])),
-)  # fmt: skip
+)
 
 
 @st.composite

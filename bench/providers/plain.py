@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import count
+from types import FunctionType
 
 import torch
 from torch import Tensor
@@ -12,6 +14,8 @@ from hpo_fused.bench.cases import Case, Inputs
 from hpo_fused.bench.plain import PlainOutput, plain_policy_loss
 
 from .base import Output, Provider, Unavailable
+
+_serial = count()
 
 
 class Eager(Provider):
@@ -46,7 +50,12 @@ class Compiled(Eager):
 
     def function(self, inputs: Inputs) -> Callable[..., PlainOutput]:
         if self.compiled is None:
-            self.compiled = torch.compile(partial(plain_policy_loss, inputs.objective), dynamic=False)
+            # Every case is compiled anew, and dynamo counts compilations by code object: past a small limit it
+            # would fall back to eager. A copy starts from nought; torch.compiler.reset() would also throw away
+            # what other providers have compiled.
+            code = plain_policy_loss.__code__.replace(co_name=f"plain_policy_loss_{next(_serial)}")
+            copy = FunctionType(code, plain_policy_loss.__globals__)
+            self.compiled = partial(torch.compile(copy, dynamic=False), inputs.objective)
         return self.compiled
 
     def forward(self, inputs: Inputs, logits: Tensor) -> Output:
