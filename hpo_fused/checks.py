@@ -102,3 +102,19 @@ def check_positive(name: str, value: object) -> float:
 def values_readable(value: Tensor) -> bool:
     """Whether looking at the values is free: on the CPU, and not while torch.compile traces."""
     return value.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_token_ids(tokens: Tensor, compute: Tensor, vocabulary: int) -> None:
+    """Refuse ids outside [0, V) in rows to compute, on behalf of the kernels, which only keep within the row.
+
+    Raises:
+        ValueError: on the CPU. Elsewhere a device-side assert, as PyTorch's own indexing does, without waiting for it;
+            nothing is checked while torch.compile traces CPU tensors.
+    """
+    valid = (tokens.clamp(0, vocabulary - 1) == tokens) | ~compute
+    message = f"tokens: expected ids in [0, {vocabulary}) at unmasked positions"
+    if values_readable(tokens):
+        if not bool(valid.all()):
+            raise ValueError(f"{message}, got {int(tokens[~valid][0])}")
+    elif tokens.device.type != "cpu":
+        torch._assert_async(valid.all(), message)

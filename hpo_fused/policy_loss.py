@@ -10,7 +10,7 @@ from torch import Tensor
 from . import autograd
 from .backend import Backend, backend_for
 from .batch import BatchStatistics, Layout, PreparedBatch, prepare
-from .checks import check_floating, check_logits, check_positive, check_tensor, found
+from .checks import check_floating, check_logits, check_positive, check_tensor, check_token_ids, found
 from .metrics import policy_metrics
 from .objective import Objective, resolve_objective
 from .rows import LogitTransform
@@ -188,6 +188,8 @@ def policy_loss(
     flat = logits if logits.dim() == 3 else logits.unsqueeze(0)
     ids = tokens.to(torch.int64).reshape(rows).contiguous()
     compute = batch.active if skip_inactive else layout.mask
+    if name == "triton":
+        check_token_ids(ids, compute, logits.shape[-1])
     spec = resolved.lower()
     entropy = entropy or spec.entropy_coef != 0
     if resolved.ratio_level == "token" and logits.dtype != torch.float16:

@@ -68,8 +68,7 @@ def _responses(shape: torch.Size, cu_seqlens: Tensor | None) -> Iterator[Any]:
         yield from range(shape[0])
     else:
         bounds = cu_seqlens.tolist()
-        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
-            yield slice(start, end)
+        yield from map(slice, bounds[:-1], bounds[1:])
 
 
 def _surrogate(objective: Objective, x: Tensor, advantage: Tensor, logprobs: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import autograd
 from .backend import Backend, backend_for
 from .batch import as_mask
-from .checks import check_logits, check_tensor
+from .checks import check_logits, check_tensor, check_token_ids
 from .policy_loss import check_transform
 
 
@@ -66,10 +66,18 @@ def token_logprobs(
     name = backend_for(logits, backend)
     rows = shape if len(shape) == 2 else torch.Size((1, *shape))
     compute = compute.reshape(rows)
+    ids, compute = tokens.to(torch.int64).reshape(rows).contiguous(), compute.contiguous()
+    if name == "triton":
+        check_token_ids(ids, compute, logits.shape[-1])
     logprobs, entropies = autograd.token_statistics(
-        logits if logits.dim() == 3 else logits.unsqueeze(0), tokens.to(torch.int64).reshape(rows).contiguous(), compute.contiguous(), transform,
-        entropy=entropy, inplace=False, backend=name,
-    )  # fmt: skip
+        logits if logits.dim() == 3 else logits.unsqueeze(0),
+        ids,
+        compute,
+        transform,
+        entropy=entropy,
+        inplace=False,
+        backend=name,
+    )
 
     def shaped(value: Tensor) -> Tensor:
         return torch.where(compute, value, 0.0).reshape(shape)

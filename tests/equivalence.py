@@ -256,8 +256,11 @@ def check(case: Case, backend: str, device: torch.device, *, scale: float | None
     assert not gradient[idle].any(), "rows without a signal have a gradient"
     assert expected_gradient[idle].abs().max().item() < 1e-12 if bool(idle.any()) else True
     target, others = gradient_errors(gradient, expected_gradient, inputs.positional[0], case.dtype, scale)
-    worst("gradient of the sampled tokens", target, GRADIENT_LIMIT[case.dtype])
-    worst("gradient of the other tokens", others, GRADIENT_LIMIT[case.dtype])
+    limit = GRADIENT_LIMIT[case.dtype]
+    if "softcap" in case.options:  # tanh is known to a rounding of 1, which the exponential multiplies
+        limit += 4e-7 * case.options["softcap"] / case.options.get("temperature", 1.0)
+    worst("gradient of the sampled tokens", target, limit)
+    worst("gradient of the other tokens", others, limit)
     worst(
         "loss",
         ((out.loss.double() - expected.loss) / expected.loss.abs().clamp(min=3e-2)).reshape(1).abs(),

@@ -93,9 +93,9 @@ def test_reading_overwritten_logits_raises(name: str, backend: str, device: torc
     produced = logits.requires_grad_() * 1
     other = produced.square().sum()
     loss = hf.policy_loss(produced, tokens, advantages, **old, objective=name, inplace=True, backend=backend).loss
+    if name == "gspo":  # the two-kernel path overwrites in backward
+        loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        if name == "gspo":
-            loss.backward(retain_graph=True)
         other.backward()
 
 
@@ -137,9 +137,10 @@ def test_empty_batch(shape: tuple[int, int], backend: str, device: torch.device)
 
 def test_float16_survives_a_loss_scaler(backend: str, device: torch.device) -> None:
     """Gradients of 1e-8 vanish in float16; multiplied by 2^16 first, they do not."""
-    logits = torch.randn(64, 32, 53, device=device, dtype=torch.float16)
-    tokens = torch.randint(53, (64, 32), device=device)
-    advantages = 1e-3 * torch.ones(64, device=device)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 8, 53, generator=generator).to(device, torch.float16)
+    tokens = torch.randint(53, (4, 8), generator=generator).to(device)
+    advantages = 2e-5 * torch.ones(4, device=device)
     leaf, twin = logits.clone().requires_grad_(), logits.float().requires_grad_()
     (hf.policy_loss(leaf, tokens, advantages, objective="dapo", backend=backend).loss * 2**16).backward()
     (hf.policy_loss(twin, tokens, advantages, objective="dapo", backend=backend).loss * 2**16).backward()

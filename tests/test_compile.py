@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,7 +31,10 @@ SWEEPS = {
 def compile_report(*arguments: str) -> list[dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "hpo_fused.bench.compile_report", "--json", *arguments]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    # Not from the checkout's root, which `-m` would put on sys.path.
+    finished = subprocess.run(
+        command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
     assert finished.returncode == 0, finished.stderr[-4000:]
     records: list[dict[str, Any]] = json.loads(finished.stdout)
     return records

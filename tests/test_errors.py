@@ -156,3 +156,15 @@ def test_masked_positions_may_hold_anything(backend: str, device: torch.device) 
     assert logits.grad[mask.bool()].abs().sum(-1).gt(0).all()
     assert not logits.grad[~mask.bool()].any()
     assert all(value.isfinite() for value in out.metrics().values())
+
+
+@pytest.mark.parametrize("token", [-1, 11, 2**40, -100])
+def test_token_ids_are_checked(token: int, backend: str, device: torch.device) -> None:
+    """On the CPU an error; on a GPU an assert on the device, which would end this process: not provoked here."""
+    if device.type == "cuda":
+        pytest.skip("a device-side assert ends the process")
+    for objective in ("grpo", "gspo"):
+        with pytest.raises(ValueError, match=f"tokens: .*{token}"):
+            hf.policy_loss(LOGITS, token_at(token), ADVANTAGES, objective=objective, backend=backend)
+    with pytest.raises(ValueError, match=f"tokens: .*{token}"):
+        hf.token_logprobs(LOGITS, token_at(token), backend=backend)

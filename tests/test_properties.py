@@ -62,7 +62,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(case=cases(), backend=st.sampled_from(BACKENDS), skip_inactive=st.booleans())
 def test_any_combination(case: Case, backend: str, skip_inactive: bool) -> None:
     check(case, backend, torch.device("cuda" if GPU else "cpu"), skip_inactive=skip_inactive)
