@@ -2,7 +2,7 @@
 
 Written with care for speed and memory within that style: the cast to float32 happens inside ``log_softmax`` where
 there is no softcap, the entropy (a statistic: no preset has a bonus) keeps nothing for backward, and autograd does
-the rest. Presets only: no KL term, no entropy bonus, no further bounds of the clip.
+the rest; the surrogate of a token is the oracle's, elementwise. Presets only: no KL term and no entropy bonus.
 """
 
 from __future__ import annotations
@@ -11,17 +11,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from hpo_fused.objective import (
-    AdaptiveHysteretic,
-    Clip,
-    Hysteretic,
-    LogFidelity,
-    Objective,
-    SoftGate,
-    TruncatedRatio,
-)
+from hpo_fused.batch import BatchStatistics
+from hpo_fused.objective import Objective
+from hpo_fused.reference import surrogate
 
 
 class PlainOutput(NamedTuple):
@@ -30,26 +23,6 @@ class PlainOutput(NamedTuple):
     loss: Tensor
     logprobs: Tensor
     entropy: Tensor
-
-
-def _surrogate(objective: Objective, x: Tensor, advantages: Tensor, logprobs: Tensor) -> Tensor:
-    shaping, ratio = objective.shaping, x.exp()
-    if isinstance(shaping, Clip):
-        clipped = ratio.clamp(1 - shaping.low, 1 + shaping.high)
-        return torch.minimum(ratio * advantages, clipped * advantages)
-    if isinstance(shaping, LogFidelity):
-        psi = shaping.c * torch.tanh(x / shaping.c)
-        if shaping.hazard is None:
-            return psi.exp() * advantages
-        with torch.no_grad():
-            zeta = (F.softplus(psi) / shaping.hazard.lambda_pos) ** shaping.hazard.k_pos
-            zeta = zeta + (F.softplus(-psi) / shaping.hazard.lambda_neg) ** shaping.hazard.k_neg
-        return (psi - zeta).exp() * advantages
-    if isinstance(shaping, SoftGate):
-        tau = torch.where(advantages > 0, shaping.tau_pos, shaping.tau_neg)
-        return 4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantages
-    assert isinstance(shaping, TruncatedRatio)
-    return ratio.clamp(shaping.low, shaping.high).detach() * advantages * logprobs
 
 
 def plain_policy_loss(
@@ -77,14 +50,11 @@ def plain_policy_loss(
         x = ((x * keep).sum(-1) / lengths.clamp(min=1)).unsqueeze(-1).expand_as(x)
     x = x.clamp(-objective.max_log_ratio, objective.max_log_ratio)
     signal = advantages.unsqueeze(-1)
-    loss = -_surrogate(objective, x, signal, logprobs)
+    loss = -surrogate(objective, x, signal, logprobs)
 
-    if isinstance(objective.weighting, Hysteretic):
-        loss = loss * torch.where(signal < 0, objective.weighting.alpha, 1.0)
-    elif isinstance(objective.weighting, AdaptiveHysteretic):
-        positive, negative = (advantages > 0).sum(), (advantages < 0).sum()
-        alpha = torch.where(negative == 0, 1.0, positive / negative.clamp(min=1))
-        loss = loss * torch.where(signal < 0, alpha.clamp(objective.weighting.alpha_min, 1.0), 1.0)
+    if objective.weighting is not None:
+        alpha = BatchStatistics.from_batch(advantages, keep.bool()).alpha(objective.weighting)
+        loss = loss * torch.where(signal < 0, alpha, 1.0)
 
     sums = (loss * keep).sum(-1)
     if objective.normalization == "response":

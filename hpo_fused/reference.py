@@ -71,7 +71,8 @@ def _responses(shape: torch.Size, cu_seqlens: Tensor | None) -> Iterator[Any]:
         yield from map(slice, bounds[:-1], bounds[1:])
 
 
-def _surrogate(objective: Objective, x: Tensor, advantage: Tensor, logprobs: Tensor) -> Tensor:
+def surrogate(objective: Objective, x: Tensor, advantage: Tensor, logprobs: Tensor) -> Tensor:
+    """s(x, A) of clamped log-ratios, elementwise; autograd gives its derivative, stopped gradients included."""
     shaping, ratio = objective.shaping, x.exp()
     if isinstance(shaping, Clip):
         plain = ratio if shaping.delta is None else ratio.clamp(max=shaping.delta)
@@ -89,8 +90,7 @@ def _surrogate(objective: Objective, x: Tensor, advantage: Tensor, logprobs: Ten
         zeta = zeta + ((1 + (-psi).exp()).log() / hazard.lambda_neg) ** hazard.k_neg
         return (psi - zeta.detach()).exp() * advantage
     if isinstance(shaping, SoftGate):
-        tau = torch.ones_like(advantage) * shaping.tau_neg
-        tau[advantage > 0] = shaping.tau_pos
+        tau = torch.full_like(advantage, shaping.tau_neg).masked_fill(advantage > 0, shaping.tau_pos)
         return 4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantage
     assert isinstance(shaping, TruncatedRatio)
     return ratio.clamp(shaping.low, shaping.high).detach() * advantage * logprobs
@@ -172,7 +172,7 @@ def logprob_policy_loss(
         x = logp - old
         if objective.ratio_level == "sequence":
             x = x.mean().expand(lengths[i])
-        s = _surrogate(objective, x.clamp(-bound, bound), advantage, logp)
+        s = surrogate(objective, x.clamp(-bound, bound), advantage, logp)
         a = torch.ones_like(advantage).masked_fill(advantage < 0, alpha)
         u = 1.0 if token_weights is None else of_response(token_weights, i, place)
         loss = -n * u * a * s
