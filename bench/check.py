@@ -1,7 +1,8 @@
 """A provider's result against the float64 oracle: nobody is timed for computing something else.
 
-The result checked is the full-size one that is about to be timed. The loss takes every token; the gradient is
-checked row by row on a few rows spread over the batch, since one float64 copy of all of them would not fit.
+The result checked is the full-size one that is about to be timed. Loss and log-probabilities are checked on every
+token; the gradient row by row on a few rows spread over the batch, since one float64 copy of all of them would not
+fit. The column of a row's token is judged apart from the others: its entry alone can be larger than all of them.
 """
 
 from __future__ import annotations
@@ -13,44 +14,99 @@ from torch import Tensor
 
 from hpo_fused import reference
 
-from .cases import Inputs
+from .cases import CHUNK_ELEMENTS, Inputs
 from .providers import Output
+from .results import ColumnErrors, Errors
 
-ROWS = 16
+ROWS = 16  # with a gradient, and as many without where there are such
 
-# A row's gradient: root-mean-square error relative to the row. Rounding to the logits' dtype alone is 1.1e-3 for
-# bfloat16 and 1.4e-4 for float16; float32 carries the arithmetic's error, amplified on peaked rows where it comes
-# from 1 - p.
-GRADIENT_LIMIT = {"bf16": 4e-3, "fp16": 2e-3, "fp32": 1e-4}
-# The loss, relative to sum |dloss/dlogp|, which unlike the loss does not cancel. The same for every dtype: it is a
-# float32 sum over float32 arithmetic, and rounding log-probabilities to the logits' dtype is a mistake.
+# Complaints: what no implementation in float32 arithmetic comes near. (Plain PyTorch on a CPU comes nearest: its
+# log_softmax is off by 5e-5 at V = 151936.)
+#
+# The gradient beyond one rounding to the logits' dtype, relative to the row's own; a second rounding passes.
+GRADIENT_LIMIT = {"bf16": 4e-3, "fp16": 2e-3, "fp32": 2e-3}
+# The loss, relative to sum |dloss/dlogp|. The same for every dtype: it is a float32 sum over float32 arithmetic, and
+# rounding log-probabilities to the logits' dtype is a mistake.
 LOSS_LIMIT = 1e-4
+LOGPROB_LIMIT = 1e-3
 # Rows this much smaller than the largest are judged on its scale: their relative error is cancellation, not a bug.
 NEGLIGIBLE = 1e-3
+# As is the sampled token's entry, c (1 - p), where p is so near to 1 that it is this small beside c.
+PEAKED = 0.05
+
+# What this package promises of itself. A value that is rounded after it was perturbed by d ends at most 2 |d| beyond
+# its own rounding error, hence twice float32's limit for the others.
+OWN_LOGPROB_LIMIT = 4e-6
+OWN_GRADIENT_LIMIT = {"bf16": 6e-6, "fp16": 6e-6, "fp32": 3e-6}
 
 
-@dataclass(frozen=True)
-class Errors:
-    """Relative errors of a provider's loss and of its worst row of the gradient; ``complaint`` is empty if right."""
+def fingerprint(values: Tensor) -> Tensor:
+    """One int64 for each row of [..., V], equal for equal bits and in all likelihood only for those.
 
-    loss: float
-    gradient: float
-    complaint: str
+    Two gradients are compared by it because a second one at full size might not fit beside the first.
+    """
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    rows = values.detach().reshape(-1, values.shape[-1]).view(bits)
+    generator = torch.Generator(values.device).manual_seed(0)
+    limit = 1 << 62
+    weights = torch.randint(-limit, limit, rows.shape[-1:], generator=generator, device=values.device) | 1
+    step = max(1, CHUNK_ELEMENTS // 8 // rows.shape[-1])  # int64, kept small enough for a CPU's cache
+    return torch.cat([(part.long() * weights).sum(-1) for part in rows.split(step)])
+
+
+def _parts(rows: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    """Size of each row in its token's column, and in all others."""
+    return rows.gather(-1, column).abs().squeeze(-1), rows.scatter(-1, column, 0.0).norm(dim=-1)
+
+
+def _column_errors(error: Tensor, rounding: Tensor, size: Tensor) -> ColumnErrors | None:
+    """Rows' errors relative to their sizes; None where none has any."""
+    rows = size > 0
+    if not bool(rows.any()):
+        return None
+    error, rounding = (values[rows] / size[rows] for values in (error, rounding))
+    # NaN wins a maximum, and a median too.
+    return ColumnErrors(*(v.item() for v in (error.max(), error.median(), rounding.max(), (error - rounding).max())))
+
+
+def _off(what: str, error: float, limit: float) -> str:
+    """The complaint about an error beyond its limit, else "". NaN is beyond every limit."""
+    return "" if error <= limit else f"{what} off by {error:.1e} (limit {limit:.0e})"
+
+
+def _logprob_error(inputs: Inputs, logprobs: Tensor | None) -> tuple[float | None, Tensor]:
+    """Largest error, and the errors as far as they are within this package's own limit [B, T]."""
+    exact, mask = inputs.exact_logprobs, inputs.mask
+    if logprobs is None:
+        return None, torch.zeros_like(exact)
+    error = logprobs.detach().double() - exact
+    # Where nothing is learnt a provider need not compute anything, and then says NaN.
+    idle = inputs.advantages.unsqueeze(-1) == 0
+    ignored = (idle & error.isnan()) if mask is None else ~mask | (idle & error.isnan())
+    error = error.masked_fill(ignored, 0.0)
+    return error.abs().max().item(), error.nan_to_num(0.0).clamp(-OWN_LOGPROB_LIMIT, OWN_LOGPROB_LIMIT)
 
 
 @dataclass(frozen=True, eq=False)
 class Oracle:
-    """The float64 truth about a case: its loss, and the gradient of a few rows of flattened [B*T, V] logits."""
+    """The float64 truth about a case.
+
+    Attributes:
+        loss: exact.
+        coefficients: dloss/dlogp [B, T].
+        rows: indices of those rows of the flattened logits whose gradient is checked.
+        slopes: dlogp/dlogits of these rows [R, V].
+    """
 
     loss: Tensor
-    scale: Tensor
+    coefficients: Tensor
     rows: Tensor
-    gradient: Tensor
+    slopes: Tensor
 
-    @classmethod
-    def of(cls, inputs: Inputs) -> Oracle:
-        """Compute it: the loss from every exact log-probability, the gradient by the chain rule through them."""
-        logprobs = inputs.exact_logprobs.detach().clone().requires_grad_()
+    @staticmethod
+    def loss_and_coefficients(inputs: Inputs, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss as a function of the log-probabilities, and its derivative."""
+        logprobs = logprobs.detach().clone().requires_grad_()
         loss = reference.logprob_policy_loss(
             logprobs,
             inputs.advantages,
@@ -59,28 +115,54 @@ class Oracle:
             objective=inputs.objective,
         )
         (coefficients,) = torch.autograd.grad(loss, logprobs)
-        count = inputs.case.tokens
-        rows = torch.linspace(0, count - 1, min(ROWS, count), device=logprobs.device).round().long().unique()
-        z = inputs.logits.detach().flatten(0, 1)[rows].double().requires_grad_()
-        tokens = inputs.tokens.flatten()[rows]
-        chosen = reference.token_logprobs(z, tokens, softcap=inputs.case.shape.softcap).logprobs
-        (gradient,) = torch.autograd.grad(chosen, z, coefficients.flatten()[rows])
-        return cls(loss.detach(), coefficients.abs().sum(), rows, gradient)
+        return loss.detach(), coefficients
 
-    def judge(self, inputs: Inputs, output: Output, gradient: Tensor) -> Errors:
-        """Errors of a provider's loss and gradient [B, T, V]; the gradient carries the case's upstream factor."""
+    @classmethod
+    def of(cls, inputs: Inputs) -> Oracle:
+        """Compute it: the loss from every exact log-probability, the gradient by the chain rule through them."""
+        loss, coefficients = cls.loss_and_coefficients(inputs, inputs.exact_logprobs)
+        kinds = [part.nonzero().squeeze(1) for part in (coefficients.flatten() != 0, coefficients.flatten() == 0)]
+        spread = [torch.linspace(0, len(kind) - 1, min(ROWS, len(kind))).round().long() for kind in kinds]
+        rows = torch.cat([kind[places.to(kind.device)] for kind, places in zip(kinds, spread, strict=True)])
+        z = inputs.logits.detach().flatten(0, 1)[rows].double().requires_grad_()
+        chosen = reference.token_logprobs(z, inputs.tokens.flatten()[rows], softcap=inputs.case.shape.softcap)
+        (slopes,) = torch.autograd.grad(chosen.logprobs.sum(), z)
+        return cls(loss, coefficients, rows, slopes)
+
+    def judge(self, inputs: Inputs, output: Output, gradient: Tensor, *, ours: bool = False) -> Errors:
+        """Errors of a provider's output and of its gradient [B, T, V], which carries the case's upstream factor.
+
+        ``ours`` holds it to this package's own limits as well.
+        """
         case = inputs.case
         tiny = torch.finfo(torch.float64).tiny
-        loss_error = ((output.loss.detach().double() - self.loss).abs() / self.scale.clamp(min=tiny)).item()
-        got = gradient.flatten(0, 1)[self.rows].double() / case.upstream
-        sizes = self.gradient.norm(dim=-1)
-        allowed = sizes.clamp(min=max(NEGLIGIBLE * sizes.max().item(), tiny))
-        row_errors = (got - self.gradient).norm(dim=-1) / allowed
-        gradient_error = row_errors.max().item()  # NaN wins the maximum
-        complaints = []
-        # "not <=" so that NaN is an error as well.
-        if not loss_error <= LOSS_LIMIT:
-            complaints.append(f"loss off by {loss_error:.1e} (limit {LOSS_LIMIT:.0e})")
-        if not gradient_error <= GRADIENT_LIMIT[case.dtype]:
-            complaints.append(f"gradient off by {gradient_error:.1e} (limit {GRADIENT_LIMIT[case.dtype]:.0e})")
-        return Errors(loss_error, gradient_error, ", ".join(complaints))
+        scale = self.coefficients.abs().sum().clamp(min=tiny)
+        loss = ((output.loss.detach().double() - self.loss).abs() / scale).item()
+        logprob, shift = _logprob_error(inputs, output.logprobs)
+        # The gradient's coefficients at the provider's own log-probabilities, as far as these may be off: that error
+        # is judged already, and next to a clip's edge it would decide whether there is a gradient at all.
+        _, coefficients = self.loss_and_coefficients(inputs, inputs.exact_logprobs + shift)
+        coefficients = coefficients.flatten()[self.rows]
+        exact = coefficients.unsqueeze(-1) * self.slopes
+        got = gradient.detach().flatten(0, 1)[self.rows].double() / case.upstream
+        rounded = (exact * case.upstream).to(gradient.dtype).double() / case.upstream
+
+        column = inputs.tokens.flatten()[self.rows].unsqueeze(-1)
+        errors, rounding, sizes = (_parts(rows, column) for rows in (got - exact, rounded - exact, exact))
+        target, others = (_column_errors(*part) for part in zip(errors, rounding, sizes, strict=True))
+        floor = max(NEGLIGIBLE * max(size.max().item() for size in sizes), tiny)
+        allowed = (sizes[0].maximum(PEAKED * coefficients.abs()).clamp(min=floor), sizes[1].clamp(min=floor))
+        beyond = torch.cat([(e - r) / a for e, r, a in zip(errors, rounding, allowed, strict=True)]).max()
+        complaints = [
+            _off("loss", loss, LOSS_LIMIT),
+            _off("gradient", beyond.item(), GRADIENT_LIMIT[case.dtype]),
+            _off("log-probability", logprob or 0.0, LOGPROB_LIMIT),
+        ]
+        broken = []
+        if ours:
+            broken = [_off("log-probability", logprob or 0.0, OWN_LOGPROB_LIMIT)]
+            for name, columns in (("sampled token", target), ("other tokens", others)):
+                if columns is not None:
+                    beyond_own = _off(f"gradient of the {name}", columns.beyond, OWN_GRADIENT_LIMIT[case.dtype])
+                    broken.append(beyond_own and f"{beyond_own} beyond its rounding")
+        return Errors(loss, logprob, target, others, *(", ".join(filter(None, each)) for each in (complaints, broken)))

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from time import monotonic
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
 from rich.table import Table
 
 from hpo_fused.objective import Objective
 
-from . import report
+from . import accuracy, compile_table, report
 from .cases import CUSTOM, DEFAULT_SHAPES, DTYPES, SHAPES, Case, parse_shape
+from .compile_report import TARGETS, ReportFailed, broken_limits, run_report
+from .display import Display
 from .environment import environment
 from .providers import DEFAULT, PROVIDERS, create
 from .results import Result
@@ -30,50 +30,6 @@ app = typer.Typer(
     help="Time the fused policy losses against what people use today, on this machine.",
 )
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-
-
-class _Display:
-    """The progress bar on stderr, or where that is no terminal one line for each stage."""
-
-    def __init__(self, console: Console, cases: int) -> None:
-        self.console, self.cases = console, cases
-        self.done, self.started, self.title = 0.0, monotonic(), ""
-        self.bar: Bar | None = None
-
-    def __enter__(self) -> _Display:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-        self.bar = None
-
-    def _open(self, animated: bool) -> Bar:
-        """A bar that draws itself from a thread, or, as that would disturb a timing, only when told to."""
-        self._close()
-        columns = (SpinnerColumn(), BarColumn(bar_width=16), TextColumn("{task.description}"), TimeElapsedColumn())
-        self.bar = Bar(*columns, console=self.console, transient=True, auto_refresh=animated, get_time=monotonic)
-        self.bar.add_task("", total=self.cases)
-        self.bar.tasks[0].start_time = self.started
-        self.bar.start()
-        return self.bar
-
-    def stage(self, text: str, *, timing: bool = False) -> None:
-        if self.console.is_terminal:
-            fits = self.bar is not None and self.bar.live.auto_refresh is not timing
-            bar = self.bar if fits and self.bar is not None else self._open(animated=not timing)
-            bar.update(bar.task_ids[0], description=text, completed=self.done, refresh=timing)
-            return
-        title = text.partition(", round")[0]
-        if title != self.title:
-            self.console.print(title, highlight=False, soft_wrap=True)
-        self.title = title
-
-    def advance(self, cases: float) -> None:
-        self.done += cases
 
 
 def _device(name: str) -> torch.device:
@@ -100,11 +56,29 @@ def _one_of(kind: str, name: str, known: Any) -> str:
     return name
 
 
+def _writable(output: Path | None) -> None:
+    """Refuse a file that cannot be written now, not after minutes of work."""
+    if output is None:
+        return
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.open("a", encoding="utf-8").close()
+    except OSError as error:
+        raise typer.BadParameter(f"cannot write {output}: {error.strerror}") from None
+
+
 def _show(result: Result, out: Console) -> None:
     out.print(report.environment_line(result), style="dim", highlight=False)
     out.print(report.table(result))
     for line in report.notes(result):
         out.print(line, style="dim", highlight=False, markup=False)
+    if (errors := accuracy.table(result)) is not None:
+        out.print()
+        out.print(errors)
+    for line in accuracy.notes(result):
+        out.print(line, style="dim", highlight=False, markup=False)
+    for line in accuracy.broken(result):
+        out.print(line, style="red", highlight=False, markup=False)
     if warning := report.busy_warning(result):
         out.print(warning, style="yellow", highlight=False)
     if result.interrupted:
@@ -143,7 +117,8 @@ def speed(
     """Time forward and gradient against eager PyTorch, torch.compile and a bare copy of the logits.
 
     Every provider is first held against a float64 oracle; one that differs is reported and not timed. Then all run
-    once per round, in rotating order. The exit status is 1 if a provider was wrong or failed.
+    once per round, in rotating order. A second table tells how exact each is, and whether it repeats itself. The
+    exit status is 1 if a provider was wrong or failed, or if hpo_fused misses a limit of its own.
     """
     where = _device(device)
     on_gpu = where.type == "cuda"
@@ -157,12 +132,7 @@ def speed(
         providers = [create(name, inplace=inplace) for name in dict.fromkeys(provider)]
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    if output is not None:  # now, not after minutes of measuring
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.open("a", encoding="utf-8").close()
-        except OSError as error:
-            raise typer.BadParameter(f"cannot write {output}: {error.strerror}") from None
+    _writable(output)
     cases = [Case.of_tokens(one, tokens, dtype, objective, inactive, ragged) for one in shapes]
 
     settings = {
@@ -175,7 +145,7 @@ def speed(
     }
     result = Result(environment(where), settings)
     try:
-        with _Display(Console(stderr=True), len(cases)) as display:
+        with Display(Console(stderr=True), len(cases)) as display:
             for case in cases:
                 run_case(case, providers, Settings(where, repeats, budget, seed), result.rows, display)
     except KeyboardInterrupt:
@@ -189,7 +159,7 @@ def speed(
         out.print(f"Wrote {output}", highlight=False, soft_wrap=True)
     if result.interrupted:
         raise typer.Exit(INTERRUPTED)
-    if any(row.status in ("wrong", "failed") for row in result.rows):
+    if any(row.status in ("wrong", "failed") for row in result.rows) or any(accuracy.broken(result)):
         raise typer.Exit(1)
 
 
@@ -203,6 +173,55 @@ def report_(file: Annotated[Path, typer.Argument(help="What `speed --output` wro
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     typer.echo(report.markdown(result))
+
+
+@app.command("compile")
+def compile_(
+    target: Annotated[list[str], typer.Option(help=f"Of {', '.join(TARGETS)}; repeatable.")] = TARGETS,
+    only: Annotated[str, typer.Option(help="Only variants whose kernel/name contains this.")] = "",
+    check: Annotated[bool, typer.Option("--check", help="Exit with 1 if a limit is broken, and say which.")] = False,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write the records to this JSON file.")] = None,
+) -> None:
+    """Compile the kernels, without a GPU, and tell what their machine code costs.
+
+    A covering set of variants, with the settings of a launch at V = 151936. The limits: nothing spills, main loops
+    access memory 16 bytes at a time, and a statistics and a gradient sweep together take at most 2.3 special-function
+    operations per element.
+    """
+    targets = [_one_of("target", name, TARGETS) for name in dict.fromkeys(target)]
+    _writable(json_)
+    try:
+        with Display(Console(stderr=True), 1) as display:
+            display.stage(f"compiling for {', '.join(targets)}")
+
+            def progress(done: int, total: int) -> None:
+                display.advance(done / total - display.done)
+                display.stage(f"compiling for {', '.join(targets)}")
+
+            records = run_report(targets, only, progress)
+    except ReportFailed as error:
+        typer.echo(f"hpo-fused-bench compile: {error}", err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+    if json_ is not None:
+        json_.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    out = Console(highlight=False)
+    out.print(compile_table.table(records))
+    for line in compile_table.notes():
+        out.print(line, style="dim", markup=False)
+    broken = broken_limits(records)
+    for line in broken:
+        out.print(line, style="red", markup=False, soft_wrap=True)
+    out.print(
+        f"{len(records)} kernels compiled, {len(broken)} limits broken." if broken
+        else f"{len(records)} kernels compiled: no spills, 16-byte accesses, MUFU within limits.",
+        style="bold",
+    )  # fmt: skip
+    if json_ is not None:
+        out.print(f"Wrote {json_}", soft_wrap=True)
+    if check and broken:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -1,365 +1,179 @@
-"""Compile every kernel for every supported architecture, without a GPU, and read the machine code.
+"""Compile every kernel for every supported architecture, without a GPU, and hold the machine code against limits.
 
-``compile_variants(targets)`` compiles a covering set of variants with the launch settings of ``launch.py`` at
-V = 151936 and returns one ``CompiledKernel`` each: registers, spills, and for every main loop its instructions, special
-function (MUFU) operations and memory access widths per element. Run as a module it prints a table, or JSON with
---json. Must run in a process where TRITON_INTERPRET is not set.
+Run as a module it prints the report, or JSON with --json: for every kernel, variant and target the registers, spills,
+and for every main loop its instructions, special-function (MUFU) operations and memory access widths per element. The
+variants are a covering set, with the launch settings of ``launch.py`` at V = 151936.
+
+Interpreter and compiler of Triton cannot share a process: ``run_report`` starts one in which TRITON_INTERPRET is not
+set. Importing this needs no Triton.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import multiprocessing
 import os
-import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+if TYPE_CHECKING:
+    from .compile_variant import CompiledKernel, Variant
 
-from hpo_fused.kernels.fused_policy_loss import fused_policy_loss_kernel
-from hpo_fused.kernels.launch import Machine, configure
-from hpo_fused.kernels.scale_gradient import scale_gradient_kernel
-from hpo_fused.kernels.token_gradient import token_gradient_kernel
-from hpo_fused.kernels.token_statistics import token_statistics_kernel
-from hpo_fused.rows import RowStatistics, TokenTerms
+TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 
-VOCABULARY = 151936
-_MB = 1024 * 1024
-MACHINES = {
-    "sm_80": Machine("cuda", 108, 40 * _MB, 32),
-    "sm_90": Machine("cuda", 132, 50 * _MB, 32),
-    "sm_100": Machine("cuda", 148, 126 * _MB, 32),
-    "gfx942": Machine("hip", 304, 256 * _MB, 64),
+# The main loops that a kernel has.
+SWEEPS = {
+    "fused_policy_loss": ("gradient", "statistics"),
+    "token_statistics": ("statistics",),
+    "token_gradient": ("gradient",),
+    "scale_gradient": ("gradient",),
 }
-ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
-PARAMETERS = {"clip": 4, "log_fidelity": 5, "soft_gate": 2, "truncated_ratio": 2}
+ACCESS_BYTES = 16
+# Special-function operations per element, all sweeps together, without softcap (whose tanh takes two more a sweep):
+# one exp2 per sweep, and the rescaling of a thread's sums once per step.
+MUFU_LIMIT = {"fused_policy_loss": 2.3, "token_statistics": 1.15, "token_gradient": 1.15, "scale_gradient": 0.0}
+PROGRESS = "compiled "  # how a line of standard error starts that tells how far --progress has come
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One compilation: ``kernel`` is the launcher's name, the rest its constexpr choices."""
-
-    kernel: str
-    dtype: str
-    softcap: bool = False
-    entropy: bool = False
-    entropy_term: bool = False
-    kind: str = "log_fidelity"
-    old: bool = True
-    kl: bool = False
-    gradient: bool = True
-    aligned_out: bool = True
-
-    @property
-    def name(self) -> str:
-        flags = ("softcap", "entropy", "entropy_term", "kl")
-        parts = [self.dtype] + [flag for flag in flags if getattr(self, flag)]
-        if self.kernel == "fused_policy_loss":
-            parts.append(self.kind)
-            parts += [] if self.old else ["on_policy"]
-            parts += [] if self.gradient else ["loss_only"]
-        return "/".join(parts + ([] if self.aligned_out else ["unaligned_out"]))
+def record_name(record: dict[str, Any]) -> str:
+    """A record in a few words; without its target it is what --only selects by."""
+    return f"{record['target']} {record['kernel']}/{record['variant']}"
 
 
-@dataclass(frozen=True)
-class Loop:
-    """An innermost loop that loads logits; counts per element, widths in bytes (narrowest access of each sort)."""
+def broken_limits(records: Iterable[dict[str, Any]]) -> list[str]:
+    """A line for each limit that a record (a ``CompiledKernel`` as a dict) breaks.
 
-    role: str
-    elements: int
-    instructions: float
-    mufu: float
-    load_bytes: int
-    store_bytes: int
-
-
-@dataclass(frozen=True)
-class CompiledKernel:
-    kernel: str
-    variant: str
-    softcap: bool
-    aligned_out: bool
-    target: str
-    num_warps: int
-    registers: int
-    spills: int
-    widest_load: int
-    widest_store: int
-    instructions: int
-    mufu: int
-    loops: tuple[Loop, ...]
-
-    @property
-    def mufu_per_element(self) -> float:
-        """Over the kernel's sweeps: the sum over its main loops."""
-        return sum(loop.mufu for loop in self.loops)
-
-
-def covering_variants() -> list[Variant]:
-    """Every kernel, dtype, kind and switch, and the pairs that share registers; not the full product of 1,000."""
-    variants = []
-    for dtype in ITEMSIZE:
-        variants += [
-            Variant("fused_policy_loss", dtype),
-            Variant("fused_policy_loss", dtype, entropy=True, entropy_term=True, kl=True),
-            Variant("token_statistics", dtype, entropy=True),
-            Variant("token_gradient", dtype, entropy_term=True),
-            Variant("scale_gradient", dtype),
-        ]
-    variants += [
-        Variant("fused_policy_loss", "bf16", entropy=True),
-        Variant("fused_policy_loss", "bf16", gradient=False, entropy=True),
-        Variant("fused_policy_loss", "bf16", softcap=True, entropy=True, entropy_term=True, kl=True, kind="clip"),
-        Variant("fused_policy_loss", "bf16", kind="clip", entropy=True, old=False),
-        Variant("fused_policy_loss", "bf16", kind="soft_gate", entropy=True),
-        Variant("fused_policy_loss", "bf16", kind="truncated_ratio", entropy=True, aligned_out=False),
-        Variant("token_statistics", "bf16"),
-        Variant("token_statistics", "bf16", entropy=True, softcap=True),
-        Variant("token_gradient", "bf16"),
-        Variant("token_gradient", "bf16", softcap=True),
-    ]
-    return variants
-
-
-def _arguments(variant: Variant) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """The kernel, the types of its run-time arguments and the values of its constexpr ones (None included)."""
-    logits = f"*{variant.dtype}"
-    f32: Any = "*fp32"  # stands where the NamedTuples hold a tensor
-    types: dict[str, Any]
-    switches: dict[str, Any]
-    lengths = {"N": "i32", "T": "i32", "V": "i32", "stride_b": "i32", "stride_t": "i32"}
-    out_strides = {"out_stride_b": "i32", "out_stride_t": "i32"}
-    transform = {"transform": ("fp32",) * 3}
-    if variant.kernel == "scale_gradient":
-        return scale_gradient_kernel, {"gradient": logits, "factor": f32, **lengths}, {}
-    if variant.kernel == "token_statistics":
-        types = {"logits": logits, "tokens": "*i64", "compute": "*i1"}
-        types["statistics"] = RowStatistics(f32, f32, f32, f32 if variant.entropy else None)
-        return (
-            token_statistics_kernel,
-            {**types, **transform, **lengths},
-            {"SOFTCAP": variant.softcap, "ENTROPY": variant.entropy},
-        )
-    if variant.kernel == "token_gradient":
-        types = {
-            "logits": logits,
-            "out": logits,
-            "tokens": "*i64",
-            "statistics": RowStatistics(f32, f32, f32, f32),
-        }
-        types |= {"logprob_coefficients": f32, "entropy_coefficients": f32 if variant.entropy_term else None}
-        switches = {
-            "SOFTCAP": variant.softcap,
-            "TILT": variant.entropy_term,
-            "ALIGNED_OUT": variant.aligned_out,
-        }
-        return token_gradient_kernel, {**types, **transform, **lengths, **out_strides}, switches
-    types = {
-        "logits": logits,
-        "out": logits if variant.gradient else None,
-        "tokens": "*i64",
-        "compute": "*i1",
-    }
-    types["terms"] = TokenTerms(f32, f32, f32, f32 if variant.old else None, f32 if variant.kl else None)
-    types |= {"losses": f32, "logprobs": f32, "entropies": f32 if variant.entropy else None}
-    coefficients = {"max_log_ratio": "fp32", "kl_coef": "fp32", "entropy_coef": "fp32"}
-    parameters = {"parameters": ("fp32",) * PARAMETERS[variant.kind]}
-    switches = {
-        "KIND": variant.kind,
-        "HAS_OLD": variant.old,
-        "HAS_KL": variant.kl,
-        "ENTROPY": variant.entropy,
-        "ENTROPY_TERM": variant.entropy_term,
-        "SOFTCAP": variant.softcap,
-        "GRADIENT": variant.gradient,
-        "ALIGNED_OUT": variant.aligned_out,
-    }
-    types |= transform | parameters | coefficients | lengths | out_strides
-    return fused_policy_loss_kernel, types, switches
-
-
-def _leaves(value: Any, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], Any]]:
-    if isinstance(value, tuple):
-        for index, item in enumerate(value):
-            yield from _leaves(item, (*path, index))
-    else:
-        yield path, value
-
-
-def _signature(value: Any) -> Any:
-    if isinstance(value, tuple):
-        items = [_signature(item) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    return "constexpr" if value is None else value
-
-
-def _compile(variant: Variant, target: str, registers_at_most: int | None = None) -> CompiledKernel:
-    machine = MACHINES[target]
-    reread = variant.kernel == "fused_policy_loss" and variant.gradient
-    launch = configure(
-        machine,
-        ITEMSIZE[variant.dtype],
-        VOCABULARY,
-        reread=reread,
-        narrow=variant.softcap or not variant.aligned_out,
-    )
-    kernel, types, switches = _arguments(variant)
-    switches = {"LANES": launch.lanes, "VEC": launch.vec, "UNROLL": launch.unroll, **switches}
-    names = kernel.arg_names
-    constants: dict[tuple[int, ...], Any] = {(names.index(name),): value for name, value in switches.items()}
-    attributes = {}
-    for name, value in types.items():
-        for path, leaf in _leaves(value, (names.index(name),)):
-            if leaf is None:
-                constants[path] = None
-            elif leaf.startswith("*"):  # what a launch finds for tensors that PyTorch allocated
-                attributes[path] = [["tt.divisibility", 16]]
-    signature = {name: "constexpr" if name in switches else _signature(types[name]) for name in names}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    architecture = target if machine.backend == "hip" else int(target.removeprefix("sm_"))
-    options = {"num_warps": launch.num_warps, **launch.options}
-    if registers_at_most is not None:
-        options["maxnreg"] = registers_at_most
-    compiled = triton.compile(source, GPUTarget(machine.backend, architecture, machine.warp_size), options)
-    read = _read_amdgcn if machine.backend == "hip" else _read_cubin
-    code, registers, spills = read(compiled.asm)
-    loads = [width for i in code if (width := _width(i, _LOADS))]
-    stores = [width for i in code if (width := _width(i, _STORES))]
-    return CompiledKernel(
-        kernel=variant.kernel, variant=variant.name, softcap=variant.softcap, aligned_out=variant.aligned_out,
-        target=target, num_warps=launch.num_warps, registers=registers, spills=spills,
-        widest_load=max(loads, default=0), widest_store=max(stores, default=0),
-        instructions=len(code), mufu=sum(_is_mufu(i) for i in code),
-        loops=tuple(_main_loops(code, launch.vec)),
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Instruction:
-    address: int
-    text: str
-    jump: int | None  # address of a branch's destination
-
-
-_LOADS = re.compile(r"\bLDG\.E\S*|\bglobal_load_\w+|\bbuffer_load_\w+")
-_STORES = re.compile(r"\bSTG\.E\S*|\bglobal_store_\w+|\bbuffer_store_\w+")
-_MUFU = re.compile(r"\bMUFU\.|\bv_(exp|log|rcp|rsq|sqrt|sin|cos)_f(32|16)")
-
-
-def _width(instruction: Instruction, accesses: re.Pattern[str]) -> int:
-    """Bytes per thread of a global access; 0 for any other instruction."""
-    match = accesses.search(instruction.text)
-    if not match:
-        return 0
-    access = match.group()
-    widths = {"128": 16, "x4": 16, "x3": 12, "64": 8, "x2": 8, "16": 2, "short": 2, "8": 1, "byte": 1}
-    return next((w for mark, w in widths.items() if re.search(rf"(\.[US]?|_[a-z0-9]*){mark}\b", access)), 4)
-
-
-def _is_mufu(instruction: Instruction) -> bool:
-    return bool(_MUFU.search(instruction.text))
-
-
-def _read_cubin(asm: Any) -> tuple[list[Instruction], int, int]:
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])
-        file.flush()
-        command = [str(tools / "cuobjdump"), "-sass", "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    code = []
-    for address, body in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", text, re.MULTILINE):
-        jump = re.search(r"\bBRA(?:\.\S+)?\s.*?\b0x([0-9a-f]+)$", body)
-        if not body.startswith("NOP"):
-            code.append(Instruction(int(address, 16), body, int(jump.group(1), 16) if jump else None))
-    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return code, usage["REG"], usage["STACK"] + usage["LOCAL"]
-
-
-def _read_amdgcn(asm: Any) -> tuple[list[Instruction], int, int]:
-    text = asm["amdgcn"]
-    body = text[: text.index("s_endpgm")] if "s_endpgm" in text else text
-    lines: list[str] = []
-    labels: dict[str, int] = {}
-    for line in body.splitlines():
-        line = line.split(";")[0].strip()
-        if label := re.match(r"(\.LBB\w+):", line):
-            labels[label.group(1)] = len(lines)
-        elif re.match(r"(s|v|global|ds|buffer|flat)_", line):
-            lines.append(line)
-    code = []
-    for address, line in enumerate(lines):
-        jump = re.match(r"s_c?branch\w*\s+(\.LBB\w+)", line)
-        code.append(Instruction(address, line, labels.get(jump.group(1)) if jump else None))
-    count = {name: int(value) for name, value in re.findall(r"\.(\w+_count):\s+(\d+)", text)}
-    spills = count["vgpr_spill_count"] + count["sgpr_spill_count"]
-    return code, count["vgpr_count"], spills
-
-
-def _main_loops(code: list[Instruction], vec: int) -> Iterator[Loop]:
-    """Innermost loops around 16-byte loads; a block that a forward branch skips and that loads nothing is not counted.
-
-    (That block is the one step that holds the sampled token.) Out-of-line blocks lie outside the loop's addresses.
+    Nothing spills; main loops access memory 16 bytes at a time, stores too where the output is aligned as the input
+    is; no more special-function operations than the formulas need. A main loop that was not found breaks all of them.
     """
-    backward = [(i.jump, i.address) for i in code if i.jump is not None and i.jump <= i.address]
-    for start, end in backward:
-        if start == end or any(start <= other < end for _, other in backward):
-            continue
-        body = [i for i in code if start <= i.address <= end]
-        skipped = [
-            (i.address, i.jump) for i in body
-            if i.jump is not None and i.address < i.jump <= end
-            and not any(_is_mufu(j) or _width(j, _LOADS) for j in body if i.address < j.address < i.jump)
-        ]  # fmt: skip
-        steady = [i for i in body if not any(low < i.address < high for low, high in skipped)]
-        loads = [width for i in steady if (width := _width(i, _LOADS))]
-        stores = [width for i in steady if (width := _width(i, _STORES))]
-        elements = sum(width == 16 for width in loads) * vec
-        if not elements:
-            continue
-        yield Loop(
-            role="gradient" if stores else "statistics", elements=elements,
-            instructions=round(len(steady) / elements, 2),
-            mufu=round(sum(_is_mufu(i) for i in steady) / elements, 3),
-            load_bytes=min(loads), store_bytes=min(stores, default=0),
-        )  # fmt: skip
+    broken = []
+    for record in records:
+        loops = record["loops"]
+        expected = ["statistics"] if "loss_only" in record["variant"] else list(SWEEPS[record["kernel"]])
+        if (found := sorted(loop["role"] for loop in loops)) != expected:
+            broken.append(f"{record_name(record)}: main loops {found}, expected {expected}")
+        if record["spills"]:
+            unit = "registers" if record["target"].startswith("gfx") else "bytes"
+            broken.append(f"{record_name(record)}: spills {record['spills']} {unit}")
+        for loop in loops:
+            accesses = {"loads": loop["load_bytes"]}
+            if loop["role"] == "gradient" and record["aligned_out"]:
+                accesses["stores"] = loop["store_bytes"]
+            broken += [
+                f"{record_name(record)}: {loop['role']} {kind} {size} bytes at a time, not {ACCESS_BYTES}"
+                for kind, size in accesses.items()
+                if size != ACCESS_BYTES
+            ]
+        mufu = sum(loop["mufu"] for loop in loops)
+        if not record["softcap"] and mufu > MUFU_LIMIT[record["kernel"]]:
+            broken.append(f"{record_name(record)}: {mufu:.3g} MUFU per element, limit {MUFU_LIMIT[record['kernel']]}")
+    return broken
+
+
+def _compile(job: tuple[Variant, str, int | None]) -> CompiledKernel:
+    from .compile_variant import compile_variant
+
+    return compile_variant(*job)
 
 
 def compile_variants(
-    targets: Iterable[str] = tuple(MACHINES),
+    targets: Iterable[str] = TARGETS,
     variants: Iterable[Variant] | None = None,
     *,
     registers_at_most: int | None = None,
     processes: int | None = None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> list[CompiledKernel]:
     """Compile ``variants`` (default: the covering set) for ``targets``, one record each, in that order.
 
-    ``registers_at_most`` overrides the launch's own limit (NVIDIA only): what a check of spills must reject.
+    Args:
+        targets: of ``TARGETS``.
+        variants: what to compile.
+        registers_at_most: overrides the launch's own limit (NVIDIA only): what a check of spills must reject.
+        processes: how many compile at a time; default: one for each core.
+        progress: called with how many of how many are done.
     """
+    from .compile_variant import covering_variants
+
     chosen = covering_variants() if variants is None else list(variants)
     jobs = [(variant, target, registers_at_most) for target in targets for variant in chosen]
+    records = []
+    progress(0, len(jobs))
     with multiprocessing.get_context("spawn").Pool(processes or min(len(jobs), os.cpu_count() or 1)) as pool:
-        return pool.starmap(_compile, jobs, chunksize=1)
+        for record in pool.imap(_compile, jobs):
+            records.append(record)
+            progress(len(records), len(jobs))
+    return records
+
+
+class ReportFailed(Exception):
+    """The report could not be made; the message says why."""
+
+
+def run_report(
+    targets: Sequence[str] = TARGETS,
+    only: str = "",
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> list[dict[str, Any]]:
+    """The report's records, from a process of its own. ``only`` selects variants whose kernel/name contains it.
+
+    Raises:
+        ReportFailed: no Triton, or the process failed.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise ReportFailed("compiling kernels needs triton: pip install 'hpo-fused[triton]' (Linux only)")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONSAFEPATH"] = "1"  # a checkout's kernels/, say, must not shadow an installed package
+    command = [sys.executable, "-m", "hpo_fused.bench.compile_report", "--json", "--progress", "--only", only, *targets]
+    errors: list[str] = []
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
+        with subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr is not None
+            try:
+                for line in process.stderr:
+                    if line.startswith(PROGRESS):
+                        done, _, total = line.removeprefix(PROGRESS).partition(" of ")
+                        progress(int(done), int(total))
+                    else:
+                        errors.append(line.rstrip())
+            except BaseException:
+                process.terminate()
+                raise
+        if process.returncode != 0:
+            raise ReportFailed("\n".join(errors[-40:]) or f"the compiling process ended with {process.returncode}")
+        output.seek(0)
+        records: list[dict[str, Any]] = json.load(output)
+        return records
 
 
 def main() -> None:
+    """Compile in this process's children and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("targets", nargs="*", default=list(MACHINES), help=f"of {', '.join(MACHINES)}")
+    parser.add_argument("targets", nargs="*", default=TARGETS, help=f"of {', '.join(TARGETS)}")
     parser.add_argument("--json", action="store_true", help="one JSON list on standard output")
     parser.add_argument("--only", default="", help="variants whose kernel/name contains this")
     parser.add_argument("--registers", type=int, help="cap on registers (NVIDIA), to see what spills")
+    parser.add_argument("--progress", action="store_true", help="tell on standard error how far it has come")
     arguments = parser.parse_args()
+
+    from .compile_variant import covering_variants
+
     variants = [v for v in covering_variants() if arguments.only in f"{v.kernel}/{v.name}"]
-    records = compile_variants(arguments.targets, variants, registers_at_most=arguments.registers)
+    if not variants:
+        names = "\n  ".join(f"{v.kernel}/{v.name}" for v in covering_variants())
+        sys.exit(f"no variant's name contains {arguments.only!r}; there are\n  {names}")
+
+    def tell(done: int, total: int) -> None:
+        if arguments.progress:
+            print(f"{PROGRESS}{done} of {total}", file=sys.stderr, flush=True)
+
+    records = compile_variants(arguments.targets, variants, registers_at_most=arguments.registers, progress=tell)
     if arguments.json:
         print(json.dumps([dataclasses.asdict(record) for record in records]))
         return

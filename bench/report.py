@@ -1,16 +1,16 @@
-"""Results for people: the terminal's table, the one-line verdict, and markdown for a README."""
+"""Times for people: the terminal's table, the one-line verdict, and markdown for a README, errors included."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from itertools import groupby
+from collections.abc import Iterator
 
 from rich import box
 from rich.table import Table
 
+from . import accuracy
 from .cases import Case
-from .results import COPY, COPY_NEW, Result, Row
+from .results import COPY, COPY_NEW, Result, Row, by_case
 
 MIB = 1 << 20
 BUSY = 0.1  # share of the CPUs in use by others from which a warning is printed
@@ -58,11 +58,6 @@ def _cells(row: Row) -> list[str]:
 HEADINGS = ("shape", "provider", "median ms", "20–80 %", "time ÷ ours", "GB/s", "% of copy", "peak MiB")
 
 
-def _cases(rows: Iterable[Row]) -> Iterator[tuple[Case, list[Row]]]:
-    for case, group in groupby(rows, key=lambda row: row.case):
-        yield case, list(group)
-
-
 def table(result: Result) -> Table:
     """The result as a table that fits 80 columns; a section for each case."""
     view = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), collapse_padding=True)
@@ -70,7 +65,7 @@ def table(result: Result) -> Table:
     view.add_column("provider", no_wrap=True)
     for heading in HEADINGS[2:]:
         view.add_column(heading, justify="right", no_wrap=heading == "20–80 %")
-    for case, rows in _cases(result.rows):
+    for case, rows in by_case(result.rows):
         for index, row in enumerate(rows):
             shape = case.shape.name if index == 0 else ""
             cells = _cells(row) if row.median_s is not None else [row.status.replace("_", " ")]
@@ -81,7 +76,7 @@ def table(result: Result) -> Table:
 
 def notes(result: Result) -> Iterator[str]:
     """What the table cannot say: the cases in full, whatever was not timed, and what the columns mean."""
-    for case, rows in _cases(result.rows):
+    for case, rows in by_case(result.rows):
         yield f"{case.shape.name}: {describe(case)}"
         reasons: dict[tuple[str, str], list[str]] = {}
         for row in rows:
@@ -106,7 +101,7 @@ def page_fault_hint(result: Result) -> str:
     on_linux_cpu = "gpu" not in result.environment and result.environment.get("transparent_huge_pages") is not None
     if not on_linux_cpu or result.environment.get("thp_mem_alloc_enable") == "1":
         return ""
-    for case, rows in _cases(result.rows):
+    for case, rows in by_case(result.rows):
         if case.logits_bytes < PAGE_FAULT_BYTES:
             continue
         medians = {row.provider: row.median_s for row in rows if row.is_copy and row.median_s}
@@ -165,9 +160,9 @@ def environment_line(result: Result) -> str:
 
 
 def markdown(result: Result) -> str:
-    """The result as GitHub-flavoured markdown: a table for all cases and what is needed to read it."""
+    """The result as GitHub-flavoured markdown: times, then errors, each with what is needed to read them."""
     lines = ["| " + " | ".join(HEADINGS) + " |", "|---|---|" + "---:|" * (len(HEADINGS) - 2)]
-    for case, rows in _cases(result.rows):
+    for case, rows in by_case(result.rows):
         for row in rows:
             cells = _cells(row) if row.median_s is not None else [row.status.replace("_", " "), *[""] * 5]
             provider = f"**{row.provider}**" if row.provider.startswith("hpo_fused") else row.provider
@@ -175,4 +170,6 @@ def markdown(result: Result) -> str:
     interrupted = ["Interrupted: rows or rounds are missing."] if result.interrupted else []
     warnings = filter(None, [busy_warning(result)])
     below = [environment_line(result) + ".", *interrupted, *warnings, *notes(result)]
-    return "\n".join([*lines, "", *(f"- {line.strip()}" for line in below)])
+    lines += ["", *(f"- {line.strip()}" for line in below)]
+    errors = accuracy.markdown(result)
+    return "\n".join([*lines, "", errors] if errors else lines)

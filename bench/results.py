@@ -5,20 +5,64 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
 from .cases import Case, Shape
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 Status = Literal["ok", "wrong", "failed", "out_of_memory", "skipped"]
 
 # The limit that every row is held against: one read and one write of the logits, to memory already in use. On a
 # CPU a second copy goes to new memory, as a gradient does: the difference is what the system takes to hand it out.
 # (On a GPU PyTorch keeps the memory that it freed, and the two are the same.)
 COPY, COPY_NEW = "copy", "copy_new"
+
+
+@dataclass(frozen=True)
+class ColumnErrors:
+    """Errors of some columns of the gradient, relative to the same columns of the same row, over the checked rows.
+
+    Attributes:
+        worst, median: of the rows' errors.
+        rounding: worst error that rounding the exact gradient to the logits' dtype, once, makes by itself.
+        beyond: worst of the rows' errors less the row's own rounding; negative where all came out luckier than that.
+    """
+
+    worst: float
+    median: float
+    rounding: float
+    beyond: float
+
+
+@dataclass(frozen=True)
+class Errors:
+    """How far a provider's result is from float64.
+
+    Attributes:
+        loss: relative to the sum of |dloss/dlogp|, which unlike the loss does not cancel.
+        logprob: largest absolute error over all tokens whose log-probability was computed; None if it returned none.
+        target, others: of the gradient, in the column of the row's token and (root mean square) in all others; None
+            where no row has a gradient.
+        complaint: what is wrong, "" if nothing.
+        broken: limits that only this package's providers are held to and this one misses, "" if none.
+    """
+
+    loss: float
+    logprob: float | None
+    target: ColumnErrors | None
+    others: ColumnErrors | None
+    complaint: str = ""
+    broken: str = ""
+
+    @classmethod
+    def of_dict(cls, content: dict[str, Any]) -> Errors:
+        """The inverse of ``dataclasses.asdict``."""
+        columns = {name: content[name] and ColumnErrors(**content[name]) for name in ("target", "others")}
+        return cls(**{**content, **columns})
 
 
 @dataclass
@@ -38,7 +82,8 @@ class Row:
         peak_extra_bytes: peak memory beyond the inputs, gradient included.
         gradient_bytes: the gradient's own size.
         first_call_s: the first call, with whatever compilation it takes.
-        loss_error, gradient_error: relative errors against the float64 oracle.
+        errors: against the float64 oracle; None for a copy, and where the first call gave no result.
+        repeats: whether a second call gave the same loss and gradient, bit for bit; None if there was none.
         others_cpu: share of the CPUs that other processes took while the case was timed; None on a GPU.
     """
 
@@ -56,14 +101,20 @@ class Row:
     peak_extra_bytes: int | None = None
     gradient_bytes: int = 0
     first_call_s: float | None = None
-    loss_error: float | None = None
-    gradient_error: float | None = None
+    errors: Errors | None = None
+    repeats: bool | None = None
     others_cpu: float | None = None
 
     @property
     def is_copy(self) -> bool:
         """Whether this is one of the limits and not a provider."""
         return self.provider in (COPY, COPY_NEW)
+
+
+def by_case(rows: Iterable[Row]) -> Iterator[tuple[Case, list[Row]]]:
+    """Rows in the order in which they were measured, those of one case together."""
+    for case, group in groupby(rows, key=lambda row: row.case):
+        yield case, list(group)
 
 
 def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
@@ -135,10 +186,11 @@ class Result:
         if version != SCHEMA_VERSION:
             raise ValueError(f"{path} has schema version {version}; this hpo-fused-bench reads {SCHEMA_VERSION}")
         try:
-            content["rows"] = [
-                Row(**{**row, "case": Case(**{**row["case"], "shape": Shape(**row["case"]["shape"])})})
-                for row in content["rows"]
-            ]
+            for row in content["rows"]:
+                row["case"]["shape"] = Shape(**row["case"]["shape"])
+                row["case"] = Case(**row["case"])
+                row["errors"] = row["errors"] and Errors.of_dict(row["errors"])
+            content["rows"] = [Row(**row) for row in content["rows"]]
             return cls(**content)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a result of hpo-fused-bench speed: {error}") from error

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .cases import Case, Inputs, draw
-from .check import Oracle
+from .check import Oracle, fingerprint
 from .measure import CpuUse, Failure, Task, available_bytes, clock_for, is_out_of_memory, peak_extra_bytes, rounds
 from .providers import Output, Provider, Unavailable
 from .results import COPY, COPY_NEW, Row, summarise
@@ -115,7 +115,7 @@ def _record_failure(row: Row, error: Exception) -> None:
 
 
 def _first_call(bench: Bench, oracle: Oracle, row: Row, device: torch.device) -> None:
-    """Compile, hold the result against the oracle, and take the memory of a second call."""
+    """Compile, hold the result against the oracle, take the memory of a second call and compare its result."""
     inputs, provider = bench.inputs, bench.provider
     row.note = _does_not_fit(provider.memory_factor * inputs.logits.numel() * 4, device)
     if row.note:
@@ -127,15 +127,19 @@ def _first_call(bench: Bench, oracle: Oracle, row: Row, device: torch.device) ->
     step = bench.step()
     _synchronize(device)
     row.first_call_s = time.perf_counter() - start
-    errors = oracle.judge(inputs, step.output, step.gradient)
-    row.loss_error, row.gradient_error = errors.loss, errors.gradient
-    if errors.complaint:
-        row.status, row.note = "wrong", errors.complaint
+    row.errors = oracle.judge(inputs, step.output, step.gradient, ours=provider.ours)
+    if row.errors.complaint:
+        row.status, row.note = "wrong", row.errors.complaint
         return
     row.gradient_bytes = step.gradient.numel() * step.gradient.element_size()
+    first = [fingerprint(value) for value in (step.output.loss.reshape(1), step.gradient)]
     del step
     bench.before()
-    row.peak_extra_bytes = peak_extra_bytes(bench.step, device)
+    kept: list[Step] = []
+    row.peak_extra_bytes = peak_extra_bytes(lambda: kept.append(bench.step()), device)
+    step = kept.pop()
+    again = (fingerprint(value) for value in (step.output.loss.reshape(1), step.gradient))
+    row.repeats = all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 def _time(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -21,15 +22,17 @@ testing = pytest.importorskip("typer.testing")
 
 from rich.console import Console  # noqa: E402
 
-from hpo_fused.bench import cli, measure, report  # noqa: E402
+from hpo_fused.bench import accuracy, cli, compile_table, measure, report  # noqa: E402
 from hpo_fused.bench.cases import SHAPES, Case, Inputs, Shape, draw, draw_advantages, parse_shape  # noqa: E402
-from hpo_fused.bench.check import Oracle  # noqa: E402
-from hpo_fused.bench.commands import _Display, app  # noqa: E402
+from hpo_fused.bench.check import Oracle, fingerprint  # noqa: E402
+from hpo_fused.bench.commands import app  # noqa: E402
+from hpo_fused.bench.compile_report import TARGETS, broken_limits  # noqa: E402
+from hpo_fused.bench.display import Display  # noqa: E402
 from hpo_fused.bench.measure import Failure, Task, peak_extra_bytes, rounds  # noqa: E402
 from hpo_fused.bench.plain import plain_policy_loss  # noqa: E402
 from hpo_fused.bench.providers import PROVIDERS, Output, Provider, Unavailable  # noqa: E402
 from hpo_fused.bench.providers.plain import Eager  # noqa: E402
-from hpo_fused.bench.results import Result, Row, median_ratio, quantiles, summarise  # noqa: E402
+from hpo_fused.bench.results import ColumnErrors, Errors, Result, Row, median_ratio, quantiles, summarise  # noqa: E402
 
 CPU = torch.device("cpu")
 TINY = ("--shape", "custom:V=300", "--tokens", "48", "--device", "cpu", "--repeats", "4")
@@ -186,6 +189,101 @@ def test_inactive_rows_must_have_no_gradient() -> None:
     assert "gradient" in Oracle.of(inputs).judge(inputs, output, gradient).complaint
 
 
+def exact_step(inputs: Inputs) -> tuple[Output, Tensor]:
+    """What a provider with exact arithmetic returns: the gradient rounded once."""
+    case = inputs.case
+    z = inputs.logits.detach().double().requires_grad_()
+    out = reference.policy_loss(
+        z, inputs.tokens, inputs.advantages, old_logprobs=inputs.old_logprobs, mask=inputs.mask,
+        objective=inputs.objective, softcap=case.shape.softcap,
+    )  # fmt: skip
+    (gradient,) = torch.autograd.grad(out.loss * case.upstream, z)
+    return Output(out.loss.detach(), out.logprobs.detach(), None), gradient.to(case.torch_dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("objective", ["mhpo_ahpo", "gspo", "sapo"])
+def test_errors_of_exact_arithmetic_are_its_rounding(dtype: str, objective: str) -> None:
+    inputs = draw(tiny_case(dtype=dtype, objective=objective, ragged=True), CPU, 0)
+    errors = Oracle.of(inputs).judge(inputs, *exact_step(inputs), ours=True)
+    assert (errors.complaint, errors.broken) == ("", "")
+    assert errors.logprob is not None
+    assert errors.logprob < 1e-12
+    unit = {"bf16": 2**-8, "fp16": 2**-11, "fp32": 2**-24}[dtype]
+    for columns in (errors.target, errors.others):
+        assert columns is not None
+        assert unit / 4 < columns.rounding <= unit
+        assert columns.median <= columns.worst == pytest.approx(columns.rounding)
+        assert columns.beyond < 1e-12
+
+
+def test_sampled_and_other_columns_are_judged_apart() -> None:
+    """A mistake in one shows there, at its size, and nowhere else."""
+    inputs = draw(tiny_case(), CPU, 0)
+    oracle = Oracle.of(inputs)
+    output, gradient = exact_step(inputs)
+    column = inputs.tokens.unsqueeze(-1)
+    sampled = gradient.scatter(-1, column, 1.0001 * gradient.gather(-1, column))
+    both = [oracle.judge(inputs, output, wrong, ours=True) for wrong in (sampled, 1.0001 * gradient)]
+    for errors, target, others in ((both[0], 1e-4, 0), (both[1], 1e-4, 1e-4)):
+        assert errors.target is not None
+        assert errors.others is not None
+        assert errors.target.beyond == pytest.approx(target, rel=0.01)
+        assert errors.others.beyond == pytest.approx(others, rel=0.01, abs=1e-12)
+        assert errors.complaint == ""
+        assert "gradient of the sampled token off by 1.0e-04 (limit 3e-06)" in errors.broken
+        assert ("other tokens" in errors.broken) is (others > 0)
+
+
+def test_logprob_errors() -> None:
+    inputs = draw(tiny_case(inactive=0.5), CPU, 0)
+    oracle = Oracle.of(inputs)
+    output, gradient = exact_step(inputs)
+    assert output.logprobs is not None
+    active = inputs.advantages.unsqueeze(-1) != 0
+
+    def judge(logprobs: Tensor | None, ours: bool = True) -> Errors:
+        return oracle.judge(inputs, output._replace(logprobs=logprobs), gradient, ours=ours)
+
+    assert judge(None).logprob is None
+    assert judge(output.logprobs.masked_fill(~active, torch.nan)).broken == ""
+    assert "log-probability off by nan" in judge(output.logprobs.masked_fill(active, torch.nan)).complaint
+    shifted = judge(output.logprobs.index_add(1, torch.tensor([2]), torch.full((8, 1), 1e-5).double()))
+    assert shifted.logprob == pytest.approx(1e-5, rel=0.1)
+    assert (shifted.complaint, "log-probability" in shifted.broken) == ("", True)
+    assert judge(output.logprobs + 1e-5, ours=False).broken == ""
+    assert "log-probability" in judge(output.logprobs + 0.01).complaint
+
+
+def test_a_clip_edge_within_the_logprob_limit_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether such a token has a gradient is decided by the last bit of its log-probability."""
+    inputs = draw(tiny_case(objective="grpo"), CPU, 0)
+    edge = (inputs.exact_logprobs - torch.tensor(1.2).double().log()).float()
+    inputs.advantages.fill_(1.0)
+    for side in (1e-6, -1e-6):
+        moved = dataclasses.replace(inputs, old_logprobs=edge + side)
+        output, gradient = exact_step(moved)
+        # The oracle is made to stand on the other side of the edge, 2e-6 from the provider.
+        beyond = dataclasses.replace(moved, exact_logprobs=inputs.exact_logprobs + 2 * side)
+        oracle = Oracle.of(beyond)
+        assert "gradient" not in oracle.judge(beyond, output, gradient).complaint
+        with monkeypatch.context() as patch:
+            patch.setattr("hpo_fused.bench.check.OWN_LOGPROB_LIMIT", 0.0)
+            assert "gradient" in oracle.judge(beyond, output, gradient).complaint
+
+
+def test_fingerprint_tells_every_bit() -> None:
+    values = torch.randn(5, 1000).bfloat16()
+    assert torch.equal(fingerprint(values), fingerprint(values.clone()))
+    assert torch.equal(fingerprint(values.view(5, 1, 1000)), fingerprint(values))
+    other = values.clone()
+    other.view(torch.int16)[3, 7] ^= 1
+    assert (fingerprint(values) != fingerprint(other)).tolist() == [False, False, False, True, False]
+    swapped = values[:, torch.arange(1000).roll(1)]
+    assert (fingerprint(values) != fingerprint(swapped)).all()
+    assert fingerprint(torch.zeros(1)) != fingerprint(-torch.zeros(1))
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # rounds and statistics
 
@@ -294,7 +392,7 @@ def test_speed_end_to_end(invoke: Invoke, tmp_path: Path) -> None:
     assert done.output.splitlines()[-2].startswith("hpo_fused:torch: ")
 
     content = json.loads((tmp_path / "deep" / "r.json").read_text())
-    assert (content["schema_version"], content["command"], content["interrupted"]) == (1, "speed", False)
+    assert (content["schema_version"], content["command"], content["interrupted"]) == (2, "speed", False)
     assert {"torch", "triton", "python", "cpu", "threads", "platform", "hpo_fused", "commit"} <= set(
         content["environment"]
     )
@@ -310,7 +408,13 @@ def test_speed_end_to_end(invoke: Invoke, tmp_path: Path) -> None:
     assert rows["copy"]["time_over_copy"] == 1
     assert rows["eager"]["gradient_bytes"] == 48 * 300 * 2
     assert rows["eager"]["peak_extra_bytes"] >= 2 * 48 * 300 * 4
-    assert 0 < rows["eager"]["gradient_error"] < 4e-3
+    assert (rows["copy"]["errors"], rows["copy"]["repeats"]) == (None, None)
+    assert rows["hpo_fused:torch"]["repeats"] is True
+    assert rows["hpo_fused:torch"]["errors"]["logprob"] < 4e-6
+    for columns in ("target", "others"):
+        assert 1e-3 < rows["eager"]["errors"][columns]["rounding"] < 4e-3
+        assert rows["hpo_fused:torch"]["errors"][columns]["beyond"] < 6e-6
+    assert "Against float64" in done.output
     assert rows["eager"]["case"]["shape"]["vocabulary"] == 300
 
 
@@ -333,7 +437,59 @@ def test_without_output_nothing_is_written(invoke: Invoke, tmp_path: Path) -> No
 def test_variants_are_right_and_timed(invoke: Invoke, options: tuple[str, ...]) -> None:
     done = invoke("speed", *TINY, *EAGER_ONLY, *options, "--output", "r.json")
     assert done.exit_code == 0, done.output
-    assert {row.status for row in Result.read(Path("r.json")).rows} == {"ok"}
+    rows = Result.read(Path("r.json")).rows
+    assert {row.status for row in rows} == {"ok"}
+    assert rows[0].repeats
+    assert "misses" not in done.output
+
+
+def test_a_provider_that_does_not_repeat_itself_is_told(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody else's is only marked; ours misses a limit."""
+
+    class Restless(Eager):
+        name = "restless"
+
+        def __init__(self) -> None:
+            self.calls = 0
+
+        def forward(self, inputs: Inputs, logits: Tensor) -> Output:
+            self.calls += 1
+            out = super().forward(inputs, logits)
+            return out._replace(loss=out.loss * (1 + self.calls * 2**-20))
+
+    monkeypatch.setitem(PROVIDERS, "restless", Restless)
+    done = invoke("speed", *TINY, "--provider", "restless", "--output", "r.json")
+    assert done.exit_code == 0, done.output
+    (line,) = (line for line in done.stdout.splitlines() if "restless" in line and "sampled" in line)
+    assert line.split()[-1] == "no"
+    result = Result.read(Path("r.json"))
+    assert result.rows[0].repeats is False
+    assert not list(accuracy.broken(result))
+    result.rows[0].provider = "hpo_fused"
+    (told,) = accuracy.broken(result)
+    assert told == "custom:V=300: hpo_fused misses its own limits: a second call gave another result"
+    assert told in report.markdown(result)
+
+
+def test_a_provider_without_logprobs_shows_a_dash(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Silent(Eager):
+        name = "silent"
+
+        def forward(self, inputs: Inputs, logits: Tensor) -> Output:
+            return super().forward(inputs, logits)._replace(logprobs=None, entropy=None)
+
+    monkeypatch.setitem(PROVIDERS, "silent", Silent)
+    done = invoke("speed", *TINY, "--provider", "silent")
+    assert done.exit_code == 0, done.output
+    (line,) = (line for line in done.stdout.splitlines() if "silent" in line and "sampled" in line)
+    assert line.split()[2] == "–"
+
+
+def test_our_missed_limit_fails_the_run(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpo_fused.bench.check.OWN_LOGPROB_LIMIT", 1e-12)
+    done = invoke("speed", *TINY, "--provider", "hpo_fused:torch")
+    assert done.exit_code == 1
+    assert "hpo_fused:torch misses its own limits: log-probability off by" in done.output
 
 
 def test_inplace_needs_no_memory_for_the_gradient(invoke: Invoke) -> None:
@@ -488,8 +644,10 @@ def test_table_fits_the_terminal(invoke: Invoke, monkeypatch: pytest.MonkeyPatch
     done = invoke("speed", *TINY, *EAGER_ONLY)
     lines = done.stdout.splitlines()
     assert max(map(len, lines)) <= width
-    (row,) = (line for line in lines if " eager " in line and "–" in line)
+    (row, errors) = (line for line in lines if " eager " in line)
     assert len(row.split()) == 7  # nothing wrapped, nothing cut
+    assert len(errors.split()) == 8
+    assert "…" not in done.stdout
 
 
 def test_report_prints_markdown(invoke: Invoke) -> None:
@@ -499,8 +657,10 @@ def test_report_prints_markdown(invoke: Invoke) -> None:
     lines = done.output.splitlines()
     assert lines[0] == "| " + " | ".join(report.HEADINGS) + " |"
     rows = [line for line in lines if line.startswith("| custom:V=300")]
-    assert len(rows) == 4
-    assert {line.count("|") for line in lines if line.startswith("|")} == {len(report.HEADINGS) + 1}
+    assert len(rows) == 4 + 2 * 2
+    widths = [line.count("|") - 1 for line in lines if line.startswith("|")]
+    assert widths == [len(report.HEADINGS)] * 6 + [len(accuracy.HEADINGS)] * 6
+    assert "| " + " | ".join(accuracy.HEADINGS) + " |" in lines
     assert "| **hpo_fused:torch** |" in rows[0]
     assert any("torch 2" in line for line in lines)
 
@@ -527,8 +687,10 @@ def test_listings(invoke: Invoke) -> None:
 
 
 def test_file_round_trip(tmp_path: Path) -> None:
-    row = Row(tiny_case(shape=Shape("s", 9, 30.0)), "eager", samples_s=[1.0, 2.0])
-    result = Result({"torch": "2"}, {"seed": 0}, rows=[row])
+    errors = Errors(1e-9, None, ColumnErrors(3e-3, 2e-3, 2.9e-3, 1e-4), None, "", "something")
+    rows = [Row(tiny_case(shape=Shape("s", 9, 30.0)), "eager", samples_s=[1.0, 2.0], errors=errors, repeats=True)]
+    rows.append(Row(tiny_case(), "copy"))
+    result = Result({"torch": "2"}, {"seed": 0}, rows=rows)
     result.write(tmp_path / "r.json")
     assert Result.read(tmp_path / "r.json") == result
 
@@ -552,6 +714,111 @@ def test_missing_extra_is_one_line(
 )
 def test_numbers(value: float | None, text: str) -> None:
     assert report.number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "–"), (1.74e-3, "1.7e-3"), (9.96e-11, "1.0e-10"), (0.0, "0"), (-1e-9, "0"), (float("nan"), "nan")],
+)
+def test_error_numbers(value: float | None, text: str) -> None:
+    assert accuracy.error(value) == text
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the compile report
+
+
+def record(**changes: Any) -> dict[str, Any]:
+    """A kernel of both sweeps within every limit."""
+    statistics = {"role": "statistics", "instructions": 8.0, "mufu": 1.03, "load_bytes": 16, "store_bytes": 0}
+    gradient = {"role": "gradient", "instructions": 5.0, "mufu": 1.0, "load_bytes": 16, "store_bytes": 16}
+    values = {
+        "kernel": "fused_policy_loss", "variant": "bf16/entropy/log_fidelity", "target": "sm_90", "registers": 64,
+        "spills": 0, "softcap": False, "aligned_out": True, "loops": [gradient, statistics],
+    }  # fmt: skip
+    return {**values, **changes}
+
+
+def loop(role: str, **changes: Any) -> list[dict[str, Any]]:
+    """The main loops of :func:`record`, one changed."""
+    return [{**each, **changes} if each["role"] == role else each for each in record()["loops"]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "broken"),
+    [
+        ({}, []),
+        ({"spills": 8}, ["spills 8 bytes"]),
+        ({"spills": 8, "target": "gfx942"}, ["spills 8 registers"]),
+        ({"loops": loop("statistics", load_bytes=4)}, ["statistics loads 4 bytes at a time, not 16"]),
+        ({"loops": loop("gradient", store_bytes=2)}, ["gradient stores 2 bytes at a time, not 16"]),
+        ({"loops": loop("gradient", store_bytes=2), "aligned_out": False}, []),
+        ({"loops": loop("gradient", mufu=1.5)}, ["2.53 MUFU per element, limit 2.3"]),
+        ({"loops": loop("gradient", mufu=3.0), "softcap": True}, []),
+        ({"loops": []}, ["main loops [], expected ['gradient', 'statistics']"]),
+        ({"loops": record()["loops"][1:], "variant": "bf16/log_fidelity/loss_only"}, []),
+    ],
+)
+def test_broken_limits_are_named(changes: dict[str, Any], broken: list[str]) -> None:
+    one = record(**changes)
+    name = f"{one['target']} fused_policy_loss/{one['variant']}"
+    assert broken_limits([record(), one]) == [f"{name}: {line}" for line in broken]
+
+
+def test_compile_table_fits_80_columns() -> None:
+    stream = StringIO()
+    records = [record(target=target) for target in TARGETS]
+    records.append(record(variant="bf16/softcap/entropy/entropy_term/kl/truncated_ratio/unaligned_out"))
+    Console(file=stream, width=80).print(compile_table.table(records))
+    text = stream.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    assert "64      0   8.0  1.03    16   5.0 1.00 16/16" in text
+
+
+@pytest.mark.xdist_group("compile")
+def test_compile_end_to_end(invoke: Invoke, tmp_path: Path) -> None:
+    """The tests' own process runs the interpreter; the compiler has one of its own."""
+    pytest.importorskip("triton")
+    arguments = ("compile", "--target", "sm_90", "--only", "scale_gradient/bf16", "--check", "--json", "deep/c.json")
+    done = invoke(*arguments)
+    assert done.exit_code == 0, done.output
+    assert done.stderr == "compiling for sm_90\n"
+    for word in ("scale_gradient/bf16", "sm_90", "16/16", "1 kernels compiled: no spills", "Wrote deep/c.json"):
+        assert word in done.stdout
+    (one,) = json.loads((tmp_path / "deep" / "c.json").read_text())
+    assert (one["kernel"], one["target"], one["spills"]) == ("scale_gradient", "sm_90", 0)
+
+
+@pytest.mark.parametrize(("check", "code"), [((), 0), (("--check",), 1)])
+def test_compile_check_fails_on_a_broken_limit(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch, check: tuple[str, ...], code: int
+) -> None:
+    monkeypatch.setattr("hpo_fused.bench.commands.run_report", lambda *_: [record(), record(spills=8)])
+    done = invoke("compile", *check)
+    assert done.exit_code == code
+    assert "sm_90 fused_policy_loss/bf16/entropy/log_fidelity: spills 8 bytes" in done.output
+    assert "2 kernels compiled, 1 limits broken." in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "missing", "expected"),
+    [
+        (("--target", "sm_1"), False, "unknown target 'sm_1'; expected one of sm_80"),
+        (("--only", "nothing"), False, "no variant's name contains 'nothing'; there are fused_policy_loss/bf16"),
+        ((), True, "compiling kernels needs triton: pip install 'hpo-fused[triton]'"),
+    ],
+)
+def test_compile_says_what_is_wrong(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], missing: bool, expected: str
+) -> None:
+    if missing:
+        monkeypatch.setitem(sys.modules, "triton", None)
+    else:
+        pytest.importorskip("triton")
+    done = invoke("compile", *arguments)
+    assert done.exit_code == 2
+    assert expected in " ".join(done.output.replace("│", " ").split())
 
 
 def test_providers_are_documented() -> None:
@@ -589,7 +856,7 @@ def test_page_faults_are_a_hint() -> None:
 def test_progress_is_drawn_on_a_terminal_and_not_while_timing() -> None:
     stream = StringIO()
     console = Console(file=stream, force_terminal=True, width=80)
-    with _Display(console, 2) as display:
+    with Display(console, 2) as display:
         display.stage("s: drawing inputs")
         assert display.bar is not None
         assert display.bar.live.auto_refresh
@@ -604,7 +871,7 @@ def test_progress_is_drawn_on_a_terminal_and_not_while_timing() -> None:
 
 def test_progress_is_a_line_per_stage_elsewhere() -> None:
     stream = StringIO()
-    with _Display(Console(file=stream, force_terminal=False), 1) as display:
+    with Display(Console(file=stream, force_terminal=False), 1) as display:
         for text in ("s: warming up", "s: timing, round 1 of at most 9", "s: timing, round 2 of at most 9"):
             display.stage(text, timing=True)
     assert stream.getvalue() == "s: warming up\ns: timing\n"

@@ -16,10 +16,13 @@ class Unavailable(Exception):
 
 
 class Output(NamedTuple):
-    """What every provider computes, so that all do the same work; log-probabilities and entropy are [B, T]."""
+    """What every provider computes, so that all do the same work; log-probabilities and entropy are [B, T].
+
+    None for what an implementation does not give away; log-probabilities may be NaN where the advantage is zero.
+    """
 
     loss: Tensor
-    logprobs: Tensor
+    logprobs: Tensor | None
     entropy: Tensor | None
 
 
