@@ -57,8 +57,18 @@ def _differences(rows: Tensor, shift: Tensor, scale: Tensor, softcap: Tensor, ca
     """z' - scale * shift, as scale * (u - shift): rounding ``scale`` then matters only as far as a logit lies below
     the maximum, where it would otherwise shift log-probabilities in proportion to the logits themselves."""
     z = rows.to(torch.float32)
-    u = torch.tanh(z / softcap) if capped else torch.clamp_min(z, LOWEST)
+    u = _tanh(z, softcap) if capped else torch.clamp_min(z, LOWEST)
     return (u - shift) * scale
+
+
+def _tanh(z: Tensor, softcap: Tensor) -> Tensor:
+    """tanh(z / softcap) = 1 - 2 / (1 + exp(2 z / softcap)), to a rounding of 1.
+
+    Inductor's own tanh is a library call that costs more than all else in the sweep. The exponential is used once, as
+    Inductor would write one that is used twice to an [n, V] buffer; for the same reason whoever needs the result twice
+    writes it out twice (equal expressions in one loop become one again).
+    """
+    return 1.0 - 2.0 / (1.0 + torch.exp(z * (2.0 / softcap)))
 
 
 def _statistics(rows: Tensor, tokens: Tensor, scale: Tensor, softcap: Tensor, capped: bool) -> tuple[Tensor, ...]:
@@ -71,7 +81,7 @@ def _statistics(rows: Tensor, tokens: Tensor, scale: Tensor, softcap: Tensor, ca
     blocks = (width - 1) // _BLOCK
     shift = rows.to(torch.float32).amax(-1)  # u grows with z
     if capped:
-        shift = torch.tanh(shift / softcap)
+        shift = _tanh(shift, softcap)
     column = torch.arange(_BLOCK, dtype=torch.int32)
     body = rows[:, : blocks * _BLOCK].view(count, blocks, _BLOCK)
     excluded = column == (tokens[:, None] - _BLOCK * torch.arange(blocks, dtype=torch.int32))[:, :, None]
@@ -80,7 +90,8 @@ def _statistics(rows: Tensor, tokens: Tensor, scale: Tensor, softcap: Tensor, ca
     exponential = torch.exp(_differences(body, shift[:, None, None], *constants))
     rest = torch.where(excluded, 0.0, exponential).sum(-1)
     difference = _differences(body, shift[:, None, None], *constants)
-    weighted = torch.where(excluded, 0.0, torch.exp(difference) * difference).sum(-1)
+    again = _differences(body, shift[:, None, None], *constants)
+    weighted = torch.where(excluded, 0.0, torch.exp(difference) * again).sum(-1)
     # The last block reaches back over columns already counted: a block of V mod 1024 columns would be another
     # program where that is 0 or 1.
     last = column + (width - _BLOCK)
@@ -88,6 +99,12 @@ def _statistics(rows: Tensor, tokens: Tensor, scale: Tensor, softcap: Tensor, ca
     excluded = (last < blocks * _BLOCK) | (last == tokens[:, None])
     exponential = torch.where(excluded, 0.0, torch.exp(difference))
     return shift, rest, weighted, exponential.sum(-1), (exponential * difference).sum(-1)
+
+
+def _sech_squared(rows: Tensor, softcap: Tensor) -> Tensor:
+    """The derivative of tanh, as 4 w / (1 + w)^2: as 1 - tanh^2 it would lose its digits where the cap saturates."""
+    w = torch.exp(-2.0 * torch.abs(rows.to(torch.float32) / softcap))
+    return 4.0 * w / ((1.0 + w) * (1.0 + w))
 
 
 def _gradient(
@@ -104,9 +121,7 @@ def _gradient(
     difference = _differences(rows, shift[:, None], scale, softcap, capped)
     gradient = torch.exp(difference) * (factor[:, None] - slope[:, None] * difference)
     if capped:
-        # sech^2 as 4 u / (1 + u)^2: as 1 - tanh^2 it would lose its digits where the cap saturates.
-        u = torch.exp(-2.0 * torch.abs(rows.to(torch.float32) / softcap))
-        gradient = gradient * (4.0 * u / ((1.0 + u) * (1.0 + u)))
+        gradient = gradient * _sech_squared(rows, softcap)
     out.copy_(gradient)
 
 
@@ -128,8 +143,7 @@ class CompiledSweeps(NamedTuple):
 
 
 _lock = threading.Lock()
-_compiled: dict[tuple[torch.dtype, bool, int], CompiledSweeps] = {}
-_failure = threading.Event()
+_compiled: dict[tuple[torch.dtype, bool, int], CompiledSweeps | None] = {}  # None: it failed
 
 
 def compiled_sweeps(logits: Tensor, transform: LogitTransform) -> CompiledSweeps | None:
@@ -143,16 +157,17 @@ def compiled_sweeps(logits: Tensor, transform: LogitTransform) -> CompiledSweeps
         return None
     # Threads: Dynamo would compile anew when their number changes, and give up after some times.
     key = (logits.dtype, transform.softcap is not None, torch.get_num_threads())
-    if key not in _compiled:
+    insist = setting == "1"
+    if key not in _compiled or (insist and _compiled[key] is None):
         with _lock:
-            if key not in _compiled and (not _failure.is_set() or setting == "1"):
+            if key not in _compiled or (insist and _compiled[key] is None):
                 try:
                     _compiled[key] = _compile(*key)
                 except Exception:
-                    _failure.set()
-                    if setting == "1":
+                    if insist:
                         raise
-    return _compiled.get(key)
+                    _compiled[key] = None
+    return _compiled[key]
 
 
 def _compile(dtype: torch.dtype, capped: bool, threads: int) -> CompiledSweeps:
@@ -171,6 +186,8 @@ def _compile(dtype: torch.dtype, capped: bool, threads: int) -> CompiledSweeps:
         sweeps.gradient(rows, shift, -1 / rest, torch.zeros_like(rest), scale, softcap, out)
     differences = _differences(rows, shift[:, None], scale, softcap, capped)
     expected = differences.exp() / -rest[:, None]
+    if capped:
+        expected = expected * _sech_squared(rows, softcap)
     torch.testing.assert_close(out.float(), expected, rtol=0.01, atol=1e-6)
     differences[torch.arange(count), tokens.long()] = -torch.inf
     torch.testing.assert_close(rest, differences.exp().sum(-1), rtol=1e-4, atol=0)

@@ -171,7 +171,8 @@ class Sweeps:
             # sech^2 as 4 u / (1 + u)^2: as 1 - tanh^2 it would lose its digits where the cap saturates.
             cap = self._buffer("cap", torch.float32)
             u = torch.abs(values, out=cap).mul_(-2 / self.transform.softcap).exp_()
-            factors = 4 * u / (1 + u) ** 2
+            divisor = torch.add(u, 1, out=self._buffer("exponentials", torch.float32)).square_()
+            factors = u.mul_(4).div_(divisor)
         differences, _ = self._plain_differences(values, shift)
         exponentials = torch.exp(differences, out=self._buffer("exponentials", torch.float32))
         gradient = differences.mul_(-slope[:, None]).add_(factor[:, None]).mul_(exponentials)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import threading
 from typing import Any
 
@@ -18,10 +20,13 @@ PLAIN = LogitTransform()
 MHPO = SurrogateSpec("log_fidelity", (1.5, 1.5, 1.0, 2.0, 1.25), 20.0, 0.0, 0.0)
 
 
-@pytest.fixture(params=["0", ""], ids=["plain", "automatic"])
+@pytest.fixture(params=["0", "1"], ids=["plain", "compiled"])
 def setting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each implementation; "1" raises where compilation fails, which the automatic choice would hide."""
+    if request.param == "1" and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
+        pytest.skip("no C++ compiler")
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, request.param)
-    return request.param
+    return str(request.param)
 
 
 def make(
@@ -285,7 +290,6 @@ def test_compilation_is_chosen_and_its_failure_is_silent(monkeypatch: pytest.Mon
     attempts: list[int] = []
     monkeypatch.setattr(compiled_rows, "_compile", failing)
     monkeypatch.setattr(compiled_rows, "_compiled", {})
-    monkeypatch.setattr(compiled_rows, "_failure", threading.Event())
     large, small = torch.empty(1, 1, MINIMUM_WIDTH), torch.empty(1, 1, MINIMUM_WIDTH - 1)
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "0")
     assert compiled_rows.compiled_sweeps(large, PLAIN) is None
@@ -300,11 +304,12 @@ def test_compilation_is_chosen_and_its_failure_is_silent(monkeypatch: pytest.Mon
         compiled_rows.compiled_sweeps(large, PLAIN)
 
 
-def test_no_temporary_of_the_logits_size(setting: str) -> None:
+@pytest.mark.parametrize("transform", [PLAIN, LogitTransform(1.0, 30.0)], ids=["plain", "softcap"])
+def test_no_temporary_of_the_logits_size(transform: LogitTransform, setting: str) -> None:
     logits, tokens = make(1, 400, 50257, dtype=torch.bfloat16)
     out = torch.empty_like(logits)
     compute = torch.ones_like(tokens, dtype=torch.bool)
-    arguments = (logits, tokens, compute, terms_of(tokens), PLAIN, MHPO)
+    arguments = (logits, tokens, compute, terms_of(tokens), transform, MHPO)
     eager.fused_policy_loss(*arguments, entropy=True, out=out)
     with torch.profiler.profile(profile_memory=True) as profile:
         eager.fused_policy_loss(*arguments, entropy=True, out=out)
