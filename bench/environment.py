@@ -71,7 +71,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton") or _version("pytorch-triton-rocm"),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "device": str(device),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),

@@ -60,3 +60,13 @@ def test_readme_code_runs_and_agrees() -> None:
 def test_readme_names_every_preset() -> None:
     rows = re.findall(r"^\| `(\w+)`", README, flags=re.MULTILINE)
     assert rows == list(hf.Objective.presets())
+
+
+def test_readme_tables_are_the_commands_output() -> None:
+    report = pytest.importorskip("hpo_fused.bench.report", reason="needs the bench extra")
+    results = importlib.import_module("hpo_fused.bench.results")
+    blocks = re.findall(r"<!-- report (\S+) -->\n(.*?)\n<!-- end of report -->", README, flags=re.DOTALL)
+    assert blocks
+    for name, text in blocks:
+        file = Path(__file__).parent.parent / name
+        assert text.strip() == report.markdown(results.Result.read(file)).strip()
