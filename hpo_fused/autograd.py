@@ -13,12 +13,12 @@ neither; what a compiler traces is the operator.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .backend import implementation
 from .batch import Layout, PreparedBatch
@@ -36,6 +36,22 @@ def _consume(ctx: Any, name: str) -> None:
     if getattr(ctx, "consumed", False):
         raise RuntimeError(_AGAIN.format(name))
     ctx.consumed = True
+
+
+def _first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse create_graph=True. PyTorch's once_differentiable refuses only where the incoming gradient has a graph of
+    its own, and would here drop the second derivative without a word."""
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *upstream: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "hpo_fused: double backward (create_graph=True) is not supported; a gradient of the gradient would "
+                "need the loss's second derivatives"
+            )
+        return backward(ctx, *upstream)
+
+    return checked
 
 
 def _empty(condition: bool, like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -91,7 +107,7 @@ def _fused_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.inputs = len(inputs)
 
 
-@once_differentiable
+@_first_order
 def _fused_backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     nothing: tuple[None, ...] = (None,) * ctx.inputs
     if upstream is None:
@@ -126,7 +142,7 @@ class _Fused(torch.autograd.Function):
         return losses.sum(), logprobs, entropies
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 9
@@ -151,10 +167,6 @@ def fused_policy_loss(
         loss, logprobs, entropies = _Fused.apply(  # type: ignore[no-untyped-call]
             logits, tokens, compute, terms, transform, spec, entropy, inplace, backend
         )
-        if inplace:
-            # A view whose version has moved rebuilds its grad_fn when that is next read; register_hook does not
-            # read it first and crashes (PyTorch 2.13, segmentation fault).
-            _ = logits.grad_fn
     else:
         loss, logprobs, entropies, _ = _fused_op(
             logits, tokens, compute, *terms, *transform, *spec, entropy, gradient, backend
@@ -231,7 +243,7 @@ def _statistics_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
     ctx.transform, ctx.backend = LogitTransform(temperature, softcap), backend
 
 
-@once_differentiable
+@_first_order
 def _statistics_backward(
     ctx: Any, upstream_logprobs: Tensor | None, upstream_entropy: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
@@ -281,7 +293,7 @@ class _StatisticsInPlace(torch.autograd.Function):
         ) if statistics.entropy is None else statistics.entropy
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(
         ctx: Any, upstream_logprobs: Tensor | None, upstream_entropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -360,7 +372,7 @@ def _logprob_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.inputs = len(inputs)
 
 
-@once_differentiable
+@_first_order
 def _logprob_backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     nothing: tuple[None, ...] = (None,) * ctx.inputs
     if upstream is None:

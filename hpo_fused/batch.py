@@ -174,6 +174,13 @@ class BatchStatistics:
         if (self.group_ids is None) != (self.group_lengths is None):
             raise ValueError("group_lengths: expected together with group_ids, got only one of them")
 
+    def check_device(self, device: torch.device) -> None:
+        """ValueError unless every tensor among the totals is on ``device``."""
+        for name in ("responses", "tokens", "positive", "negative", "group_ids", "group_lengths"):
+            value = getattr(self, name)
+            if isinstance(value, Tensor) and value.device != device:
+                raise ValueError(f"statistics: expected {name} on {device}, got {found(value)}")
+
     @classmethod
     def from_batch(
         cls,
@@ -285,7 +292,7 @@ class BatchStatistics:
         if isinstance(self.positive, int) and isinstance(self.negative, int):
             quotient = self.positive / self.negative if self.negative else 1.0
             return min(max(quotient, weighting.alpha_min), 1.0)
-        quotient_ = torch.as_tensor(self.positive) / torch.as_tensor(self.negative).clamp(min=1)
+        quotient_ = torch.as_tensor(self.positive).to(torch.float32) / torch.as_tensor(self.negative).clamp(min=1)
         quotient_ = torch.where(torch.as_tensor(self.negative) == 0, 1.0, quotient_)
         return quotient_.clamp(weighting.alpha_min, 1.0)
 
@@ -307,7 +314,7 @@ def _at_least_one(count: int | Tensor) -> int | Tensor:
 def _normalizer(
     objective: Objective, layout: Layout, statistics: BatchStatistics, groups: Tensor | None
 ) -> float | Tensor:
-    """1 / n_i of DESIGN's table: a number, a 0-d tensor or one entry per row."""
+    """1 / n_i of the README's table: a number, a 0-d tensor or one entry per row."""
     responses = _at_least_one(statistics.responses)
     if objective.normalization == "response":
         return layout.rows((responses * layout.lengths().clamp(min=1)).to(torch.float32))
@@ -352,8 +359,8 @@ def prepare(
         statistics = BatchStatistics._of_layout(layout, signal, groups)
     elif not isinstance(statistics, BatchStatistics):
         raise TypeError(f"statistics: expected a BatchStatistics or None, got {found(statistics)}")
-    elif isinstance(statistics.tokens, Tensor) and statistics.tokens.device != signal.device:
-        raise ValueError(f"statistics: expected counts on {signal.device}, got {statistics.tokens.device}")
+    else:
+        statistics.check_device(signal.device)
     if objective.kl_coef != 0 and ref_logprobs is None:
         raise ValueError(
             f"ref_logprobs: expected reference log-probabilities for kl_coef={objective.kl_coef}, got None"
@@ -361,10 +368,15 @@ def prepare(
     old = None if old_logprobs is None else layout.per_token("old_logprobs", old_logprobs)
     ref = None if ref_logprobs is None else layout.per_token("ref_logprobs", ref_logprobs)
 
-    scale = statistics.gradient_average / _normalizer(objective, layout, statistics, groups)
-    penalty = torch.where(layout.mask, scale, 0.0).to(torch.float32)
+    # Quotients of integers and numbers in torch.where take the default dtype, which may be a narrow one.
+    normalizer = _normalizer(objective, layout, statistics, groups)
+    if isinstance(normalizer, Tensor):
+        normalizer = normalizer.to(torch.float32)
+    penalty = layout.mask.to(torch.float32) * (statistics.gradient_average / normalizer)
     alpha = statistics.alpha(objective.weighting)
-    policy = penalty if objective.weighting is None else penalty * torch.where(signal < 0, alpha, 1.0)
+    policy = (
+        penalty if objective.weighting is None else penalty * torch.ones_like(signal).masked_fill(signal < 0, alpha)
+    )
     if token_weights is not None:
         caller = layout.per_response_or_token("token_weights", token_weights)
         policy = torch.where(layout.mask & (policy != 0), policy * caller, 0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -92,11 +93,13 @@ def check_logits(name: str, value: object) -> Tensor:
 
 def check_positive(name: str, value: object) -> float:
     """``value`` as a float, if it is a finite number above zero; TypeError or ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    # int and float by name: while torch.compile traces, a symbolic float is one of them but no registered Real.
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
         raise TypeError(f"{name}: expected a finite number > 0, got {found(value)}")
-    if not (math.isfinite(value) and value > 0):
+    number = float(value)
+    if not 0 < number < math.inf:
         raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
-    return float(value)
+    return number
 
 
 def values_readable(value: Tensor) -> bool:
@@ -104,14 +107,14 @@ def values_readable(value: Tensor) -> bool:
     return value.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def check_token_ids(tokens: Tensor, compute: Tensor, vocabulary: int) -> None:
-    """Refuse ids outside [0, V) in rows to compute, on behalf of the kernels, which only keep within the row.
+def check_token_ids(tokens: Tensor, mask: Tensor, vocabulary: int) -> None:
+    """Refuse ids outside [0, V) at unmasked positions, computed or not; the kernels only keep within the row.
 
     Raises:
         ValueError: on the CPU. Elsewhere a device-side assert, as PyTorch's own indexing does, without waiting for it;
             nothing is checked while torch.compile traces CPU tensors.
     """
-    valid = (tokens.clamp(0, vocabulary - 1) == tokens) | ~compute
+    valid = (tokens.clamp(0, vocabulary - 1) == tokens) | ~mask
     message = f"tokens: expected ids in [0, {vocabulary}) at unmasked positions"
     if values_readable(tokens):
         if not bool(valid.all()):

@@ -50,7 +50,7 @@ class Scales(NamedTuple):
 def scales(transform: LogitTransform) -> Scales:
     """The transform's constants in the compiled functions' form."""
     cap = transform.softcap or 1.0
-    return Scales(torch.tensor(cap / transform.temperature), torch.tensor(cap))
+    return Scales(*(torch.tensor(value, dtype=torch.float32) for value in (cap / transform.temperature, cap)))
 
 
 def _differences(rows: Tensor, shift: Tensor, scale: Tensor, softcap: Tensor, capped: bool) -> Tensor:

@@ -174,7 +174,7 @@ def token_statistics(
     """
     with _plain_mode(logits):
         logprobs, maximum, rest, entropies = full = tuple(
-            torch.full(tokens.shape, torch.nan, device=logits.device) for _ in range(4)
+            torch.full(tokens.shape, torch.nan, dtype=torch.float32, device=logits.device) for _ in range(4)
         )
         positions = _positions(compute)
         if positions.numel() > 0:
@@ -263,7 +263,7 @@ def fused_policy_loss(
         ValueError: an id outside [0, V) in a computed row (CPU); ``out`` is then untouched.
     """
     with _plain_mode(logits):
-        losses = torch.zeros(tokens.shape, device=logits.device)
+        losses = torch.zeros(tokens.shape, dtype=torch.float32, device=logits.device)
         logprobs = torch.full_like(losses, torch.nan)
         entropies = torch.full_like(losses, torch.nan)
         positions = _positions(compute)

@@ -22,6 +22,12 @@ def policy_metrics(
     def mean(value: Tensor) -> Tensor:
         return torch.where(known, value, 0.0).sum() / count
 
+    def scalar(value: float | Tensor) -> Tensor:
+        # full and not as_tensor: a copy from the host's memory would wait for the device.
+        if isinstance(value, Tensor):
+            return value.to(torch.float32)
+        return torch.full((), value, dtype=torch.float32, device=logprobs.device)
+
     spec = objective.lower()
     sequence = objective.ratio_level == "sequence"
     if terms.old_logprobs is None:
@@ -44,8 +50,8 @@ def policy_metrics(
     if entropy is not None:
         metrics["entropy"] = mean(entropy)
     if objective.weighting is not None:
-        metrics["hysteretic_weight"] = torch.as_tensor(batch.alpha, dtype=torch.float32, device=logprobs.device)
-    positive, negative = (torch.as_tensor(n, dtype=torch.float32, device=logprobs.device) for n in batch.signs)
+        metrics["hysteretic_weight"] = scalar(batch.alpha)
+    positive, negative = (scalar(count) for count in batch.signs)
     metrics["positive_fraction"] = positive / (positive + negative).clamp(min=1)
-    metrics["active_fraction"] = batch.active.sum() / layout.mask.sum().clamp(min=1)
+    metrics["active_fraction"] = batch.active.sum().to(torch.float32) / layout.mask.sum().clamp(min=1)
     return metrics

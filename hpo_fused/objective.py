@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Literal, TypeAlias, get_args
 
 from .rows import SurrogateSpec
@@ -28,10 +29,11 @@ def _number(
     open_high: bool = True,
 ) -> None:
     """Raise unless ``value`` is a real number in the interval; ``expected`` words the interval for the message."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected {expected}, got {value!r} of type {type(value).__name__}")
-    above = value > low if open_low else value >= low
-    below = value < high if open_high else value <= high
+    number = float(value)
+    above = number > low if open_low else number >= low
+    below = number < high if open_high else number <= high
     if not (above and below):
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
@@ -328,12 +330,12 @@ class Objective:
         """
         if name not in _PRESETS:
             raise ValueError(f"objective: expected one of {', '.join(_PRESETS)}, got {name!r}")
-        unknown = overrides.keys() - {f.name for f in dataclasses.fields(cls)}
+        if not overrides:  # the path that torch.compile traces, which cannot look into a class's fields
+            return _PRESETS[name]
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(overrides.keys() - set(known))
         if unknown:
-            raise TypeError(
-                f"preset overrides: expected fields of Objective "
-                f"({', '.join(f.name for f in dataclasses.fields(cls))}), got {sorted(unknown)}"
-            )
+            raise TypeError(f"preset overrides: expected fields of Objective ({', '.join(known)}), got {unknown}")
         return dataclasses.replace(_PRESETS[name], **overrides)
 
     @classmethod

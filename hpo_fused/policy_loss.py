@@ -120,7 +120,7 @@ def policy_loss(
     """Policy loss and its gradient with respect to logits, in one pass over the vocabulary.
 
     The loss is sum_t -m n u a s(x, A) + m n (kl_coef k3 - entropy_coef H), see :class:`Objective` for the surrogate
-    s, and DESIGN's table in the README for every preset's formula and paper. Token-level objectives compute the
+    s, and the README for every preset's formula and paper. Token-level objectives compute the
     gradient during forward (one read and one write of the logits); sequence-level ones and float16 logits run the
     second sweep in backward.
 
@@ -142,8 +142,9 @@ def policy_loss(
         softcap: z is replaced by softcap * tanh(z / softcap) before the temperature; None: no cap.
         skip_inactive: leave rows without a learning signal uncomputed (their logprobs and entropy are NaN). False
             computes their statistics and skips only their gradient.
-        inplace: write the gradient over the logits' storage; using the logits afterwards raises. Ignored (the
-            gradient gets its own buffer) while torch.compile traces.
+        inplace: write the gradient over the logits' storage. An operation that saved the logits before this call
+            raises in its backward; what reads the logits after it reads gradients. Ignored (the gradient gets its
+            own buffer) while torch.compile traces.
         entropy: compute the entropy of each row; implied by entropy_coef != 0.
         backend: "triton", "torch" or "auto", see :func:`backend_for`.
 
@@ -153,8 +154,8 @@ def policy_loss(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, device or value; a token id outside [0, V) at an unmasked position that is
-            computed (a device-side assert on GPU); missing ref_logprobs, groups or max_length.
+        ValueError: a wrong shape, device or value; a token id outside [0, V) at an unmasked position (a device-side
+            assert on GPU); missing ref_logprobs, groups or max_length.
 
     Examples:
         >>> import torch
@@ -188,8 +189,7 @@ def policy_loss(
     flat = logits if logits.dim() == 3 else logits.unsqueeze(0)
     ids = tokens.to(torch.int64).reshape(rows).contiguous()
     compute = batch.active if skip_inactive else layout.mask
-    if name == "triton":
-        check_token_ids(ids, compute, logits.shape[-1])
+    check_token_ids(ids, layout.mask, logits.shape[-1])
     spec = resolved.lower()
     entropy = entropy or spec.entropy_coef != 0
     if resolved.ratio_level == "token" and logits.dtype != torch.float16:
@@ -201,6 +201,10 @@ def policy_loss(
             flat, ids, compute, transform, entropy=entropy, inplace=inplace, backend=name
         )
         loss = autograd.logprob_policy_loss(logprobs, entropies, batch, spec, resolved.ratio_level == "sequence")
+    if inplace and not torch.compiler.is_compiling():
+        # A view whose version has moved rebuilds its grad_fn when that is next read; register_hook does not read it
+        # first and crashes (PyTorch 2.13, segmentation fault).
+        _ = logits.grad_fn
     return _output(loss, logprobs, entropies, resolved, batch, tokens.shape)
 
 

@@ -1,4 +1,4 @@
-"""The oracle: DESIGN's mathematics written down once, plainly, differentiated by autograd.
+"""The oracle: the README's mathematics written down once, plainly, differentiated by autograd.
 
 Runs in the dtype of its input up to float64, response by response, with full [N, V] temporaries. It shares no code
 with the package but :class:`Objective` and :class:`BatchStatistics`, so that a mistake there cannot hide here.
@@ -119,7 +119,7 @@ def logprob_policy_loss(
     objective: str | Objective = "mhpo_ahpo",
     statistics: BatchStatistics | None = None,
 ) -> Tensor:
-    """The loss of DESIGN's section 2; arguments as :func:`hpo_fused.logprob_policy_loss`."""
+    """The loss of the README's table; arguments as :func:`hpo_fused.logprob_policy_loss`."""
     objective = resolve_objective(objective)
     dtype, bound = logprobs.dtype, objective.max_log_ratio
     keep = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask.bool()

@@ -67,8 +67,7 @@ def token_logprobs(
     rows = shape if len(shape) == 2 else torch.Size((1, *shape))
     compute = compute.reshape(rows)
     ids, compute = tokens.to(torch.int64).reshape(rows).contiguous(), compute.contiguous()
-    if name == "triton":
-        check_token_ids(ids, compute, logits.shape[-1])
+    check_token_ids(ids, compute, logits.shape[-1])
     logprobs, entropies = autograd.token_statistics(
         logits if logits.dim() == 3 else logits.unsqueeze(0),
         ids,

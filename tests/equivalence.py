@@ -18,6 +18,7 @@ from hpo_fused import reference
 
 # Log-ratios that reach every branch of every shaping: both sides of both clip bounds (and of the sequence-level
 # preset's 3e-4), the saturated ends, the clamp at 20 and what lies beyond it. None lies on a boundary.
+INFINITE = float("inf")
 LOG_RATIOS = (
     0.0,
     0.05,
@@ -37,6 +38,10 @@ LOG_RATIOS = (
     -19.0,
     25.0,
     -25.0,
+    100.0,
+    -100.0,
+    INFINITE,
+    -INFINITE,
 )
 ADVANTAGES = (1.0, -1.0, 0.0, 0.5, -2.0)
 
@@ -118,10 +123,10 @@ def build(case: Case, device: torch.device) -> Inputs:
     if case.small_ratios:
         x = torch.sign(x) * (1e-4 + 7e-4 * torch.rand(count, 1, generator=generator, dtype=torch.float64))
         x[1], x[-2] = 25.0, -0.5  # beyond the clamp, and far outside the clip range
-    # Signs advance one step further in each cycle through the log-ratios, so that every pair occurs.
+    # Signs shift with each cycle through the log-ratios: any three cycles give each of them a positive and a negative.
     signs = torch.tensor(ADVANTAGES * (count * length), dtype=torch.float64)
     places = torch.arange(count * length)
-    advantages = signs[places + places // len(LOG_RATIOS)].reshape(count, length)
+    advantages = signs[places + 2 * (places // len(LOG_RATIOS))].reshape(count, length)
     if not case.per_token_advantages:
         advantages = advantages[:, 0].clone() if case.small_ratios else signs[torch.arange(count) % 5]
 

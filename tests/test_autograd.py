@@ -44,9 +44,12 @@ def test_double_backward_raises(name: str, backend: str, device: torch.device) -
     logits, tokens, advantages, old = inputs(device)
     leaf = logits.requires_grad_()
     loss = hf.policy_loss(leaf, tokens, advantages, **old, objective=name, backend=backend).loss
-    (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
-    with pytest.raises(RuntimeError):
-        gradient.sum().backward()
+    # The second term keeps the sum attached: a gradient that merely lacked a graph would go unnoticed.
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(loss + leaf.square().sum(), leaf, create_graph=True)
+    logprobs = hf.token_logprobs(leaf, tokens, backend=backend).logprobs
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(logprobs.sum(), leaf, create_graph=True)
 
 
 def test_loss_may_be_changed_in_place(backend: str, device: torch.device) -> None:
@@ -255,6 +258,60 @@ def test_compiles_as_one_graph(name: str, layout: str) -> None:
         results.append((loss.detach(), leaf.grad))
     torch.testing.assert_close(results[1][0], results[0][0])
     torch.testing.assert_close(results[1][1], results[0][1], equal_nan=True)
+
+
+@pytest.mark.parametrize("objective", [None, "grpo", "gspo", "hpo"])
+@pytest.mark.parametrize("dynamic", [None, True])
+@torch._dynamo.config.patch(recompile_limit=64)  # counted over all parameters of this test
+def test_preset_names_and_changing_values_compile(objective: str | None, dynamic: bool | None) -> None:
+    """The default call, presets by name, symbolic sizes, and a temperature that changes between calls."""
+    logits, tokens, advantages, old = inputs(torch.device("cpu"))
+    options = {} if objective is None else {"objective": objective}
+
+    def step(z: Tensor, temperature: float) -> Tensor:
+        return hf.policy_loss(z, tokens, advantages, **old, temperature=temperature, **options).loss
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for temperature in (1.0, 0.9, 0.8):
+        gradients = [
+            torch.autograd.grad(f(z, temperature), z)[0]
+            for f in (step, compiled)
+            for z in (logits.clone().requires_grad_(),)
+        ]
+        torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_default_dtype_does_not_matter(dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    logits, tokens, advantages, old = inputs(device)
+    results = []
+    for default in (torch.float32, dtype):
+        leaf = logits.clone().requires_grad_()
+        torch.set_default_dtype(default)
+        try:
+            out = hf.policy_loss(leaf, tokens, advantages, **old, temperature=0.7, backend=backend)
+            out.loss.backward()
+            metrics = out.metrics()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        results.append((out.loss.detach(), out.logprobs, leaf.grad, metrics["ratio_mean"]))
+    for first, second in zip(*results, strict=True):
+        torch.testing.assert_close(second, first, rtol=0, atol=0, equal_nan=True)
+
+
+def test_hooks_on_packed_views_survive_inplace(backend: str, device: torch.device) -> None:
+    produced = (torch.randn(7, 11, device=device, requires_grad=True) * 1)[:-1]
+    tokens = torch.zeros(6, dtype=torch.long, device=device)
+    out = hf.policy_loss(
+        produced,
+        tokens,
+        torch.ones(2, device=device),
+        cu_seqlens=torch.tensor([0, 2, 6], device=device),
+        inplace=True,
+        backend=backend,
+    )
+    produced.register_hook(lambda gradient: None)
+    out.loss.backward()
 
 
 def test_compiled_token_logprobs() -> None:

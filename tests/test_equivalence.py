@@ -46,7 +46,7 @@ def shapings() -> list[Case]:
         Case(
             f"shape-{name}",
             hf.Objective("token", shaping, hf.Hysteretic(0.6), "mean_length"),
-            responses=9,
+            responses=11,
             length=6,
             per_token_advantages=True,
             ragged=False,

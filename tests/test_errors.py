@@ -94,6 +94,11 @@ BAD = {
     "max-length": (lambda: loss(objective="dr_grpo"), ValueError, "max_length: .*constant.*None"),
     "objective-name": (lambda: loss(objective="grpoo"), ValueError, "objective: expected one of grpo.*'grpoo'"),
     "objective-type": (lambda: loss(objective=3), TypeError, "objective: .*int"),
+    "statistics-device": (
+        lambda: loss(statistics=hf.BatchStatistics(2, 6, 1, torch.tensor(1, device="meta"))),
+        ValueError,
+        "statistics: expected negative on cpu.*meta",
+    ),
     "statistics-type": (lambda: loss(statistics={}), TypeError, "statistics: expected a BatchStatistics.*dict"),
     "temperature-zero": (lambda: loss(temperature=0.0), ValueError, "temperature: .*> 0.*0.0"),
     "temperature-nan": (lambda: loss(temperature=math.nan), ValueError, "temperature: .*nan"),
@@ -168,3 +173,15 @@ def test_token_ids_are_checked(token: int, backend: str, device: torch.device) -
             hf.policy_loss(LOGITS, token_at(token), ADVANTAGES, objective=objective, backend=backend)
     with pytest.raises(ValueError, match=f"tokens: .*{token}"):
         hf.token_logprobs(LOGITS, token_at(token), backend=backend)
+    with pytest.raises(ValueError, match=f"tokens: .*{token}"):  # unmasked, though nothing is computed there
+        hf.policy_loss(LOGITS, token_at(token), torch.zeros(2), backend=backend)
+
+
+def test_numpy_scalars_are_numbers() -> None:
+    numpy = pytest.importorskip("numpy")
+    objective = hf.Objective.preset("grpo", kl_coef=numpy.float32(0.125))
+    ours = loss(objective=objective, ref_logprobs=torch.zeros(2, 3) - 1, temperature=numpy.float32(0.5))
+    plain = loss(
+        objective=hf.Objective.preset("grpo", kl_coef=0.125), ref_logprobs=torch.zeros(2, 3) - 1, temperature=0.5
+    )
+    assert ours.loss.item() == plain.loss.item()

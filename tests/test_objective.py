@@ -1,4 +1,4 @@
-"""Objective and its parts: presets, equality, validation; values of every shaping from an independent table."""
+"""Objectives: presets, equality, validation; every shaping against an independent table (make_objectives.py)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ from hpo_fused.surrogate import token_loss
 VECTORS = json.loads((Path(__file__).parent / "objectives.json").read_text())
 
 
+TABLED = {name: hf.Objective.preset(name) for name in ("grpo", "dapo", "sapo", "cispo", "mhpo")}
+TABLED["clip_delta_dual"] = hf.Objective(shaping=hf.Clip(0.2, 0.2, delta=1.5, dual=3.0), weighting=None)
+
+
 def preset_vectors(name: str) -> list[torch.Tensor]:
     rows = [row for row in VECTORS["rows"] if row["objective"] == name]
     assert len(rows) == 84
@@ -26,23 +30,23 @@ def preset_vectors(name: str) -> list[torch.Tensor]:
     ]
 
 
-@pytest.mark.parametrize("name", ["grpo", "dapo", "sapo", "cispo", "mhpo"])
+@pytest.mark.parametrize("name", TABLED)
 def test_shapings_match_the_table(name: str) -> None:
     x, advantage, loss, derivative = preset_vectors(name)
     logp, one = torch.full_like(x, -1.0), torch.ones_like(x)
-    ours = token_loss(hf.Objective.preset(name).lower(), TokenTerms(advantage, one, one, logp - x, None), logp, None)
+    ours = token_loss(TABLED[name].lower(), TokenTerms(advantage, one, one, logp - x, None), logp, None)
     torch.testing.assert_close(ours.losses, loss, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(ours.logprob_coefficients, derivative, rtol=1e-11, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", ["grpo", "dapo", "sapo", "cispo", "mhpo"])
+@pytest.mark.parametrize("name", TABLED)
 def test_reference_matches_the_table(name: str) -> None:
     x, advantage, loss, derivative = preset_vectors(name)
     for i in range(len(x)):
         logp = torch.full((1, 1), -1.0, dtype=torch.float64, requires_grad=True)
         # One token: every normaliser is 1.
         value = reference.logprob_policy_loss(
-            logp, advantage[i : i + 1], old_logprobs=logp.detach() - x[i], objective=hf.Objective.preset(name)
+            logp, advantage[i : i + 1], old_logprobs=logp.detach() - x[i], objective=TABLED[name]
         )
         (gradient,) = torch.autograd.grad(value, logp)
         torch.testing.assert_close(value, loss[i], rtol=1e-12, atol=1e-14)

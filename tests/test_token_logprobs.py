@@ -79,7 +79,7 @@ def test_peaked_rows_keep_their_digits(backend: str, device: torch.device) -> No
 
 
 def test_real_vocabulary_precision(backend: str, device: torch.device) -> None:
-    """DESIGN's limit: 4e-6 absolute on float32 logits over 151,936 entries."""
+    """The stated limit: 4e-6 absolute on float32 logits over 151,936 entries."""
     generator = torch.Generator().manual_seed(2)
     for spread in (1.0, 4.0, 8.0):
         logits = (spread * torch.randn(1, 4, 151936, generator=generator)).to(device)
