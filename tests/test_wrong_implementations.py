@@ -1,7 +1,7 @@
 """The suite has to reject wrong code: each mutation below is a mistake somebody has made, ours to catch.
 
-Every mutant replaces one piece of the torch path and must fail at least one case of the equivalence table with an
-assertion (not a crash). A mutant that survives means a hole in the table.
+Every mutant replaces one piece of the torch path, some of them of the kernels' too, and must fail at least one case of
+the equivalence table with an assertion (not a crash). A mutant that survives means a hole in the table.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hpo_fused import autograd, batch, eager, surrogate
+from hpo_fused.backend import kernels
 from hpo_fused.batch import BatchStatistics, Layout
 from hpo_fused.rows import LogitTransform, SurrogateSpec, TokenTerms
 
@@ -25,7 +27,7 @@ from .test_equivalence import difficult_rows, presets, sequences, shapings, term
 policy_loss = importlib.import_module("hpo_fused.policy_loss")  # the package's attribute is the function
 # The same cases that test_equivalence.py holds the right code against; the most discerning first.
 SUITE = [
-    case for case in terms() + sequences() + shapings() + difficult_rows() + presets() if case.dtype == torch.float32
+    case for case in difficult_rows() + terms() + sequences() + shapings() + presets() if case.dtype == torch.float32
 ]
 MUTANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {}
 Patch = pytest.MonkeyPatch
@@ -44,8 +46,14 @@ def wrap_token_loss(patch: Patch, change: Callable[..., Any]) -> None:
 
 
 def wrap_gradient(patch: Patch, change: Callable[..., None]) -> None:
-    """Let ``change(out, logits, tokens, transform)`` spoil every gradient that the torch backend writes."""
-    fused, two_kernel = eager.fused_policy_loss, eager.token_gradient
+    """Let ``change(out, logits, tokens, transform)`` spoil every gradient that either backend writes."""
+    for module in (eager, kernels):
+        if module is not None:
+            _wrap_gradient_of(module, patch, change)
+
+
+def _wrap_gradient_of(module: ModuleType, patch: Patch, change: Callable[..., None]) -> None:
+    fused, two_kernel = module.fused_policy_loss, module.token_gradient
 
     def spoiled_fused(
         logits: Tensor,
@@ -62,19 +70,13 @@ def wrap_gradient(patch: Patch, change: Callable[..., None]) -> None:
         return result
 
     def spoiled_two_kernel(
-        logits: Tensor,
-        tokens: Tensor,
-        statistics: Any,
-        c: Any,
-        h: Any,
-        transform: LogitTransform,
-        out: Tensor,
+        logits: Tensor, tokens: Tensor, statistics: Any, c: Any, h: Any, transform: LogitTransform, out: Tensor
     ) -> None:
         two_kernel(logits, tokens, statistics, c, h, transform, out)
         change(out, logits, tokens, transform)
 
-    patch.setattr(eager, "fused_policy_loss", spoiled_fused)
-    patch.setattr(eager, "token_gradient", spoiled_two_kernel)
+    patch.setattr(module, "fused_policy_loss", spoiled_fused)
+    patch.setattr(module, "token_gradient", spoiled_two_kernel)
 
 
 def wrap_prepare(patch: Patch, change: Callable[..., Any]) -> None:
@@ -187,6 +189,7 @@ def caller_weights_on_penalties(patch: Patch) -> None:
 def mask_ignored(patch: Patch) -> None:
     original = batch.as_mask
     patch.setattr(batch, "as_mask", lambda mask, shape, device: original(None, shape, device))
+    patch.setattr(policy_loss, "check_token_ids", lambda *_: None)
     fill = eager.fused_policy_loss
 
     def survive(logits: Tensor, tokens: Tensor, *args: Any, **kw: Any) -> Any:  # garbage made plausible
@@ -379,10 +382,23 @@ def log_probability_by_subtraction(patch: Patch) -> None:
     wrap_gradient(patch, spoil)
 
 
-def failing_case() -> Case | None:
+# Mistakes in what a backend writes, whichever it is: the kernels' results have to be held as tightly.
+OF_ANY_BACKEND = [
+    "hysteretic_weight_on_positives",
+    "temperature_missing_from_the_gradient",
+    "softcap_derivative_missing",
+    "target_column_off_by_one",
+    "gradient_zero",
+    "target_column_forgotten",
+    "one_small_row_wrong",
+    "log_probability_by_subtraction",
+]
+
+
+def failing_case(backend: str, device: torch.device) -> Case | None:
     for case in SUITE:
         try:
-            check(case, "torch", torch.device("cpu"))
+            check(case, backend, device)
         except AssertionError:
             return case
     return None
@@ -395,4 +411,11 @@ def test_there_are_enough() -> None:
 @pytest.mark.parametrize("name", MUTANTS)
 def test_rejected(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     MUTANTS[name](monkeypatch)
-    assert failing_case() is not None, f"no case of the suite notices {name}"
+    assert failing_case("torch", torch.device("cpu")) is not None, f"no case of the suite notices {name}"
+
+
+@pytest.mark.skipif(kernels is None, reason="needs Triton")
+@pytest.mark.parametrize("name", OF_ANY_BACKEND)
+def test_rejected_in_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    MUTANTS[name](monkeypatch)
+    assert failing_case("triton", device) is not None, f"no case of the suite notices {name}"
