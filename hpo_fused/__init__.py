@@ -2,6 +2,9 @@
 
 from .backend import backend_for
 from .batch import BatchStatistics
+from .linear_plan import LinearMemory, linear_memory
+from .linear_policy_loss import linear_policy_loss
+from .linear_token_logprobs import linear_token_logprobs
 from .objective import (
     AdaptiveHysteretic,
     Clip,
@@ -23,6 +26,7 @@ __all__ = [
     "Clip",
     "Hazard",
     "Hysteretic",
+    "LinearMemory",
     "LogFidelity",
     "Objective",
     "PolicyLossOutput",
@@ -31,6 +35,9 @@ __all__ = [
     "TruncatedRatio",
     "__version__",
     "backend_for",
+    "linear_memory",
+    "linear_policy_loss",
+    "linear_token_logprobs",
     "logprob_policy_loss",
     "policy_loss",
     "token_logprobs",

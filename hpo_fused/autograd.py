@@ -31,14 +31,14 @@ _AGAIN = (
 )
 
 
-def _consume(ctx: Any, name: str) -> None:
+def consume(ctx: Any, name: str) -> None:
     """Let the first backward pass and refuse a second one (retain_graph=True lets it come this far)."""
     if getattr(ctx, "consumed", False):
         raise RuntimeError(_AGAIN.format(name))
     ctx.consumed = True
 
 
-def _first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Refuse create_graph=True. PyTorch's once_differentiable refuses only where the incoming gradient has a graph of
     its own, and would here drop the second derivative without a word."""
 
@@ -107,7 +107,7 @@ def _fused_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.inputs = len(inputs)
 
 
-@_first_order
+@first_order
 def _fused_backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     nothing: tuple[None, ...] = (None,) * ctx.inputs
     if upstream is None:
@@ -142,11 +142,11 @@ class _Fused(torch.autograd.Function):
         return losses.sum(), logprobs, entropies
 
     @staticmethod
-    @_first_order
+    @first_order
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 9
-        _consume(ctx, "policy_loss")
+        consume(ctx, "policy_loss")
         gradient = ctx.saved_tensors[0].detach()
         implementation(ctx.backend).scale_gradient(gradient, upstream)
         return gradient, *(None,) * 8
@@ -243,7 +243,7 @@ def _statistics_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
     ctx.transform, ctx.backend = LogitTransform(temperature, softcap), backend
 
 
-@_first_order
+@first_order
 def _statistics_backward(
     ctx: Any, upstream_logprobs: Tensor | None, upstream_entropy: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
@@ -293,11 +293,11 @@ class _StatisticsInPlace(torch.autograd.Function):
         ) if statistics.entropy is None else statistics.entropy
 
     @staticmethod
-    @_first_order
+    @first_order
     def backward(
         ctx: Any, upstream_logprobs: Tensor | None, upstream_entropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        _consume(ctx, "policy_loss(inplace=True)")
+        consume(ctx, "policy_loss(inplace=True)")
         logits, tokens, compute, logprobs, maximum, rest, entropy = ctx.saved_tensors
         c = _coefficients(upstream_logprobs, compute, logprobs)
         h = _coefficients(upstream_entropy, compute, logprobs) if entropy is not None else None
@@ -372,12 +372,12 @@ def _logprob_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.inputs = len(inputs)
 
 
-@_first_order
+@first_order
 def _logprob_backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     nothing: tuple[None, ...] = (None,) * ctx.inputs
     if upstream is None:
         return nothing
-    _consume(ctx, "the policy loss")
+    consume(ctx, "the policy loss")
     c, h = ctx.saved_tensors
     return c * upstream, h * upstream if h.dim() > 1 else None, *nothing[2:]
 

@@ -83,7 +83,7 @@ def check_in_place(logits: Tensor) -> None:
         span = stride * (size - 1) + span
 
 
-def _output(
+def policy_output(
     loss: Tensor,
     logprobs: Tensor,
     entropy: Tensor | None,
@@ -91,6 +91,7 @@ def _output(
     batch: PreparedBatch,
     shape: torch.Size,
 ) -> PolicyLossOutput:
+    """What a loss call returns, from rows' results: masked positions 0, tensors in the tokens' ``shape``."""
     mask = batch.layout.mask
     logprobs = torch.where(mask, logprobs.detach(), 0.0).reshape(shape)
     entropy = None if entropy is None else torch.where(mask, entropy.detach(), 0.0).reshape(shape)
@@ -205,7 +206,7 @@ def policy_loss(
         # A view whose version has moved rebuilds its grad_fn when that is next read; register_hook does not read it
         # first and crashes (PyTorch 2.13, segmentation fault).
         _ = logits.grad_fn
-    return _output(loss, logprobs, entropies, resolved, batch, tokens.shape)
+    return policy_output(loss, logprobs, entropies, resolved, batch, tokens.shape)
 
 
 def logprob_policy_loss(
@@ -271,4 +272,4 @@ def logprob_policy_loss(
         raise ValueError(f"entropy: expected each token's entropy for entropy_coef={spec.entropy_coef}, got None")
     rows = logprobs.to(torch.float32).reshape(layout.mask.shape)
     loss = autograd.logprob_policy_loss(rows, entropy, batch, spec, resolved.ratio_level == "sequence")
-    return _output(loss, rows, entropy, resolved, batch, logprobs.shape)
+    return policy_output(loss, rows, entropy, resolved, batch, logprobs.shape)

@@ -1,0 +1,172 @@
+"""How the linear path cuts its rows into chunks, and what memory that takes.
+
+The budget. A chunk's logits are R x V. Its GEMMs take 6 R H V flops at F flop/s, and adding its part to dweight's
+float32 accumulator reads and writes 8 V H bytes at B bytes/s, so that accumulating costs (4 / 3) (F / B) / R of the
+GEMMs, whatever V and H are. An H200 (790 TFLOP/s, 4.3 TB/s) spends 6% on it at R = 4096; two CPU cores (0.4 TFLOP/s,
+25 GB/s) spend 2% at R = 1024. More rows buy little, fewer cost time: the default budget is that many rows, but never
+more than 896 MiB, which leaves 128 MiB of a GiB to everything else.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .checks import LOGIT_DTYPES, found
+
+_MIB = 1 << 20
+_DEFAULT_ROWS = {"cpu": 1024}
+_DEFAULT_ROWS_ELSEWHERE = 4096
+_DEFAULT_LARGEST = 896 * _MIB
+
+# Chunks are evenly sized, to a multiple of what GEMM kernels tile rows by.
+_ROW_MULTIPLE = 64
+
+# Where no GEMM adds bfloat16 products into float32 (the CPU), a slice of this many bytes of the product is made and
+# added at a time. 1024 x 896 to 4096 x 896 entries took 7 to 18% longer than the product alone on two CPU cores;
+# added as a whole it took 50% longer.
+TILE_BYTES = 4 * _MIB
+
+# Per-token tensors of a call (terms, masks, row order, statistics), and what the torch backend works with at V < 4096.
+_PER_TOKEN_BYTES = 256
+_WORKING_BYTES = {"cpu": 24 * _MIB}
+
+
+class ChunkPlan(NamedTuple):
+    """Chunks of ``rows`` rows (the last may be smaller), ``count`` of them."""
+
+    rows: int
+    count: int
+
+    @classmethod
+    def of(
+        cls,
+        total: int,
+        vocabulary: int,
+        compute: torch.dtype,
+        logits: torch.dtype,
+        device_type: str,
+        chunk_bytes: int | None,
+    ) -> ChunkPlan:
+        """The plan for ``total`` rows whose GEMMs run in ``compute`` and whose logits are kept in ``logits``.
+
+        Raises:
+            TypeError, ValueError: chunk_bytes not an int, or less than one row.
+        """
+        row_bytes = vocabulary * logits.itemsize
+        if logits != compute:  # the gradient is cast before it meets the other GEMMs
+            row_bytes += vocabulary * compute.itemsize
+        if chunk_bytes is None:
+            largest = max(_DEFAULT_LARGEST // row_bytes, 1)
+            largest = min(largest, _DEFAULT_ROWS.get(device_type, _DEFAULT_ROWS_ELSEWHERE))
+        elif isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int):
+            raise TypeError(f"chunk_bytes: expected an int or None, got {found(chunk_bytes)}")
+        elif chunk_bytes < row_bytes:
+            raise ValueError(
+                f"chunk_bytes: expected at least one row of logits, {row_bytes} bytes at V = {vocabulary}, got "
+                f"{chunk_bytes}"
+            )
+        else:
+            largest = chunk_bytes // row_bytes
+        count = max(-(-total // largest), 1)
+        even = -(-total // count)
+        rows = min(-(-even // _ROW_MULTIPLE) * _ROW_MULTIPLE, largest) if count > 1 else even
+        return cls(rows, -(-total // rows) if rows else 0)
+
+    def slices(self, total: int) -> list[slice]:
+        """The chunks of ``total`` rows."""
+        return [slice(start, min(start + self.rows, total)) for start in range(0, total, max(self.rows, 1))]
+
+
+class LinearMemory(NamedTuple):
+    """Bytes that a call of :func:`linear_policy_loss` takes, see :func:`linear_memory`.
+
+    Attributes:
+        gradients: of the inputs that need one, in their dtypes.
+        accumulator: dweight in float32; 0 where one chunk is enough, or where the gradient itself is float32.
+        chunk: logits of one chunk (and their gradient in the GEMMs' dtype, with another ``logits_dtype``).
+        working: everything else: a chunk's gathered hidden states and their gradient, per-token tensors.
+        peak: all that is held at once at the worst moment, at most the sum of the above.
+    """
+
+    gradients: int
+    accumulator: int
+    chunk: int
+    working: int
+    peak: int
+
+    @property
+    def extra(self) -> int:
+        """Peak beyond the gradients and the accumulator, at most ``chunk + working``."""
+        return self.chunk + self.working
+
+
+def linear_memory(
+    rows: int,
+    hidden_size: int,
+    vocabulary: int,
+    *,
+    tokens: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    logits_dtype: torch.dtype | None = None,
+    chunk_bytes: int | None = None,
+    bias: bool = False,
+    hidden_requires_grad: bool = True,
+    weight_requires_grad: bool = True,
+    device: str | torch.device = "cuda",
+) -> LinearMemory:
+    """What :func:`linear_policy_loss` will allocate beyond its inputs, without running it.
+
+    With n ``rows``, R = rows of a chunk, s and s' the bytes of ``dtype`` and ``logits_dtype``:
+
+    * gradients: ``tokens`` H s + V H s (+ V s for a bias)
+    * accumulator: 4 V H, where n > R and s < 4
+    * chunk: R V s (R V (s' + s), if ``logits_dtype`` is another)
+    * working: 2 R H s where rows are gathered, 256 bytes a token, on the CPU 4 MiB of dweight and 24 MiB of buffers
+
+    The chunk is released before the accumulator is cast to the gradient, so that they never add up.
+
+    Args:
+        rows: rows that enter the GEMMs: the active ones.
+        hidden_size, vocabulary: H and V.
+        tokens: rows of ``hidden``, masked and inactive ones included; None: as many as ``rows``.
+        dtype: of hidden, weight and gradients.
+        logits_dtype, chunk_bytes: as given to the call.
+        bias, hidden_requires_grad, weight_requires_grad: which gradients there are.
+        device: where it will run; the default budget depends on its type.
+
+    Raises:
+        TypeError, ValueError: a dtype or chunk_bytes that the call would refuse, or a negative size.
+
+    Examples:
+        >>> memory = linear_memory(16384, 3584, 152064)  # a 7B model's head, bfloat16, on a GPU
+        >>> memory.accumulator / 2**30, round(memory.extra / 2**30, 2)
+        (2.0302734375, 0.92)
+    """
+    tokens = rows if tokens is None else tokens
+    for name, value in (("rows", rows), ("hidden_size", hidden_size), ("vocabulary", vocabulary), ("tokens", tokens)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: expected an int, got {found(value)}")
+        if value < 0:
+            raise ValueError(f"{name}: expected a count >= 0, got {value}")
+    logits_dtype = dtype if logits_dtype is None else logits_dtype
+    for name, value in (("dtype", dtype), ("logits_dtype", logits_dtype)):
+        if value not in LOGIT_DTYPES:
+            raise TypeError(f"{name}: expected float16, bfloat16 or float32, got {found(value)}")
+    kind = torch.device(device).type
+    plan = ChunkPlan.of(rows, vocabulary, dtype, logits_dtype, kind, chunk_bytes)
+    size, head = dtype.itemsize, hidden_size * vocabulary
+    accumulated = weight_requires_grad and size < 4 and plan.count > 1
+    accumulator = 4 * head if accumulated else 0
+    of_hidden = tokens * hidden_size * size if hidden_requires_grad else 0
+    of_weight = head * size if weight_requires_grad else 0
+    of_bias = vocabulary * (4 + size) if bias else 0
+    chunk = plan.rows * vocabulary * (logits_dtype.itemsize + (size if logits_dtype != dtype else 0))
+    gathered = 0 if rows == tokens and plan.count == 1 else 2 * plan.rows * hidden_size * size
+    working = gathered + _PER_TOKEN_BYTES * tokens + _WORKING_BYTES.get(kind, 0)
+    if accumulated and kind == "cpu":
+        working += TILE_BYTES
+    sums = accumulator if accumulated else of_weight
+    peak = of_hidden + of_bias + working + max(chunk + sums, (accumulator + of_weight) if accumulated else 0)
+    return LinearMemory(of_hidden + of_weight + of_bias, accumulator, chunk, working, peak)
