@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .autograd import consume, first_order
 from .backend import implementation
-from .linear_head import Head, HeadGradients, Rows
+from .linear_head import Head, HeadGradients, Inputs, Rows
 from .linear_plan import ChunkPlan
 from .rows import LogitTransform, RowStatistics, SurrogateSpec, TokenTerms
 
@@ -61,6 +61,11 @@ def _chunks(
         yield part, x, logits
 
 
+def _needing(inputs: Inputs, needed: tuple[bool, bool, bool]) -> Inputs:
+    hidden, weight, bias = (value if need else None for value, need in zip(inputs, needed, strict=True))
+    return hidden, weight, bias
+
+
 def _computed(rows: Rows, part: slice) -> Tensor:
     """Which rows of a chunk are real: bool [1, r]."""
     positions = rows.positions[part]
@@ -76,7 +81,8 @@ def linear_statistics(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearCall, rows: Rows, *, entropy: bool
 ) -> RowStatistics:
     """Statistics of ``rows``, one GEMM; no autograd."""
-    result = RowStatistics(*(_blank(call.tokens) for _ in range(3)), _blank(call.tokens) if entropy else None)
+    logprobs, maximum, rest = (_blank(call.tokens) for _ in range(3))
+    result = RowStatistics(logprobs, maximum, rest, _blank(call.tokens) if entropy else None)
     with _plain(hidden):
         head = call.head(weight, bias)
         for part, _, logits in _chunks(call, rows, call.plan(rows, weight), head, hidden):
@@ -100,7 +106,7 @@ class LossRows(NamedTuple):
     losses: Tensor
     logprobs: Tensor
     entropy: Tensor | None
-    gradients: tuple[Tensor | None, Tensor | None, Tensor | None]
+    gradients: Inputs
 
 
 def _fused_rows(
@@ -111,8 +117,7 @@ def _fused_rows(
     entropies = _blank(call.tokens) if entropy or spec.entropy_coef != 0 else None
     with _plain(hidden):
         head, plan = call.head(weight, bias), call.plan(rows, weight)
-        inputs = [value if need else None for value, need in zip((hidden, weight, bias), needed, strict=True)]
-        gradients = HeadGradients(*inputs, head=head, rows=rows, chunks=plan.count if len(rows) else 0)
+        gradients = HeadGradients(_needing((hidden, weight, bias), needed), head, rows, plan.chunks)
         for part, x, logits in _chunks(call, rows, plan, head, hidden):
             chunk = logits.unsqueeze(0)
             found = implementation(call.backend).fused_policy_loss(
@@ -135,8 +140,8 @@ class _FusedLoss(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearCall, rows: Rows,
         terms: TokenTerms, spec: SurrogateSpec, entropy: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        needed = tuple(value is not None and value.requires_grad for value in (hidden, weight, bias))
-        result = _fused_rows(hidden, weight, bias, call, rows, terms, spec, entropy, needed)  # type: ignore[arg-type]
+        needed = hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad
+        result = _fused_rows(hidden, weight, bias, call, rows, terms, spec, entropy, needed)
         ctx.save_for_backward(*result.gradients)
         ctx.backend = call.backend
         entropies = result.logprobs.new_empty(0) if result.entropy is None else result.entropy
@@ -204,12 +209,8 @@ class _TokenStatistics(torch.autograd.Function):
             statistics = statistics._replace(entropy=None)
         with _plain(hidden):
             head, plan = call.head(weight, bias), call.plan(rows, weight)
-            inputs = [
-                v if need else None for v, need in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
-            ]
-            gradients = HeadGradients(
-                *inputs, head=head, rows=rows, chunks=plan.count if len(rows) else 0, into=ctx.into
-            )
+            inputs = _needing((hidden, weight, bias), ctx.needs_input_grad[:3])
+            gradients = HeadGradients(inputs, head, rows, plan.chunks, ctx.into)
             for part, x, logits in _chunks(call, rows, plan, head, hidden):
                 chosen, chunk = _computed(rows, part), logits.unsqueeze(0)
                 c, h = (

@@ -11,15 +11,20 @@ those are added in float32: an error of one rounding of each chunk's own contrib
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from .linear_plan import TILE_BYTES
 
+# hidden, weight and bias, or their gradients; None where there is none.
+Inputs: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
 
-class Rows(NamedTuple):
+
+@dataclass(frozen=True, eq=False)
+class Rows:
     """Rows of a [B, T, ...] tensor, as many as the host knows of.
 
     ``positions``: int64 [n], flat b * T + t, ascending among the selected ones. ``selected``: bool [n], False for rows
@@ -31,7 +36,7 @@ class Rows(NamedTuple):
     selected: Tensor | None
     everything: bool
 
-    def __len__(self) -> int:  # type: ignore[override]
+    def __len__(self) -> int:
         return self.positions.numel()
 
     @classmethod
@@ -121,7 +126,7 @@ class HeadGradients:
     """Sums over chunks of the gradients that are needed: dhidden, dweight, dbias (None where not).
 
     Args:
-        hidden, weight, bias: the inputs, each None where it needs no gradient.
+        inputs: hidden, weight and bias, each None where it needs no gradient.
         head: the GEMMs' operands.
         rows: what ``add`` will get in turn, ``chunks`` times.
         into: float32 [V, H] to add dweight to, which is then not returned.
@@ -129,21 +134,21 @@ class HeadGradients:
 
     def __init__(
         self,
-        hidden: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
+        inputs: Inputs,
         head: Head,
         rows: Rows,
         chunks: int,
         into: Tensor | None = None,
     ) -> None:
         self.head, self.rows = head, rows
-        self.hidden = None
+        hidden, weight, bias = inputs
+        self.hidden: Tensor | None = None
         if hidden is not None:
             self.hidden = (torch.empty if rows.everything else torch.zeros)(
                 hidden.shape, dtype=hidden.dtype, device=hidden.device
             )
-        self.into, self.sums = into, None
+        self.into = into
+        self.sums: Tensor | None = None
         self._weight_dtype = None if weight is None else weight.dtype
         self._fresh = True
         if weight is not None and into is None:
@@ -176,7 +181,7 @@ class HeadGradients:
             product = torch.mm(gradient, self.head.weight)
             flat.index_copy_(0, self.rows.positions[part], product.to(flat.dtype))
 
-    def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def finish(self) -> Inputs:
         """dhidden, dweight, dbias in their inputs' dtypes; called once, when the chunks' logits are released."""
         weight = self.sums
         if weight is not None:

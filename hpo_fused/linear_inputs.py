@@ -134,7 +134,7 @@ def check_weight_grad(weight_grad: object, weight: Tensor) -> Tensor | None:
 def choose_rows(chosen: Tensor, active_count: object, *rest: Tensor) -> list[Rows]:
     """The rows where ``chosen`` (bool [B, T]) holds, then those of each of ``rest``; one synchronisation for all.
 
-    None at all for ``chosen`` where ``active_count`` bounds its number.
+    Where ``active_count`` bounds the number of ``chosen``, finding those costs none.
 
     Raises:
         TypeError, ValueError: active_count not an int in [0, rows], or (a device-side assert where reading values
@@ -154,4 +154,5 @@ def choose_rows(chosen: Tensor, active_count: object, *rest: Tensor) -> list[Row
             raise ValueError(f"active_count: expected at least the {int(number)} active rows, got {active_count}")
     else:
         torch._assert_async(number <= active_count, "active_count: expected at least the number of active rows")
-    return [Rows.of(chosen, active_count, exact=False), *(choose_rows(*rest, None) if rest else [])]
+    chosen_rows = [Rows.of(chosen, active_count, exact=False)]
+    return chosen_rows + (choose_rows(rest[0], None, *rest[1:]) if rest else [])

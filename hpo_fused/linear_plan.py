@@ -34,10 +34,10 @@ _WORKING_BYTES = {"cpu": 24 * _MIB}
 
 
 class ChunkPlan(NamedTuple):
-    """Chunks of ``rows`` rows (the last may be smaller), ``count`` of them."""
+    """``chunks`` chunks of ``rows`` rows; the last may be smaller."""
 
     rows: int
-    count: int
+    chunks: int
 
     @classmethod
     def of(
@@ -151,21 +151,21 @@ def linear_memory(
         if value < 0:
             raise ValueError(f"{name}: expected a count >= 0, got {value}")
     logits_dtype = dtype if logits_dtype is None else logits_dtype
-    for name, value in (("dtype", dtype), ("logits_dtype", logits_dtype)):
-        if value not in LOGIT_DTYPES:
-            raise TypeError(f"{name}: expected float16, bfloat16 or float32, got {found(value)}")
-    kind = torch.device(device).type
-    plan = ChunkPlan.of(rows, vocabulary, dtype, logits_dtype, kind, chunk_bytes)
+    for name, kind in (("dtype", dtype), ("logits_dtype", logits_dtype)):
+        if kind not in LOGIT_DTYPES:
+            raise TypeError(f"{name}: expected float16, bfloat16 or float32, got {found(kind)}")
+    device_type = torch.device(device).type
+    plan = ChunkPlan.of(rows, vocabulary, dtype, logits_dtype, device_type, chunk_bytes)
     size, head = dtype.itemsize, hidden_size * vocabulary
-    accumulated = weight_requires_grad and size < 4 and plan.count > 1
+    accumulated = weight_requires_grad and size < 4 and plan.chunks > 1
     accumulator = 4 * head if accumulated else 0
     of_hidden = tokens * hidden_size * size if hidden_requires_grad else 0
     of_weight = head * size if weight_requires_grad else 0
     of_bias = vocabulary * (4 + size) if bias else 0
     chunk = plan.rows * vocabulary * (logits_dtype.itemsize + (size if logits_dtype != dtype else 0))
-    gathered = 0 if rows == tokens and plan.count == 1 else 2 * plan.rows * hidden_size * size
-    working = gathered + _PER_TOKEN_BYTES * tokens + _WORKING_BYTES.get(kind, 0)
-    if accumulated and kind == "cpu":
+    gathered = 0 if rows == tokens and plan.chunks == 1 else 2 * plan.rows * hidden_size * size
+    working = gathered + _PER_TOKEN_BYTES * tokens + _WORKING_BYTES.get(device_type, 0)
+    if accumulated and device_type == "cpu":
         working += TILE_BYTES
     sums = accumulator if accumulated else of_weight
     peak = of_hidden + of_bias + working + max(chunk + sums, (accumulator + of_weight) if accumulated else 0)

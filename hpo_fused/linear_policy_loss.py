@@ -15,7 +15,7 @@ from .objective import Objective, resolve_objective
 from .policy_loss import PolicyLossOutput, check_transform, policy_output
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,

@@ -16,7 +16,7 @@ from .policy_loss import check_transform
 from .token_logprobs import TokenLogprobs
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,
