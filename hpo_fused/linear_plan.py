@@ -28,9 +28,12 @@ _ROW_MULTIPLE = 64
 # added as a whole it took 50% longer.
 TILE_BYTES = 4 * _MIB
 
-# Per-token tensors of a call (terms, masks, row order, statistics), and what the torch backend works with at V < 4096.
+# Per-token tensors of a call: terms, masks, row order, statistics.
 _PER_TOKEN_BYTES = 256
-_WORKING_BYTES = {"cpu": 24 * _MIB}
+
+# What the torch backend works with on the CPU: three float32 buffers of 8 MiB (V < 4096), or two of 16 MB to stage
+# rows between which others have no gradient; and small change. The kernels need nothing.
+_BACKEND_BYTES = {"cpu": 33 * _MIB}
 
 
 class ChunkPlan(NamedTuple):
@@ -109,6 +112,7 @@ def linear_memory(
     *,
     tokens: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    autocast: torch.dtype | None = None,
     logits_dtype: torch.dtype | None = None,
     chunk_bytes: int | None = None,
     bias: bool = False,
@@ -116,14 +120,15 @@ def linear_memory(
     weight_requires_grad: bool = True,
     device: str | torch.device = "cuda",
 ) -> LinearMemory:
-    """What :func:`linear_policy_loss` will allocate beyond its inputs, without running it.
+    """What :func:`linear_policy_loss` will allocate beyond its inputs, without running it; an upper bound.
 
-    With n ``rows``, R = rows of a chunk, s and s' the bytes of ``dtype`` and ``logits_dtype``:
+    With n ``rows``, R = rows of a chunk, s, c and l the bytes of ``dtype``, of the GEMMs' dtype and of the logits':
 
-    * gradients: ``tokens`` H s + V H s (+ V s for a bias)
+    * gradients: ``tokens`` H s + V H s (+ V (s + 4) for a bias)
     * accumulator: 4 V H, where n > R and s < 4
-    * chunk: R V s (R V (s' + s), if ``logits_dtype`` is another)
-    * working: 2 R H s where rows are gathered, 256 bytes a token, on the CPU 4 MiB of dweight and 24 MiB of buffers
+    * chunk: R V l, and R V c more where l is another
+    * working: 2 R H c where rows are gathered, V H c for autocast's copy of the weight, 256 bytes a token; on the CPU
+      4 MiB of dweight and up to 33 MiB of buffers
 
     The chunk is released before the accumulator is cast to the gradient, so that they never add up.
 
@@ -132,6 +137,7 @@ def linear_memory(
         hidden_size, vocabulary: H and V.
         tokens: rows of ``hidden``, masked and inactive ones included; None: as many as ``rows``.
         dtype: of hidden, weight and gradients.
+        autocast: torch.autocast's dtype, which the GEMMs then run in; None: not under autocast.
         logits_dtype, chunk_bytes: as given to the call.
         bias, hidden_requires_grad, weight_requires_grad: which gradients there are.
         device: where it will run; the default budget depends on its type.
@@ -150,23 +156,28 @@ def linear_memory(
             raise TypeError(f"{name}: expected an int, got {found(value)}")
         if value < 0:
             raise ValueError(f"{name}: expected a count >= 0, got {value}")
-    logits_dtype = dtype if logits_dtype is None else logits_dtype
-    for name, kind in (("dtype", dtype), ("logits_dtype", logits_dtype)):
+    compute = dtype if autocast is None else autocast
+    logits = compute if logits_dtype is None else logits_dtype
+    for name, kind in (("dtype", dtype), ("autocast", compute), ("logits_dtype", logits)):
         if kind not in LOGIT_DTYPES:
             raise TypeError(f"{name}: expected float16, bfloat16 or float32, got {found(kind)}")
     device_type = torch.device(device).type
-    plan = ChunkPlan.of(rows, vocabulary, dtype, logits_dtype, device_type, chunk_bytes)
+    plan = ChunkPlan.of(rows, vocabulary, compute, logits, device_type, chunk_bytes)
     size, head = dtype.itemsize, hidden_size * vocabulary
+
     accumulated = weight_requires_grad and size < 4 and plan.chunks > 1
     accumulator = 4 * head if accumulated else 0
     of_hidden = tokens * hidden_size * size if hidden_requires_grad else 0
     of_weight = head * size if weight_requires_grad else 0
-    of_bias = vocabulary * (4 + size) if bias else 0
-    chunk = plan.rows * vocabulary * (logits_dtype.itemsize + (size if logits_dtype != dtype else 0))
-    gathered = 0 if rows == tokens and plan.chunks == 1 else 2 * plan.rows * hidden_size * size
-    working = gathered + _PER_TOKEN_BYTES * tokens + _WORKING_BYTES.get(device_type, 0)
-    if accumulated and device_type == "cpu":
+    of_bias = vocabulary * (size + 4) if bias else 0
+    chunk = plan.rows * vocabulary * (logits.itemsize + (compute.itemsize if logits != compute else 0))
+    working = _PER_TOKEN_BYTES * tokens + _BACKEND_BYTES.get(device_type, 0)
+    if rows != tokens or compute != dtype:
+        working += 2 * plan.rows * hidden_size * (compute.itemsize + size)
+    if compute != dtype:
+        working += head * compute.itemsize
+    if weight_requires_grad and device_type == "cpu" and (accumulated or compute != dtype):
         working += TILE_BYTES
     sums = accumulator if accumulated else of_weight
-    peak = of_hidden + of_bias + working + max(chunk + sums, (accumulator + of_weight) if accumulated else 0)
+    peak = of_hidden + of_bias + working + max(chunk + sums, accumulator + of_weight)
     return LinearMemory(of_hidden + of_weight + of_bias, accumulator, chunk, working, peak)
