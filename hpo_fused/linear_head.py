@@ -4,15 +4,16 @@
 
 dweight is summed in float32 and rounded once. Where there is one chunk only, the GEMM's own float32 sum is all there
 is to it. Over several chunks the GEMM adds into a float32 accumulator where the device can (``torch.addmm`` with
-``out_dtype``); elsewhere, on the CPU, each chunk's product comes out of its GEMM rounded to the inputs' dtype, and
-those are added in float32: an error of one rounding of each chunk's own contribution.
+``out_dtype``); on the CPU each chunk's product comes out of its GEMM rounded to the inputs' dtype, and those are added
+in float32: an error of one rounding of each chunk's own contribution.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -72,21 +73,33 @@ class Rows:
         return rows
 
 
+class Float32Gemms(NamedTuple):
+    """What a device's GEMMs of bfloat16 (or float16) can do besides rounding: write float32, add into float32."""
+
+    write: bool
+    add: bool
+
+
 @functools.cache
-def _gemm_adds_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this device has GEMMs of ``dtype`` with float32 output; asked once, by trying."""
+def float32_gemms(device: torch.device, dtype: torch.dtype) -> Float32Gemms:
+    """Asked once for each device, by trying: CUDA has both (PyTorch 2.8 only the first), the CPU has neither."""
+    ones = torch.ones(16, 16, dtype=dtype, device=device)
+    total = torch.empty(16, 16, dtype=torch.float32, device=device)
+    write = add = False
     try:
-        ones = torch.ones(16, 16, dtype=dtype, device=device)
-        total = torch.empty(16, 16, dtype=torch.float32, device=device)
         torch.mm(ones.t(), ones, out_dtype=torch.float32, out=total)
+        write = True
         torch.addmm(total, ones.t(), ones, out_dtype=torch.float32, out=total)
+        add = True
     except (RuntimeError, TypeError, NotImplementedError):
-        return False
-    return True
+        pass
+    return Float32Gemms(write, add)
 
 
-def _tile(width: int, itemsize: int) -> int:
-    return max(TILE_BYTES // max(width * itemsize, 1), 64)
+def _slices(length: int, width: int, itemsize: int, device: torch.device) -> Iterator[slice]:
+    """[length, width] in slices of rows small enough to be made aside."""
+    step = max(TILE_BYTES[device.type != "cpu"] // max(width * itemsize, 1), 64)
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
 class Head:
@@ -110,13 +123,11 @@ class Head:
             else:
                 torch.addmm(self.bias, x, weight, out=out)
             return
-        if _gemm_adds_into_float32(x.device, self.compute):
+        if float32_gemms(x.device, self.compute).write:
             torch.mm(x, weight, out_dtype=out.dtype, out=out)
         else:
             x = x.to(out.dtype)
-            step = _tile(self.weight.shape[1], out.element_size())
-            for start in range(0, out.shape[1], step):
-                part = slice(start, start + step)
+            for part in _slices(*self.weight.shape, out.element_size(), x.device):
                 torch.mm(x, self.weight[part].to(out.dtype).t(), out=out[:, part])
         if self.bias is not None:
             out.add_(self.bias)
@@ -202,16 +213,16 @@ def _accumulate(total: Tensor, gradient: Tensor, x: Tensor, *, fresh: bool) -> N
             torch.mm(transposed, x, out=total)
         else:
             torch.addmm(total, transposed, x, out=total)
-    elif _gemm_adds_into_float32(x.device, x.dtype):
-        if fresh:
-            torch.mm(transposed, x, out_dtype=total.dtype, out=total)
-        else:
-            torch.addmm(total, transposed, x, out_dtype=total.dtype, out=total)
+        return
+    able = float32_gemms(x.device, x.dtype)
+    if able.write and fresh:
+        torch.mm(transposed, x, out_dtype=total.dtype, out=total)
+    elif able.add:
+        torch.addmm(total, transposed, x, out_dtype=total.dtype, out=total)
     else:
-        step = _tile(x.shape[1], x.element_size())
-        for start in range(0, total.shape[0], step):
-            part = slice(start, start + step)
-            product = torch.mm(transposed[part], x)
+        for part in _slices(*total.shape, total.element_size(), total.device):
+            rows = transposed[part]
+            product = torch.mm(rows, x, out_dtype=total.dtype) if able.write else torch.mm(rows, x)
             if fresh:
                 total[part].copy_(product)
             else:

@@ -23,10 +23,10 @@ _DEFAULT_LARGEST = 896 * _MIB
 # Chunks are evenly sized, to a multiple of what GEMM kernels tile rows by.
 _ROW_MULTIPLE = 64
 
-# Where no GEMM adds bfloat16 products into float32 (the CPU), a slice of this many bytes of the product is made and
-# added at a time. 1024 x 896 to 4096 x 896 entries took 7 to 18% longer than the product alone on two CPU cores;
-# added as a whole it took 50% longer.
-TILE_BYTES = 4 * _MIB
+# Where no GEMM adds bfloat16 products into float32, a slice of this many bytes (CPU, elsewhere) of the product is made
+# and added at a time. Slices of 1024 x 896 to 4096 x 896 entries took 7 to 18% longer than the product alone on two
+# CPU cores; added as a whole it took 50% longer. A GPU's slices must keep it busy.
+TILE_BYTES = (8 * _MIB, 64 * _MIB)
 
 # Per-token tensors of a call: terms, masks, row order, statistics.
 _PER_TOKEN_BYTES = 256
@@ -127,8 +127,8 @@ def linear_memory(
     * gradients: ``tokens`` H s + V H s (+ V (s + 4) for a bias)
     * accumulator: 4 V H, where n > R and s < 4
     * chunk: R V l, and R V c more where l is another
-    * working: 2 R H c where rows are gathered, V H c for autocast's copy of the weight, 256 bytes a token; on the CPU
-      4 MiB of dweight and up to 33 MiB of buffers
+    * working: 2 R H (c + s) where rows are gathered, V H c for autocast's copy of the weight, 256 bytes a token; on
+      the CPU 8 MiB of dweight and up to 33 MiB of buffers
 
     The chunk is released before the accumulator is cast to the gradient, so that they never add up.
 
@@ -177,7 +177,7 @@ def linear_memory(
     if compute != dtype:
         working += head * compute.itemsize
     if weight_requires_grad and device_type == "cpu" and (accumulated or compute != dtype):
-        working += TILE_BYTES
+        working += TILE_BYTES[0]
     sums = accumulator if accumulated else of_weight
     peak = of_hidden + of_bias + working + max(chunk + sums, accumulator + of_weight)
     return LinearMemory(of_hidden + of_weight + of_bias, accumulator, chunk, working, peak)
