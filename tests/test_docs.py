@@ -42,7 +42,7 @@ def test_readme_code_runs_and_agrees() -> None:
         "mask": torch.arange(6) < torch.tensor([6, 3, 5, 1])[:, None],
         "temperature": 0.9,
     }
-    start, before, after, own = python_blocks()
+    start, before, after, linear, own = python_blocks()
     exec(start, dict(variables))
     losses = []
     for code in (before, after):
@@ -52,6 +52,16 @@ def test_readme_code_runs_and_agrees() -> None:
         losses.append((scope["loss"].detach(), scope["logprobs"].detach() * variables["mask"], gradient))
     for plain, ours in zip(*losses, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-7)
+    head = torch.nn.Linear(8, 50, bias=False)
+    hidden = torch.randn(4, 6, 8, generator=generator)
+    results = []
+    for code in (after, linear):
+        scope = dict(variables, hidden=hidden, lm_head=head, logits=head(hidden))
+        exec(code, scope)
+        (gradient,) = torch.autograd.grad(scope["loss"], head.weight)
+        results.append((scope["loss"].detach(), scope["logprobs"], scope["entropy"], gradient))
+    for from_logits, from_hidden in zip(*results, strict=True):
+        torch.testing.assert_close(from_hidden, from_logits, rtol=1e-5, atol=1e-6)
     scope = dict(variables)
     exec(own, scope)
     assert scope["objective"].shaping == hf.Clip(0.2, 0.28, dual=3.0)
