@@ -21,7 +21,7 @@ _DEFAULT_ROWS_ELSEWHERE = 4096
 _DEFAULT_LARGEST = 896 * _MIB
 
 # Chunks are evenly sized, to a multiple of what GEMM kernels tile rows by.
-_ROW_MULTIPLE = 64
+_ROW_MULTIPLE = 128
 
 # Where no GEMM adds bfloat16 products into float32, a slice of this many bytes (CPU, elsewhere) of the product is made
 # and added at a time. Slices of 1024 x 896 to 4096 x 896 entries took 7 to 18% longer than the product alone on two
