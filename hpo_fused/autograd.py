@@ -59,6 +59,23 @@ def _empty(condition: bool, like: Tensor, shape: Sequence[int], dtype: torch.dty
     return like.new_empty(tuple(shape) if condition else (0,), dtype=dtype)
 
 
+def _gradient_like(logits: Tensor) -> Tensor:
+    """Room for the gradient of logits [B, T, V], every row as far from a 16-byte boundary as the logits' own.
+
+    The kernels load a row in 16-byte groups and can store the gradient so only where both rows are aligned alike. With
+    odd V that takes the same strides: in a new contiguous tensor the rows of ``logits[:, :-1]`` would lie elsewhere.
+    """
+    itemsize = logits.element_size()
+    shift = logits.data_ptr() % 16 // itemsize
+    steps = (logits.shape[-1], *logits.stride()[:2])
+    if shift == 0 and (logits.is_contiguous() or all(step * itemsize % 16 == 0 for step in steps)):
+        return logits.new_empty(logits.shape)
+    span = 1 + sum((size - 1) * stride for size, stride in zip(logits.shape, logits.stride(), strict=True))
+    if not logits.numel() <= span <= 1.25 * logits.numel():  # rows that share memory, or lie far apart
+        return logits.new_empty(logits.shape)
+    return logits.new_empty(span + shift).as_strided(logits.shape, logits.stride(), shift)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # fused: logits -> loss and gradient
 
@@ -127,7 +144,7 @@ class _Fused(torch.autograd.Function):
         ctx: Any, logits: Tensor, tokens: Tensor, compute: Tensor, terms: TokenTerms, transform: LogitTransform,
         spec: SurrogateSpec, entropy: bool, inplace: bool, backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        out = logits if inplace else logits.new_empty(logits.shape)
+        out = logits if inplace else _gradient_like(logits)
         losses, logprobs, entropies = implementation(backend).fused_policy_loss(
             logits, tokens, compute, terms, transform, spec, entropy=entropy, out=out
         )

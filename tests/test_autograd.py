@@ -27,6 +27,40 @@ def inputs(
     return logits.to(device), tokens.to(device), torch.tensor([1.0, 0.0, -1.0], device=device), old
 
 
+@pytest.mark.parametrize(
+    ("taken", "like"),
+    [
+        (lambda z: z, False),
+        (lambda z: z[:, :-1], True),  # rows of an odd number of entries, one row in five left out
+        (lambda z: z[1:], True),  # contiguous, but off a 16-byte boundary
+        (lambda z: z[:, :1], False),  # room of the same strides would be five times as large
+        (lambda z: z[:, :1].expand(3, 4, 37), False),
+        (lambda z: z[..., :32], True),
+    ],
+)
+def test_room_for_the_gradient_is_aligned_as_the_logits_are(taken: Any, like: bool, device: torch.device) -> None:
+    kernels = pytest.importorskip("hpo_fused.kernels.launch", reason="needs Triton")
+    logits = taken(torch.randn(3, 5, 37, device=device).bfloat16())
+    room = autograd._gradient_like(logits)
+    assert room.shape == logits.shape
+    assert room.dtype == logits.dtype
+    assert room.untyped_storage().nbytes() <= 1.25 * 2 * logits.numel() + 512
+    assert kernels.same_alignment(logits, room) or not like
+    for first, second in zip(room.flatten(0, 1)[:-1], room.flatten(0, 1)[1:], strict=True):
+        assert abs(second.data_ptr() - first.data_ptr()) >= 2 * logits.shape[-1], "rows overlap"
+
+
+@pytest.mark.parametrize("name", TOKEN_AND_SEQUENCE)
+def test_gradient_of_odd_rows(name: str, backend: str, device: torch.device) -> None:
+    logits, tokens, advantages, old = inputs(device)
+    gradients = []
+    for taken in (logits, torch.nn.functional.pad(logits, (0, 0, 0, 1))[:, :-1]):
+        leaf = taken.detach().requires_grad_()
+        hf.policy_loss(leaf, tokens, advantages, **old, objective=name, backend=backend).loss.backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.parametrize("name", TOKEN_AND_SEQUENCE)
 def test_second_backward_raises(name: str, backend: str, device: torch.device) -> None:
     logits, tokens, advantages, old = inputs(device)
