@@ -48,7 +48,15 @@ TRITON = ['triton>=3.4; platform_system == "Linux"']
 # environments of Python 3.12 and later start without setuptools, older ones with versions too old for it.
 TEST = ["pytest>=8.2", "pytest-xdist>=3.6", "hypothesis>=6.100", "numpy>=1.26", "pip>=23.1", "setuptools>=77"]
 
-BENCH = ["rich>=13.7", "typer>=0.12"]
+BENCH = ["matplotlib>=3.8", "rich>=13.7", "typer>=0.12"]
+
+# What the benchmark compares with, where it is installed. Liger and cut-cross-entropy ask for the distribution named
+# triton: on ROCm install them with --no-deps, or it is laid over ROCm's own.
+PEERS = [
+    'trl>=1.16; python_version >= "3.11"',
+    'liger-kernel>=0.8; platform_system == "Linux"',
+    'cut-cross-entropy>=25.1; platform_system == "Linux"',
+]
 
 # Checkers that judge the source are held to one release line: a new release must not fail an old commit.
 DEV = [*TEST, *BENCH, "ruff~=0.17.5", "mypy~=2.4.1", "pre-commit>=4.0", "build>=1.2"]
@@ -82,7 +90,7 @@ setup(
     include_package_data=False,
     python_requires=">=3.10",
     install_requires=["torch>=2.8"],
-    extras_require={"triton": TRITON, "test": TEST, "bench": BENCH, "dev": DEV},
+    extras_require={"triton": TRITON, "test": TEST, "bench": BENCH, "peers": PEERS, "dev": DEV},
     entry_points={"console_scripts": ["hpo-fused-bench = hpo_fused.bench.cli:main"]},
     zip_safe=False,
 )

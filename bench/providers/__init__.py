@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 from .base import Output, Provider, Unavailable
 from .fused import Fused
+from .liger import LigerTriton
 from .plain import Compiled, Eager
+from .trl import TrlEager, TrlTriton
 
 __all__ = ["DEFAULT", "PROVIDERS", "Output", "Provider", "Unavailable", "create"]
 
@@ -16,6 +18,9 @@ PROVIDERS: dict[str, Callable[[], Provider]] = {
     "hpo_fused:torch": lambda: Fused("torch"),
     "eager": Eager,
     "compile": Compiled,
+    "trl:eager": TrlEager,
+    "trl:triton": TrlTriton,
+    "liger:triton": LigerTriton,
 }
 DEFAULT = ["hpo_fused", "eager", "compile"]
 
