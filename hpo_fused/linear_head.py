@@ -96,8 +96,9 @@ def float32_gemms(device: torch.device, dtype: torch.dtype) -> Float32Gemms:
     return Float32Gemms(write, add)
 
 
-def _slices(length: int, width: int, itemsize: int, device: torch.device) -> Iterator[slice]:
-    """[length, width] in slices of rows small enough to be made aside."""
+def _slices(shape: torch.Size, itemsize: int, device: torch.device) -> Iterator[slice]:
+    """A matrix in slices of rows small enough to be made aside."""
+    length, width = shape
     step = max(TILE_BYTES[device.type != "cpu"] // max(width * itemsize, 1), 64)
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
@@ -127,7 +128,7 @@ class Head:
             torch.mm(x, weight, out_dtype=out.dtype, out=out)
         else:
             x = x.to(out.dtype)
-            for part in _slices(*self.weight.shape, out.element_size(), x.device):
+            for part in _slices(self.weight.shape, out.element_size(), x.device):
                 torch.mm(x, self.weight[part].to(out.dtype).t(), out=out[:, part])
         if self.bias is not None:
             out.add_(self.bias)
@@ -220,7 +221,7 @@ def _accumulate(total: Tensor, gradient: Tensor, x: Tensor, *, fresh: bool) -> N
     elif able.add:
         torch.addmm(total, transposed, x, out_dtype=total.dtype, out=total)
     else:
-        for part in _slices(*total.shape, total.element_size(), total.device):
+        for part in _slices(total.shape, total.element_size(), total.device):
             rows = transposed[part]
             product = torch.mm(rows, x, out_dtype=total.dtype) if able.write else torch.mm(rows, x)
             if fresh:

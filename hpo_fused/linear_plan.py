@@ -148,7 +148,7 @@ def linear_memory(
     Examples:
         >>> memory = linear_memory(16384, 3584, 152064)  # a 7B model's head, bfloat16, on a GPU
         >>> memory.accumulator / 2**30, round(memory.extra / 2**30, 2)
-        (2.0302734375, 0.92)
+        (2.0302734375, 0.8)
     """
     tokens = rows if tokens is None else tokens
     for name, value in (("rows", rows), ("hidden_size", hidden_size), ("vocabulary", vocabulary), ("tokens", tokens)):
