@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +53,22 @@ DEFAULT_SHAPES = ["qwen3", "gpt2"]
 CUSTOM = "custom:V=N[,softcap=C]"
 
 
+def custom_fields(text: str, *names: str) -> tuple[list[int], float | None]:
+    """The sizes ``names`` and the softcap of a shape spelt ``custom:A=2,B=3[,softcap=C]``.
+
+    Raises:
+        ValueError: not spelt so, or a size below 2.
+    """
+    kind, _, rest = text.partition(":")
+    fields = dict(part.partition("=")[::2] for part in rest.split(","))
+    if kind != "custom" or not set(names) <= fields.keys() <= {*names, "softcap"}:
+        raise ValueError(text)
+    sizes, softcap = [int(fields[name]) for name in names], float(fields["softcap"]) if "softcap" in fields else None
+    if min(sizes) < 2 or not (softcap is None or 0 < softcap < math.inf):
+        raise ValueError(text)
+    return sizes, softcap
+
+
 def parse_shape(text: str) -> Shape:
     """A named shape, or one spelt ``custom:V=300`` or ``custom:V=300,softcap=30``.
 
@@ -60,49 +77,40 @@ def parse_shape(text: str) -> Shape:
     """
     if text in SHAPES:
         return SHAPES[text]
-    kind, _, rest = text.partition(":")
-    fields = dict(part.partition("=")[::2] for part in rest.split(","))
     try:
-        if kind != "custom" or not {"V"} <= fields.keys() <= {"V", "softcap"}:
-            raise ValueError
-        vocabulary, softcap = int(fields["V"]), float(fields["softcap"]) if "softcap" in fields else None
-        if vocabulary < 2 or not (softcap is None or 0 < softcap < math.inf):
-            raise ValueError
+        (vocabulary,), softcap = custom_fields(text, "V")
     except ValueError:
         raise ValueError(f"unknown shape {text!r}; expected {', '.join(SHAPES)} or {CUSTOM}") from None
     return Shape(text, vocabulary, softcap)
 
 
+def responses_of(tokens: int, most: int) -> int:
+    """As many responses of equal length, up to ``most``, as ``tokens`` can be cut into."""
+    return next(count for count in range(most, 0, -1) if tokens % count == 0)
+
+
 @dataclass(frozen=True)
-class Case:
-    """One measurement's inputs, as plain values: equal cases with equal seeds have equal inputs.
+class BatchCase:
+    """One measurement's batch, as plain values: equal cases with equal seeds have equal inputs.
 
     Args:
-        shape: vocabulary and softcap.
+        shape: the model's output layer.
         responses, length: B and T of the padded layout.
         dtype: a key of ``DTYPES``.
         objective: a preset's name.
         inactive: share of the responses whose advantage is zero.
-        ragged: responses of different lengths, padded and masked, instead of B full ones.
     """
 
-    shape: Shape
+    shape: Any
     responses: int
     length: int
     dtype: str = "bf16"
     objective: str = "mhpo_ahpo"
     inactive: float = 0.0
-    ragged: bool = False
-
-    @classmethod
-    def of_tokens(cls, shape: Shape, tokens: int, dtype: str, objective: str, inactive: float, ragged: bool) -> Case:
-        """A case of exactly ``tokens`` positions: as many responses, up to two groups, as divide them."""
-        responses = next(count for count in range(2 * GROUP, 0, -1) if tokens % count == 0)
-        return cls(shape, responses, tokens // responses, dtype, objective, inactive, ragged)
 
     @property
     def tokens(self) -> int:
-        """Rows of the logits, masked ones included."""
+        """Rows, masked ones included."""
         return self.responses * self.length
 
     @property
@@ -113,7 +121,7 @@ class Case:
     @property
     def logits_bytes(self) -> int:
         """Size of the logits, and of their gradient."""
-        return self.tokens * self.shape.vocabulary * self.torch_dtype.itemsize
+        return int(self.tokens * self.shape.vocabulary * self.torch_dtype.itemsize)
 
     @property
     def upstream(self) -> float:
@@ -126,6 +134,25 @@ class Case:
         if objective.normalization == "constant":
             return Objective.preset(self.objective, max_length=self.length)
         return objective
+
+
+@dataclass(frozen=True)
+class Case(BatchCase):
+    """A batch of logits.
+
+    Args:
+        shape: vocabulary and softcap.
+        ragged: responses of different lengths, padded and masked, instead of B full ones.
+    """
+
+    shape: Shape
+    ragged: bool = False
+
+    @classmethod
+    def of_tokens(cls, shape: Shape, tokens: int, dtype: str, objective: str, inactive: float, ragged: bool) -> Case:
+        """A case of exactly ``tokens`` positions: as many responses, up to two groups, as divide them."""
+        responses = responses_of(tokens, 2 * GROUP)
+        return cls(shape, responses, tokens // responses, dtype, objective, inactive, ragged)
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,6 +215,13 @@ def draw_advantages(responses: int, inactive: float, generator: torch.Generator)
     return values[torch.randperm(responses, generator=generator)]
 
 
+def draw_old_logprobs(logprobs: Tensor, generator: torch.Generator) -> Tensor:
+    """Float32 log-probabilities under the policy that sampled, near these and for some tokens further away."""
+    far = torch.rand(logprobs.shape, generator=generator, device=logprobs.device) < FAR_SHARE
+    spread = torch.where(far, FAR_LOG_RATIO_STD, LOG_RATIO_STD)
+    return (logprobs - spread * torch.randn(logprobs.shape, generator=generator, device=logprobs.device)).float()
+
+
 def draw(case: Case, device: torch.device, seed: int) -> Inputs:
     """Random inputs of ``case`` on ``device``: never zeros, since power draw and branches depend on the values."""
     generator = torch.Generator(device).manual_seed(seed)
@@ -201,9 +235,7 @@ def draw(case: Case, device: torch.device, seed: int) -> Inputs:
         part = slice(start, min(start + step, count))
         logits[part], tokens[part], exact[part] = _rows(part.stop - start, case, device, generator)
 
-    far = torch.rand(count, generator=generator, device=device) < FAR_SHARE
-    spread = torch.where(far, FAR_LOG_RATIO_STD, LOG_RATIO_STD)
-    old = exact - spread * torch.randn(count, generator=generator, device=device)
+    old = draw_old_logprobs(exact, generator)
     shape = (case.responses, case.length)
     mask = None
     if case.ragged:
@@ -216,7 +248,7 @@ def draw(case: Case, device: torch.device, seed: int) -> Inputs:
         logits.reshape(*shape, vocabulary).requires_grad_(),
         tokens.reshape(shape),
         draw_advantages(case.responses, case.inactive, on_cpu).to(device),
-        old.float().reshape(shape),
+        old.reshape(shape),
         mask,
         exact.reshape(shape),
     )

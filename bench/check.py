@@ -8,11 +8,13 @@ fit. The column of a row's token is judged apart from the others: its entry alon
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from hpo_fused import reference
+from hpo_fused.objective import Objective
 
 from .cases import CHUNK_ELEMENTS, Inputs
 from .providers import Output
@@ -69,22 +71,55 @@ def _column_errors(error: Tensor, rounding: Tensor, size: Tensor) -> ColumnError
     return ColumnErrors(*(v.item() for v in (error.max(), error.median(), rounding.max(), (error - rounding).max())))
 
 
-def _off(what: str, error: float, limit: float) -> str:
+def off(what: str, error: float, limit: float) -> str:
     """The complaint about an error beyond its limit, else "". NaN is beyond every limit."""
     return "" if error <= limit else f"{what} off by {error:.1e} (limit {limit:.0e})"
 
 
-def _logprob_error(inputs: Inputs, logprobs: Tensor | None) -> tuple[float | None, Tensor]:
-    """Largest error, and the errors as far as they are within this package's own limit [B, T]."""
-    exact, mask = inputs.exact_logprobs, inputs.mask
-    if logprobs is None:
-        return None, torch.zeros_like(exact)
+class Batch(Protocol):
+    """What the loss depends on besides the log-probabilities."""
+
+    @property
+    def objective(self) -> Objective: ...
+    @property
+    def advantages(self) -> Tensor: ...
+    @property
+    def old_logprobs(self) -> Tensor: ...
+    @property
+    def mask(self) -> Tensor | None: ...
+
+
+def logprob_errors(batch: Batch, logprobs: Tensor, exact: Tensor) -> Tensor:
+    """Errors [B, T] of those log-probabilities that have to be computed, 0 elsewhere."""
     error = logprobs.detach().double() - exact
     # Where nothing is learnt a provider need not compute anything, and then says NaN.
-    idle = inputs.advantages.unsqueeze(-1) == 0
-    ignored = (idle & error.isnan()) if mask is None else ~mask | (idle & error.isnan())
-    error = error.masked_fill(ignored, 0.0)
+    idle = batch.advantages.unsqueeze(-1) == 0
+    ignored = idle & error.isnan()
+    return error.masked_fill(ignored if batch.mask is None else ~batch.mask | ignored, 0.0)
+
+
+def _logprob_error(inputs: Inputs, logprobs: Tensor | None) -> tuple[float | None, Tensor]:
+    """Largest error, and the errors as far as they are within this package's own limit [B, T]."""
+    if logprobs is None:
+        return None, torch.zeros_like(inputs.exact_logprobs)
+    error = logprob_errors(inputs, logprobs, inputs.exact_logprobs)
     return error.abs().max().item(), error.nan_to_num(0.0).clamp(-OWN_LOGPROB_LIMIT, OWN_LOGPROB_LIMIT)
+
+
+def loss_and_coefficients(batch: Batch, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss as a function of the log-probabilities [B, T], and its derivative."""
+    logprobs = logprobs.detach().clone().requires_grad_()
+    loss = reference.logprob_policy_loss(
+        logprobs, batch.advantages, old_logprobs=batch.old_logprobs, mask=batch.mask, objective=batch.objective
+    )
+    (coefficients,) = torch.autograd.grad(loss, logprobs)
+    return loss.detach(), coefficients
+
+
+def spread_rows(chosen: Tensor, most: int) -> Tensor:
+    """At most ``most`` of the indices where the flat ``chosen`` holds, spread evenly over them."""
+    indices = chosen.nonzero().squeeze(1)
+    return indices[torch.linspace(0, len(indices) - 1, min(most, len(indices))).round().long().to(indices.device)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,27 +138,12 @@ class Oracle:
     rows: Tensor
     slopes: Tensor
 
-    @staticmethod
-    def loss_and_coefficients(inputs: Inputs, logprobs: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss as a function of the log-probabilities, and its derivative."""
-        logprobs = logprobs.detach().clone().requires_grad_()
-        loss = reference.logprob_policy_loss(
-            logprobs,
-            inputs.advantages,
-            old_logprobs=inputs.old_logprobs,
-            mask=inputs.mask,
-            objective=inputs.objective,
-        )
-        (coefficients,) = torch.autograd.grad(loss, logprobs)
-        return loss.detach(), coefficients
-
     @classmethod
     def of(cls, inputs: Inputs) -> Oracle:
         """Compute it: the loss from every exact log-probability, the gradient by the chain rule through them."""
-        loss, coefficients = cls.loss_and_coefficients(inputs, inputs.exact_logprobs)
-        kinds = [part.nonzero().squeeze(1) for part in (coefficients.flatten() != 0, coefficients.flatten() == 0)]
-        spread = [torch.linspace(0, len(kind) - 1, min(ROWS, len(kind))).round().long() for kind in kinds]
-        rows = torch.cat([kind[places.to(kind.device)] for kind, places in zip(kinds, spread, strict=True)])
+        loss, coefficients = loss_and_coefficients(inputs, inputs.exact_logprobs)
+        learnt = coefficients.flatten() != 0
+        rows = torch.cat([spread_rows(learnt, ROWS), spread_rows(~learnt, ROWS)])
         z = inputs.logits.detach().flatten(0, 1)[rows].double().requires_grad_()
         chosen = reference.token_logprobs(z, inputs.tokens.flatten()[rows], softcap=inputs.case.shape.softcap)
         (slopes,) = torch.autograd.grad(chosen.logprobs.sum(), z)
@@ -141,7 +161,7 @@ class Oracle:
         logprob, shift = _logprob_error(inputs, output.logprobs)
         # The gradient's coefficients at the provider's own log-probabilities, as far as these may be off: that error
         # is judged already, and next to a clip's edge it would decide whether there is a gradient at all.
-        _, coefficients = self.loss_and_coefficients(inputs, inputs.exact_logprobs + shift)
+        _, coefficients = loss_and_coefficients(inputs, inputs.exact_logprobs + shift)
         coefficients = coefficients.flatten()[self.rows]
         exact = coefficients.unsqueeze(-1) * self.slopes
         got = gradient.detach().flatten(0, 1)[self.rows].double() / case.upstream
@@ -154,15 +174,15 @@ class Oracle:
         allowed = (sizes[0].maximum(PEAKED * coefficients.abs()).clamp(min=floor), sizes[1].clamp(min=floor))
         beyond = torch.cat([(e - r) / a for e, r, a in zip(errors, rounding, allowed, strict=True)]).max()
         complaints = [
-            _off("loss", loss, LOSS_LIMIT),
-            _off("gradient", beyond.item(), GRADIENT_LIMIT[case.dtype]),
-            _off("log-probability", logprob or 0.0, LOGPROB_LIMIT),
+            off("loss", loss, LOSS_LIMIT),
+            off("gradient", beyond.item(), GRADIENT_LIMIT[case.dtype]),
+            off("log-probability", logprob or 0.0, LOGPROB_LIMIT),
         ]
         broken = []
         if ours:
-            broken = [_off("log-probability", logprob or 0.0, OWN_LOGPROB_LIMIT)]
+            broken = [off("log-probability", logprob or 0.0, OWN_LOGPROB_LIMIT)]
             for name, columns in (("sampled token", target), ("other tokens", others)):
                 if columns is not None:
-                    beyond_own = _off(f"gradient of the {name}", columns.beyond, OWN_GRADIENT_LIMIT[case.dtype])
+                    beyond_own = off(f"gradient of the {name}", columns.beyond, OWN_GRADIENT_LIMIT[case.dtype])
                     broken.append(beyond_own and f"{beyond_own} beyond its rounding")
         return Errors(loss, logprob, target, others, *(", ".join(filter(None, each)) for each in (complaints, broken)))

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from hpo_fused.objective import Objective
 
-from . import accuracy, compile_table, report
+from . import accuracy, files, report
+from .arguments import INTERRUPTED, check_writable, device_of, one_of
 from .cases import CUSTOM, DEFAULT_SHAPES, DTYPES, SHAPES, Case, parse_shape
-from .compile_report import TARGETS, ReportFailed, broken_limits, run_report
+from .compile_command import compile_
 from .display import Display
 from .environment import environment
+from .linear import commands as linear_commands
+from .linear.cases import CUSTOM as CUSTOM_HEAD
+from .linear.cases import HEADS
+from .linear.providers import PROVIDERS as LINEAR_PROVIDERS
+from .linear.providers import create as create_linear
 from .providers import DEFAULT, PROVIDERS, create
 from .results import Result
-from .run import Settings, run_case
+from .run import run_case
+from .trial import Settings
 
 app = typer.Typer(
     add_completion=False,
@@ -29,42 +34,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Time the fused policy losses against what people use today, on this machine.",
 )
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise typer.BadParameter(f"unknown device {name!r}; expected cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"cannot time on {name!r}; expected cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise typer.BadParameter(f"PyTorch sees {count} GPUs, so there is no {name!r}")
-        torch.cuda.set_device(device)
-        device = torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
-def _one_of(kind: str, name: str, known: Any) -> str:
-    if name not in known:
-        raise typer.BadParameter(f"unknown {kind} {name!r}; expected one of {', '.join(known)}")
-    return name
-
-
-def _writable(output: Path | None) -> None:
-    """Refuse a file that cannot be written now, not after minutes of work."""
-    if output is None:
-        return
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.open("a", encoding="utf-8").close()
-    except OSError as error:
-        raise typer.BadParameter(f"cannot write {output}: {error.strerror}") from None
 
 
 def _show(result: Result, out: Console) -> None:
@@ -120,19 +89,19 @@ def speed(
     once per round, in rotating order. A second table tells how exact each is, and whether it repeats itself. The
     exit status is 1 if a provider was wrong or failed, or if hpo_fused misses a limit of its own.
     """
-    where = _device(device)
+    where = device_of(device)
     on_gpu = where.type == "cuda"
     tokens = tokens or ((2048 if on_gpu else 256) if quick else (8192 if on_gpu else 1024))
     repeats = repeats or (10 if quick else 100 if on_gpu else 20)
     budget = budget if budget is not None else (10.0 if quick else 30.0)
-    _one_of("dtype", dtype, DTYPES)
-    _one_of("objective", objective, Objective.presets())
+    one_of("dtype", dtype, DTYPES)
+    one_of("objective", objective, Objective.presets())
     try:
         shapes = [parse_shape(name) for name in dict.fromkeys(shape)]
         providers = [create(name, inplace=inplace) for name in dict.fromkeys(provider)]
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    _writable(output)
+    check_writable(output)
     cases = [Case.of_tokens(one, tokens, dtype, objective, inactive, ragged) for one in shapes]
 
     settings = {
@@ -163,85 +132,54 @@ def speed(
         raise typer.Exit(1)
 
 
+app.command()(linear_commands.linear)
+app.command()(linear_commands.memory)
+app.command()(linear_commands.plot)
+app.command("compile")(compile_)
+
+
 @app.command("report")
-def report_(file: Annotated[Path, typer.Argument(help="What `speed --output` wrote.")]) -> None:
-    """Print a result file as a markdown table."""
+def report_(file: Annotated[Path, typer.Argument(help="What `speed`, `linear` or `memory` wrote.")]) -> None:
+    """Print a result file as markdown tables."""
     try:
-        result = Result.read(file)
+        result = files.read(file)
     except OSError as error:
         raise typer.BadParameter(f"cannot read {file}: {error.strerror}") from None
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    typer.echo(report.markdown(result))
-
-
-@app.command("compile")
-def compile_(
-    target: Annotated[list[str], typer.Option(help=f"Of {', '.join(TARGETS)}; repeatable.")] = TARGETS,
-    only: Annotated[str, typer.Option(help="Only variants whose kernel/name contains this.")] = "",
-    check: Annotated[bool, typer.Option("--check", help="Exit with 1 if a limit is broken, and say which.")] = False,
-    json_: Annotated[Path | None, typer.Option("--json", help="Write the records to this JSON file.")] = None,
-) -> None:
-    """Compile the kernels, without a GPU, and tell what their machine code costs.
-
-    A covering set of variants, with the settings of a launch at V = 151936. The limits: nothing spills, main loops
-    access memory 16 bytes at a time, and a statistics and a gradient sweep together take at most 2.3 special-function
-    operations per element.
-    """
-    targets = [_one_of("target", name, TARGETS) for name in dict.fromkeys(target)]
-    _writable(json_)
-    try:
-        with Display(Console(stderr=True), 1) as display:
-            display.stage(f"compiling for {', '.join(targets)}")
-
-            def progress(done: int, total: int) -> None:
-                display.advance(done / total - display.done)
-                display.stage(f"compiling for {', '.join(targets)}")
-
-            records = run_report(targets, only, progress)
-    except ReportFailed as error:
-        typer.echo(f"hpo-fused-bench compile: {error}", err=True)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(INTERRUPTED) from None
-    if json_ is not None:
-        json_.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
-    out = Console(highlight=False)
-    out.print(compile_table.table(records))
-    for line in compile_table.notes():
-        out.print(line, style="dim", markup=False)
-    broken = broken_limits(records)
-    for line in broken:
-        out.print(line, style="red", markup=False, soft_wrap=True)
-    out.print(
-        f"{len(records)} kernels compiled, {len(broken)} limits broken." if broken
-        else f"{len(records)} kernels compiled: no spills, 16-byte accesses, MUFU within limits.",
-        style="bold",
-    )  # fmt: skip
-    if json_ is not None:
-        out.print(f"Wrote {json_}", soft_wrap=True)
-    if check and broken:
-        raise typer.Exit(1)
+    typer.echo(files.markdown(result))
 
 
 @app.command()
 def shapes() -> None:
-    """List the named shapes and the providers."""
+    """List the named shapes and the providers, of logits and of the linear path."""
     view = Table("shape", "vocabulary", "softcap", "why", box=None, pad_edge=False)
     for shape in SHAPES.values():
         view.add_row(shape.name, str(shape.vocabulary), f"{shape.softcap or '–'}", shape.why)
     view.add_row(CUSTOM, "N", "C or –", "any other")
     out = Console(highlight=False)
     out.print(view)
-    view = Table("provider", "what it runs", box=None, pad_edge=False)
-    for name in PROVIDERS:
-        view.add_row(name, create(name).summary)
     out.print()
+    out.print(_providers({name: create(name).summary for name in PROVIDERS}))
+    out.print("\nlinear", style="bold")
+    view = Table("head", "hidden", "vocabulary", "softcap", "why", box=None, pad_edge=False)
+    for head in HEADS.values():
+        view.add_row(head.name, str(head.hidden), str(head.vocabulary), f"{head.softcap or '–'}", head.why)
+    view.add_row(CUSTOM_HEAD, "N", "N", "C or –", "any other")
     out.print(view)
+    out.print()
+    out.print(_providers({name: create_linear(name).summary for name in LINEAR_PROVIDERS}))
+
+
+def _providers(summaries: dict[str, str]) -> Table:
+    view = Table("provider", "what it runs", box=None, pad_edge=False)
+    for name, summary in summaries.items():
+        view.add_row(name, summary)
+    return view
 
 
 @app.command()
 def env(device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "auto") -> None:
     """Print what a result records about this machine."""
-    for key, value in environment(_device(device)).items():
+    for key, value in environment(device_of(device)).items():
         typer.echo(f"{key}: {'–' if value is None else value}")

@@ -2,110 +2,79 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hpo_fused.kernels.fused_policy_loss import fused_policy_loss_kernel
-from hpo_fused.kernels.launch import Machine, configure
+from hpo_fused.kernels.launch import LaunchConfiguration, Machine, configure
 from hpo_fused.kernels.scale_gradient import scale_gradient_kernel
 from hpo_fused.kernels.token_gradient import token_gradient_kernel
 from hpo_fused.kernels.token_statistics import token_statistics_kernel
 from hpo_fused.rows import RowStatistics, TokenTerms
 
-from .machine_code import LOADS, STORES, Loop, is_mufu, main_loops, read_amdgcn, read_cubin, width
+from .compile_plan import ITEMSIZE, VOCABULARY, Variant
+from .gpus import GPUS, REFERENCE, Gpu
+from .machine_code import LOADS, STORES, Instruction, Loop, main_loops, read_amdgcn, read_cubin, width
+from .occupancy import Occupancy, occupancy
 
-VOCABULARY = 151936
-_MB = 1024 * 1024
-MACHINES = {
-    "sm_80": Machine("cuda", 108, 40 * _MB, 32),
-    "sm_90": Machine("cuda", 132, 50 * _MB, 32),
-    "sm_100": Machine("cuda", 148, 126 * _MB, 32),
-    "gfx942": Machine("hip", 304, 256 * _MB, 64),
-}
-ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 PARAMETERS = {"clip": 4, "log_fidelity": 5, "soft_gate": 2, "truncated_ratio": 2}
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One compilation: ``kernel`` is the launcher's name, the rest its constexpr choices."""
-
-    kernel: str
-    dtype: str
-    softcap: bool = False
-    entropy: bool = False
-    entropy_term: bool = False
-    kind: str = "log_fidelity"
-    old: bool = True
-    kl: bool = False
-    gradient: bool = True
-    aligned_out: bool = True
-
-    @property
-    def name(self) -> str:
-        flags = ("softcap", "entropy", "entropy_term", "kl")
-        parts = [self.dtype] + [flag for flag in flags if getattr(self, flag)]
-        if self.kernel == "fused_policy_loss":
-            parts.append(self.kind)
-            parts += [] if self.old else ["on_policy"]
-            parts += [] if self.gradient else ["loss_only"]
-        return "/".join(parts + ([] if self.aligned_out else ["unaligned_out"]))
-
-
-@dataclass(frozen=True)
 class CompiledKernel:
-    """What was compiled and what became of it."""
+    """What was compiled and what became of it.
+
+    Attributes:
+        kernel, variant, dtype, softcap, entropy, aligned_out, target: what.
+        num_warps: of a program; programs_per_processor: that the launch means to be resident on a processor.
+        registers: of a thread; spills: bytes (NVIDIA) or registers (AMD) that did not fit into them.
+        shared_bytes: shared memory of a program, for the reductions.
+        widest_load, widest_store: bytes of one access to device memory, anywhere in the kernel.
+        instructions: in the whole kernel.
+        occupancy: what can be resident.
+        loops: the sweeps.
+    """
 
     kernel: str
     variant: str
+    dtype: str
     softcap: bool
+    entropy: bool
     aligned_out: bool
     target: str
     num_warps: int
+    programs_per_processor: int
     registers: int
     spills: int
+    shared_bytes: int
     widest_load: int
     widest_store: int
     instructions: int
-    mufu: int
+    occupancy: Occupancy
     loops: tuple[Loop, ...]
 
-    @property
-    def mufu_per_element(self) -> float:
-        """Over the kernel's sweeps: the sum over its main loops."""
-        return sum(loop.mufu for loop in self.loops)
+
+def machine_of(gpu: Gpu) -> Machine:
+    """What a launch on ``gpu`` depends on."""
+    backend, warp_size = ("hip", 64) if gpu.vendor == "amd" else ("cuda", 32)
+    return Machine(backend, gpu.processors, gpu.cache_bytes, warp_size)
 
 
-def covering_variants() -> list[Variant]:
-    """Every kernel, dtype, kind and switch, and the pairs that share registers; not the full product of 1,000."""
-    variants = []
-    for dtype in ITEMSIZE:
-        variants += [
-            Variant("fused_policy_loss", dtype),
-            Variant("fused_policy_loss", dtype, entropy=True, entropy_term=True, kl=True),
-            Variant("token_statistics", dtype, entropy=True),
-            Variant("token_gradient", dtype, entropy_term=True),
-            Variant("scale_gradient", dtype),
-        ]
-    variants += [
-        Variant("fused_policy_loss", "bf16", entropy=True),
-        Variant("fused_policy_loss", "bf16", gradient=False, entropy=True),
-        Variant("fused_policy_loss", "bf16", softcap=True, entropy=True, entropy_term=True, kl=True, kind="clip"),
-        Variant("fused_policy_loss", "bf16", kind="clip", entropy=True, old=False),
-        Variant("fused_policy_loss", "bf16", kind="soft_gate", entropy=True),
-        Variant("fused_policy_loss", "bf16", kind="truncated_ratio", entropy=True, aligned_out=False),
-        Variant("token_statistics", "bf16"),
-        Variant("token_statistics", "bf16", entropy=True, softcap=True),
-        Variant("token_gradient", "bf16"),
-        Variant("token_gradient", "bf16", softcap=True),
-    ]
-    return variants
+def launch_of(variant: Variant, gpu: Gpu, V: int) -> LaunchConfiguration:
+    """The launch of ``variant`` on ``gpu`` for rows of ``V`` elements."""
+    return configure(
+        machine_of(gpu), ITEMSIZE[variant.dtype], V,
+        reread=variant.kernel == "fused_policy_loss" and variant.gradient,
+        narrow=variant.softcap or not variant.aligned_out,
+    )  # fmt: skip
 
 
 def _arguments(variant: Variant) -> tuple[Any, dict[str, Any], dict[str, Any]]:
@@ -180,20 +149,48 @@ def _signature(value: Any) -> Any:
     return "constexpr" if value is None else value
 
 
+def _compile(source: ASTSource, target: str, options: dict[str, Any]) -> Any:
+    amd = target.startswith("gfx")
+    architecture = target if amd else int(target.removeprefix("sm_"))
+    return triton.compile(source, GPUTarget("hip" if amd else "cuda", architecture, 64 if amd else 32), options)
+
+
+def _read(asm: Any, target: str) -> tuple[list[Instruction], int, int]:
+    """Instructions, registers and spills."""
+    if target.startswith("gfx"):
+        return read_amdgcn(asm)
+    return read_cubin(asm, Path(triton.__file__).parent / "backends/nvidia/bin")
+
+
+@triton.jit
+def _probe_kernel(pointer):  # type: ignore[no-untyped-def]
+    tl.store(pointer, 0.0)
+
+
+def unavailable(target: str) -> str:
+    """Why nothing at all can be compiled or disassembled for ``target`` here; "" where a store can."""
+    try:
+        source = ASTSource(fn=_probe_kernel, signature={"pointer": "*fp32"}, constexprs={})
+        code, _, _ = _read(_compile(source, target, {"num_warps": 1}).asm, target)
+        return "" if code else "the disassembler printed no instruction"
+    except Exception as error:
+        return describe(error)
+
+
+def describe(error: Exception) -> str:
+    """An error in a line of at most 200 characters: the one that names the trouble, where a tool printed many."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = next((line for line in lines if re.search(r"\bfatal\b|\berror\s*:(?! Internal)", line)), "")
+    return f"{type(error).__name__}: {told or (lines[-1] if lines else '')}"[:200]
+
+
 def compile_variant(variant: Variant, target: str, registers_at_most: int | None = None) -> CompiledKernel:
     """Compile ``variant`` for ``target`` with its launch's settings and read the result.
 
     ``registers_at_most`` overrides the launch's own limit (NVIDIA only).
     """
-    machine = MACHINES[target]
-    reread = variant.kernel == "fused_policy_loss" and variant.gradient
-    launch = configure(
-        machine,
-        ITEMSIZE[variant.dtype],
-        VOCABULARY,
-        reread=reread,
-        narrow=variant.softcap or not variant.aligned_out,
-    )
+    gpu = GPUS[REFERENCE[target]]
+    launch = launch_of(variant, gpu, VOCABULARY)
     kernel, types, switches = _arguments(variant)
     switches = {"LANES": launch.lanes, "VEC": launch.vec, "UNROLL": launch.unroll, **switches}
     names = kernel.arg_names
@@ -207,21 +204,19 @@ def compile_variant(variant: Variant, target: str, registers_at_most: int | None
                 attributes[path] = [["tt.divisibility", 16]]
     signature = {name: "constexpr" if name in switches else _signature(types[name]) for name in names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    architecture = target if machine.backend == "hip" else int(target.removeprefix("sm_"))
     options = {"num_warps": launch.num_warps, **launch.options}
     if registers_at_most is not None:
         options["maxnreg"] = registers_at_most
-    compiled = triton.compile(source, GPUTarget(machine.backend, architecture, machine.warp_size), options)
-    if machine.backend == "hip":
-        code, registers, spills = read_amdgcn(compiled.asm)
-    else:
-        code, registers, spills = read_cubin(compiled.asm, Path(triton.__file__).parent / "backends/nvidia/bin")
+    compiled = _compile(source, target, options)
+    code, registers, spills = _read(compiled.asm, target)
     loads = [size for i in code if (size := width(i, LOADS))]
     stores = [size for i in code if (size := width(i, STORES))]
+    shared = int(compiled.metadata.shared)
     return CompiledKernel(
-        kernel=variant.kernel, variant=variant.name, softcap=variant.softcap, aligned_out=variant.aligned_out,
-        target=target, num_warps=launch.num_warps, registers=registers, spills=spills,
-        widest_load=max(loads, default=0), widest_store=max(stores, default=0),
-        instructions=len(code), mufu=sum(is_mufu(i) for i in code),
+        kernel=variant.kernel, variant=variant.name, dtype=variant.dtype, softcap=variant.softcap,
+        entropy=variant.entropy, aligned_out=variant.aligned_out, target=target, num_warps=launch.num_warps,
+        programs_per_processor=launch.rows_in_flight // gpu.processors, registers=registers, spills=spills,
+        shared_bytes=shared, widest_load=max(loads, default=0), widest_store=max(stores, default=0),
+        instructions=len(code), occupancy=occupancy(target, launch.num_warps, registers, shared),
         loops=tuple(main_loops(code, launch.vec)),
     )  # fmt: skip

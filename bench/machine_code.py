@@ -1,24 +1,35 @@
-"""Reading a kernel's machine code, as NVIDIA's and AMD's tools print it: accesses, special functions, main loops."""
+"""Reading a kernel's machine code, as NVIDIA's and AMD's tools print it: accesses, instruction mix, main loops."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .instruction_classes import AMD_CLASSES, NVIDIA_CLASSES, instruction_class, is_amd
+
 
 @dataclass(frozen=True)
 class Loop:
-    """An innermost loop that loads logits; counts per element, widths in bytes (narrowest access of each sort)."""
+    """An innermost loop that loads logits.
+
+    Attributes:
+        role: "statistics" (the sweep that only loads) or "gradient" (the one that stores).
+        elements: what a thread does in an iteration.
+        instructions: per element.
+        counts: the same by class (``instruction_classes``).
+        load_bytes, store_bytes: the narrowest access of each sort.
+    """
 
     role: str
     elements: int
     instructions: float
-    mufu: float
+    counts: dict[str, float]
     load_bytes: int
     store_bytes: int
 
@@ -34,7 +45,10 @@ class Instruction:
 
 LOADS = re.compile(r"\bLDG\.E\S*|\bglobal_load_\w+|\bbuffer_load_\w+")
 STORES = re.compile(r"\bSTG\.E\S*|\bglobal_store_\w+|\bbuffer_store_\w+")
-_MUFU = re.compile(r"\bMUFU\.|\bv_(exp|log|rcp|rsq|sqrt|sin|cos)_f(32|16)")
+WIDTHS = {
+    "256": 32, "128": 16, "x4": 16, "x3": 12, "64": 8, "x2": 8, "16": 2, "short": 2, "8": 1, "byte": 1,
+}  # fmt: skip
+VECTOR = 16  # bytes of the accesses that main loops are made of
 
 
 def width(instruction: Instruction, accesses: re.Pattern[str]) -> int:
@@ -43,13 +57,12 @@ def width(instruction: Instruction, accesses: re.Pattern[str]) -> int:
     if not match:
         return 0
     access = match.group()
-    widths = {"128": 16, "x4": 16, "x3": 12, "64": 8, "x2": 8, "16": 2, "short": 2, "8": 1, "byte": 1}
-    return next((w for mark, w in widths.items() if re.search(rf"(\.[US]?|_[a-z0-9]*){mark}\b", access)), 4)
+    return next((w for mark, w in WIDTHS.items() if re.search(rf"(\.[US]?|_[a-z0-9]*){mark}\b", access)), 4)
 
 
 def is_mufu(instruction: Instruction) -> bool:
-    """Whether the special-function unit runs it."""
-    return bool(_MUFU.search(instruction.text))
+    """Whether a special-function unit runs it."""
+    return instruction_class(instruction.text) == "mufu"
 
 
 def read_cubin(asm: Any, tools: Path) -> tuple[list[Instruction], int, int]:
@@ -71,14 +84,13 @@ def read_cubin(asm: Any, tools: Path) -> tuple[list[Instruction], int, int]:
 def read_amdgcn(asm: Any) -> tuple[list[Instruction], int, int]:
     """Instructions, vector registers of a lane, and registers spilled, of code for AMD."""
     text = asm["amdgcn"]
-    body = text[: text.index("s_endpgm")] if "s_endpgm" in text else text
     lines: list[str] = []
     labels: dict[str, int] = {}
-    for line in body.splitlines():
+    for line in text.partition(".Lfunc_end")[0].splitlines():
         line = line.split(";")[0].strip()
         if label := re.match(r"(\.LBB\w+):", line):
             labels[label.group(1)] = len(lines)
-        elif re.match(r"(s|v|global|ds|buffer|flat)_", line):
+        elif re.match(r"(s|v|global|ds|buffer|flat|scratch)_", line):
             lines.append(line)
     code = []
     for address, line in enumerate(lines):
@@ -93,6 +105,7 @@ def main_loops(code: list[Instruction], vec: int) -> Iterator[Loop]:
     """Innermost loops around 16-byte loads; a block that a forward branch skips and that loads nothing is not counted.
 
     (That block is the one step that holds the sampled token.) Out-of-line blocks lie outside the loop's addresses.
+    ``vec``: elements in 16 bytes.
     """
     backward = [(i.jump, i.address) for i in code if i.jump is not None and i.jump <= i.address]
     for start, end in backward:
@@ -107,12 +120,14 @@ def main_loops(code: list[Instruction], vec: int) -> Iterator[Loop]:
         steady = [i for i in body if not any(low < i.address < high for low, high in skipped)]
         loads = [size for i in steady if (size := width(i, LOADS))]
         stores = [size for i in steady if (size := width(i, STORES))]
-        elements = sum(size == 16 for size in loads) * vec
+        elements = sum(size // VECTOR for size in loads) * vec
         if not elements:
             continue
+        found = Counter(instruction_class(i.text) for i in steady)
+        classes = AMD_CLASSES if is_amd(steady[0].text) else NVIDIA_CLASSES
         yield Loop(
             role="gradient" if stores else "statistics", elements=elements,
-            instructions=round(len(steady) / elements, 2),
-            mufu=round(sum(is_mufu(i) for i in steady) / elements, 3),
+            instructions=round(len(steady) / elements, 3),
+            counts={name: round(found[name] / elements, 3) for name in classes},
             load_bytes=min(loads), store_bytes=min(stores, default=0),
         )  # fmt: skip

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from . import accuracy
 from .cases import Case
-from .results import COPY, COPY_NEW, Result, Row, by_case
+from .results import COPY, COPY_NEW, Result, ResultFile, Row, by_case
 
 MIB = 1 << 20
 BUSY = 0.1  # share of the CPUs in use by others from which a warning is printed
@@ -143,15 +143,15 @@ def verdict(result: Result) -> str:
     return f"{base}: {', '.join(words)}."
 
 
-def busy_warning(result: Result) -> str:
+def busy_warning(result: ResultFile) -> str:
     """A warning where other processes took so much of the CPUs that times on them mean little, or ""."""
-    others = max((row.others_cpu or 0.0 for row in result.rows), default=0.0)
+    others = max((row.others_cpu or 0.0 for row in result.measurements), default=0.0)
     if others < BUSY:
         return ""
     return f"Other processes used {others:.0%} of the CPUs meanwhile: do not trust these times."
 
 
-def environment_line(result: Result) -> str:
+def environment_line(result: ResultFile) -> str:
     """The machine and the versions in one line."""
     found = result.environment
     where = found.get("gpu") or f"{found['cpu']}, {found['threads']} thread{'s' * (found['threads'] != 1)}"

@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .cases import Case, Shape
 
+if TYPE_CHECKING:
+    from typing_extensions import Self  # in typing from Python 3.11 on
+
 SCHEMA_VERSION = 2
-Status = Literal["ok", "wrong", "failed", "out_of_memory", "skipped"]
+Status = Literal["ok", "wrong", "failed", "out_of_memory", "skipped", "predicted"]
 
 # The limit that every row is held against: one read and one write of the logits, to memory already in use. On a
 # CPU a second copy goes to new memory, as a gradient does: the difference is what the system takes to hand it out.
@@ -66,7 +70,7 @@ class Errors:
 
 
 @dataclass
-class Row:
+class Measurement:
     """One provider on one case.
 
     Attributes:
@@ -77,17 +81,14 @@ class Row:
             long as no provider failed midway.
         median_s, q20_s, q80_s: of the samples.
         ratio_to_ours: median over rounds of this time / our time in the same round; above 1 we are faster.
-        gb_per_s: one read and one write of the logits over the median, in 1e9 bytes per second.
-        time_over_copy: median over rounds of this time / the copy's time.
-        peak_extra_bytes: peak memory beyond the inputs, gradient included.
-        gradient_bytes: the gradient's own size.
+        peak_extra_bytes: peak memory beyond the inputs, gradients included.
+        gradient_bytes: the gradients' own size.
         first_call_s: the first call, with whatever compilation it takes.
-        errors: against the float64 oracle; None for a copy, and where the first call gave no result.
-        repeats: whether a second call gave the same loss and gradient, bit for bit; None if there was none.
+        repeats: whether a second call gave the same loss and gradients, bit for bit; None if there was none.
         others_cpu: share of the CPUs that other processes took while the case was timed; None on a GPU.
     """
 
-    case: Case
+    case: Any
     provider: str
     status: Status = "ok"
     note: str = ""
@@ -96,14 +97,39 @@ class Row:
     q20_s: float | None = None
     q80_s: float | None = None
     ratio_to_ours: float | None = None
-    gb_per_s: float | None = None
-    time_over_copy: float | None = None
     peak_extra_bytes: int | None = None
     gradient_bytes: int = 0
     first_call_s: float | None = None
-    errors: Errors | None = None
     repeats: bool | None = None
     others_cpu: float | None = None
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this is a provider of this package."""
+        return self.provider.startswith("hpo_fused")
+
+    def take_quantiles(self) -> float | None:
+        """Fill in quantiles from the samples and return the median; None where there is nothing to take."""
+        if self.status != "ok" or not self.samples_s:
+            return None
+        self.q20_s, self.median_s, self.q80_s = quantiles(self.samples_s)
+        return self.median_s
+
+
+@dataclass
+class Row(Measurement):
+    """A provider of losses from logits.
+
+    Attributes:
+        gb_per_s: one read and one write of the logits over the median, in 1e9 bytes per second.
+        time_over_copy: median over rounds of this time / the copy's time.
+        errors: against the float64 oracle; None for a copy, and where the first call gave no result.
+    """
+
+    case: Case
+    gb_per_s: float | None = None
+    time_over_copy: float | None = None
+    errors: Errors | None = None
 
     @property
     def is_copy(self) -> bool:
@@ -143,23 +169,22 @@ def summarise(rows: Sequence[Row], ours: str | None) -> None:
     """
     samples = {row.provider: row.samples_s for row in rows if row.status == "ok"}
     for row in rows:
-        if row.status != "ok" or not row.samples_s:
+        median = row.take_quantiles()
+        if median is None:
             continue
-        row.q20_s, row.median_s, row.q80_s = quantiles(row.samples_s)
-        row.gb_per_s = 2 * row.case.logits_bytes / row.median_s / 1e9
+        row.gb_per_s = 2 * row.case.logits_bytes / median / 1e9
         row.ratio_to_ours = median_ratio(row.samples_s, samples.get(ours or "", []))
         row.time_over_copy = median_ratio(row.samples_s, samples.get(COPY, []))
 
 
 @dataclass
-class Result:
+class ResultFile(ABC):
     """A whole run. ``interrupted`` says that it was cut short, so that rows and rounds are missing."""
 
     environment: dict[str, Any]
     settings: dict[str, Any]
-    command: str = "speed"
+    command: str
     interrupted: bool = False
-    rows: list[Row] = field(default_factory=list)
 
     def to_json(self) -> str:
         """The file's content."""
@@ -170,27 +195,75 @@ class Result:
         """Write the file."""
         path.write_text(self.to_json(), encoding="utf-8")
 
+    @property
+    @abstractmethod
+    def measurements(self) -> Sequence[Measurement]:
+        """Every row that was timed."""
+
     @classmethod
-    def read(cls, path: Path) -> Result:
+    @abstractmethod
+    def of_dict(cls, content: dict[str, Any]) -> Self:
+        """The inverse of ``dataclasses.asdict``; KeyError or TypeError for anything else."""
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
         """Read a file that :meth:`write` wrote.
 
         Raises:
             OSError: no such file, or not readable.
             ValueError: not such a file, or of another schema version.
         """
+        return cls.parse(path, read_content(path))
+
+    @classmethod
+    def parse(cls, path: Path, content: dict[str, Any]) -> Self:
+        """What :func:`read_content` found in ``path``.
+
+        Raises:
+            ValueError: not such a result.
+        """
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            version = content.pop("schema_version")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{path} is not a result of hpo-fused-bench") from error
-        if version != SCHEMA_VERSION:
-            raise ValueError(f"{path} has schema version {version}; this hpo-fused-bench reads {SCHEMA_VERSION}")
-        try:
-            for row in content["rows"]:
-                row["case"]["shape"] = Shape(**row["case"]["shape"])
-                row["case"] = Case(**row["case"])
-                row["errors"] = row["errors"] and Errors.of_dict(row["errors"])
-            content["rows"] = [Row(**row) for row in content["rows"]]
-            return cls(**content)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a result of hpo-fused-bench speed: {error}") from error
+            return cls.of_dict(content)
+        except (AttributeError, KeyError, TypeError) as error:
+            command = cls.__dataclass_fields__["command"].default
+            raise ValueError(f"{path} is not a result of hpo-fused-bench {command}: {error}") from error
+
+
+def read_content(path: Path) -> dict[str, Any]:
+    """The fields of a result file of any command.
+
+    Raises:
+        OSError: no such file, or not readable.
+        ValueError: not such a file, or of another schema version.
+    """
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version = content.pop("schema_version")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is not a result of hpo-fused-bench") from error
+    if version != SCHEMA_VERSION:
+        raise ValueError(f"{path} has schema version {version}; this hpo-fused-bench reads {SCHEMA_VERSION}")
+    return content
+
+
+@dataclass
+class Result(ResultFile):
+    """A run of ``speed``."""
+
+    command: str = "speed"
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def measurements(self) -> Sequence[Row]:
+        """Every row."""
+        return self.rows
+
+    @classmethod
+    def of_dict(cls, content: dict[str, Any]) -> Self:
+        """The inverse of ``dataclasses.asdict``."""
+        for row in content["rows"]:
+            row["case"]["shape"] = Shape(**row["case"]["shape"])
+            row["case"] = Case(**row["case"])
+            row["errors"] = row["errors"] and Errors.of_dict(row["errors"])
+        content["rows"] = [Row(**row) for row in content["rows"]]
+        return cls(**content)

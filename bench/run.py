@@ -1,50 +1,28 @@
-"""One case from its inputs to its rows: draw, check every provider, take its memory, time all in rounds."""
+"""One case of logits from its inputs to its rows: draw, check every provider, take its memory, time all in rounds."""
 
 from __future__ import annotations
 
-import gc
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .cases import Case, Inputs, draw
-from .check import Oracle, fingerprint
-from .measure import CpuUse, Failure, Task, available_bytes, clock_for, is_out_of_memory, peak_extra_bytes, rounds
-from .providers import Output, Provider, Unavailable
+from .check import Oracle
+from .measure import Task, is_out_of_memory
+from .providers import Provider
 from .results import COPY, COPY_NEW, Row, summarise
-
-GIB = 1 << 30
-
-
-class Progress(Protocol):
-    """What the work tells while it goes on."""
-
-    def stage(self, text: str, *, timing: bool = False) -> None:
-        """What is being done now. While ``timing``, nothing may be drawn but in this call."""
-
-    def advance(self, cases: float) -> None:
-        """Another such part of a case is done."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to measure. ``repeats`` rounds at most; none starts after ``budget`` seconds, but three are done."""
-
-    device: torch.device
-    repeats: int
-    budget: float
-    seed: int = 0
-
-
-class Step(NamedTuple):
-    """What one forward and backward pass gave."""
-
-    output: Output
-    gradient: Tensor
+from .trial import (
+    Progress,
+    Settings,
+    Step,
+    does_not_fit,
+    first_call,
+    mark_untimed,
+    record_failure,
+    time_in_rounds,
+)
 
 
 class _Produce(torch.autograd.Function):
@@ -87,93 +65,22 @@ class Bench:
         if self.storage is not None:
             logits = _produce(self.anchor, self.storage)
         output = self.provider.forward(self.inputs, logits)
-        (gradient,) = torch.autograd.grad(output.loss, logits, self.upstream)
-        return Step(output, gradient)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _does_not_fit(needed: float, device: torch.device) -> str:
-    """A reason not to try on the CPU, or "". A GPU refuses by itself; Linux kills the process instead."""
-    available = available_bytes() if device.type == "cpu" else None
-    if available is None or needed < 0.9 * available:
-        return ""
-    return f"needs about {needed / GIB:.1f} GiB of main memory, {available / GIB:.1f} GiB are free"
-
-
-def _record_failure(row: Row, error: Exception) -> None:
-    message = (str(error).strip() or "no message").splitlines()[0]
-    if isinstance(error, Unavailable):
-        row.status, row.note = "skipped", message
-    elif is_out_of_memory(error):
-        row.status, row.note = "out_of_memory", message
-    else:
-        row.status, row.note = "failed", f"{type(error).__name__}: {message}"
+        return Step(output, torch.autograd.grad(output.loss, (logits,), self.upstream))
 
 
 def _first_call(bench: Bench, oracle: Oracle, row: Row, device: torch.device) -> None:
-    """Compile, hold the result against the oracle, take the memory of a second call and compare its result."""
     inputs, provider = bench.inputs, bench.provider
-    row.note = _does_not_fit(provider.memory_factor * inputs.logits.numel() * 4, device)
+    row.note = does_not_fit(provider.memory_factor * inputs.logits.numel() * 4, device)
     if row.note:
         row.status = "out_of_memory"
         return
     provider.prepare(inputs.case, device)
-    bench.before()
-    start = time.perf_counter()
-    step = bench.step()
-    _synchronize(device)
-    row.first_call_s = time.perf_counter() - start
-    row.errors = oracle.judge(inputs, step.output, step.gradient, ours=provider.ours)
-    if row.errors.complaint:
-        row.status, row.note = "wrong", row.errors.complaint
-        return
-    row.gradient_bytes = step.gradient.numel() * step.gradient.element_size()
-    first = [fingerprint(value) for value in (step.output.loss.reshape(1), step.gradient)]
-    del step
-    bench.before()
-    kept: list[Step] = []
-    row.peak_extra_bytes = peak_extra_bytes(lambda: kept.append(bench.step()), device)
-    step = kept.pop()
-    again = (fingerprint(value) for value in (step.output.loss.reshape(1), step.gradient))
-    row.repeats = all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
+    def judge(step: Step) -> str:
+        row.errors = oracle.judge(inputs, step.output, *step.gradients, ours=provider.ours)
+        return row.errors.complaint
 
-def _time(
-    rows: dict[str, Row], tasks: dict[str, Task], settings: Settings, progress: Progress, label: str, share: float
-) -> None:
-    """Interleaved rounds into the rows' samples; ``share`` of a case is what they are worth on the progress bar."""
-    clock = clock_for(settings.device)
-    progress.stage(f"{label}: warming up", timing=True)
-    warm_up = 3 if settings.device.type == "cuda" else 1
-    collecting = gc.isenabled()
-    gc.disable()  # a collection in the middle of a sample is nobody's time
-    try:
-        for outcome in rounds(tasks, clock, warm_up, 0.0, warm_up):
-            if isinstance(outcome, Failure):
-                _record_failure(rows[outcome.name], outcome.error)
-        alive = {name: task for name, task in tasks.items() if rows[name].status == "ok"}
-        done, use = 0, CpuUse()
-        for outcome in rounds(alive, clock, settings.repeats, settings.budget):
-            if isinstance(outcome, Failure):
-                _record_failure(rows[outcome.name], outcome.error)
-                continue
-            for name, seconds in outcome.items():
-                rows[name].samples_s.append(seconds)
-            done += 1
-            progress.advance(share / settings.repeats)
-            progress.stage(f"{label}: timing, round {done} of at most {settings.repeats}", timing=True)
-            if settings.device.type == "cpu":
-                others = use.others()
-                for row in rows.values():
-                    row.others_cpu = others
-        progress.advance(share * (1 - done / settings.repeats))
-    finally:
-        if collecting:
-            gc.enable()
+    first_call(bench, row, device, judge)
 
 
 def run_case(
@@ -192,7 +99,7 @@ def run_case(
     try:
         progress.stage(f"{label}: drawing inputs")
         copied = len(copies) + sum(provider.inplace for provider in providers)
-        note = _does_not_fit((1 + copied) * case.logits_bytes, device)
+        note = does_not_fit((1 + copied) * case.logits_bytes, device)
         if note:
             raise MemoryError(note)
         inputs = draw(case, device, settings.seed)
@@ -208,7 +115,7 @@ def run_case(
                 bench = Bench(provider, inputs)
                 _first_call(bench, oracle, row, device)
             except Exception as error:  # a provider's code: anything can come
-                _record_failure(row, error)
+                record_failure(row, error)
             if row.status == "ok":
                 tasks[provider.name] = Task(bench.step, bench.before)
             progress.advance(share)
@@ -217,16 +124,14 @@ def run_case(
         tasks[COPY] = Task(lambda: destination.copy_(logits))
         if COPY_NEW in copies:
             tasks[COPY_NEW] = Task(logits.clone)
-        _time(mine, tasks, settings, progress, label, share)
+        time_in_rounds(mine, tasks, settings, progress, label, share)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         for row in mine.values():
             if row.status == "ok" and not row.samples_s:
-                _record_failure(row, error)
+                record_failure(row, error)
     finally:
-        for row in mine.values():
-            if row.status == "ok" and not row.samples_s:
-                row.status, row.note = "skipped", "interrupted before it was timed"
+        mark_untimed(mine)
         ours = next((provider.name for provider in providers if provider.ours), None)
         summarise(list(mine.values()), ours)

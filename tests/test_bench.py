@@ -22,11 +22,10 @@ testing = pytest.importorskip("typer.testing")
 
 from rich.console import Console  # noqa: E402
 
-from hpo_fused.bench import accuracy, cli, compile_table, measure, report  # noqa: E402
+from hpo_fused.bench import accuracy, cli, measure, report  # noqa: E402
 from hpo_fused.bench.cases import SHAPES, Case, Inputs, Shape, draw, draw_advantages, parse_shape  # noqa: E402
 from hpo_fused.bench.check import Oracle, fingerprint  # noqa: E402
 from hpo_fused.bench.commands import app  # noqa: E402
-from hpo_fused.bench.compile_report import TARGETS, broken_limits  # noqa: E402
 from hpo_fused.bench.display import Display  # noqa: E402
 from hpo_fused.bench.measure import Failure, Task, peak_extra_bytes, rounds  # noqa: E402
 from hpo_fused.bench.plain import plain_policy_loss  # noqa: E402
@@ -625,7 +624,7 @@ def test_interrupt_before_anything_was_timed(invoke: Invoke, monkeypatch: pytest
 
 def test_a_case_that_would_not_fit_is_skipped(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     """Linux kills the process that asks for too much, and every result with it."""
-    monkeypatch.setattr("hpo_fused.bench.run.available_bytes", lambda: 50_000)
+    monkeypatch.setattr("hpo_fused.bench.trial.available_bytes", lambda: 50_000)
     done = invoke("speed", *TINY, *EAGER_ONLY, "--output", "r.json")
     assert done.exit_code == 0
     assert {row.status for row in Result.read(Path("r.json")).rows} == {"out_of_memory"}
@@ -722,103 +721,6 @@ def test_numbers(value: float | None, text: str) -> None:
 )
 def test_error_numbers(value: float | None, text: str) -> None:
     assert accuracy.error(value) == text
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# the compile report
-
-
-def record(**changes: Any) -> dict[str, Any]:
-    """A kernel of both sweeps within every limit."""
-    statistics = {"role": "statistics", "instructions": 8.0, "mufu": 1.03, "load_bytes": 16, "store_bytes": 0}
-    gradient = {"role": "gradient", "instructions": 5.0, "mufu": 1.0, "load_bytes": 16, "store_bytes": 16}
-    values = {
-        "kernel": "fused_policy_loss", "variant": "bf16/entropy/log_fidelity", "target": "sm_90", "registers": 64,
-        "spills": 0, "softcap": False, "aligned_out": True, "loops": [gradient, statistics],
-    }  # fmt: skip
-    return {**values, **changes}
-
-
-def loop(role: str, **changes: Any) -> list[dict[str, Any]]:
-    """The main loops of :func:`record`, one changed."""
-    return [{**each, **changes} if each["role"] == role else each for each in record()["loops"]]
-
-
-@pytest.mark.parametrize(
-    ("changes", "broken"),
-    [
-        ({}, []),
-        ({"spills": 8}, ["spills 8 bytes"]),
-        ({"spills": 8, "target": "gfx942"}, ["spills 8 registers"]),
-        ({"loops": loop("statistics", load_bytes=4)}, ["statistics loads 4 bytes at a time, not 16"]),
-        ({"loops": loop("gradient", store_bytes=2)}, ["gradient stores 2 bytes at a time, not 16"]),
-        ({"loops": loop("gradient", store_bytes=2), "aligned_out": False}, []),
-        ({"loops": loop("gradient", mufu=1.5)}, ["2.53 MUFU per element, limit 2.3"]),
-        ({"loops": loop("gradient", mufu=3.0), "softcap": True}, []),
-        ({"loops": []}, ["main loops [], expected ['gradient', 'statistics']"]),
-        ({"loops": record()["loops"][1:], "variant": "bf16/log_fidelity/loss_only"}, []),
-    ],
-)
-def test_broken_limits_are_named(changes: dict[str, Any], broken: list[str]) -> None:
-    one = record(**changes)
-    name = f"{one['target']} fused_policy_loss/{one['variant']}"
-    assert broken_limits([record(), one]) == [f"{name}: {line}" for line in broken]
-
-
-def test_compile_table_fits_80_columns() -> None:
-    stream = StringIO()
-    records = [record(target=target) for target in TARGETS]
-    records.append(record(variant="bf16/softcap/entropy/entropy_term/kl/truncated_ratio/unaligned_out"))
-    Console(file=stream, width=80).print(compile_table.table(records))
-    text = stream.getvalue()
-    assert max(map(len, text.splitlines())) <= 80
-    assert "…" not in text
-    assert "64      0   8.0  1.03    16   5.0 1.00 16/16" in text
-
-
-@pytest.mark.xdist_group("compile")
-def test_compile_end_to_end(invoke: Invoke, tmp_path: Path) -> None:
-    """The tests' own process runs the interpreter; the compiler has one of its own."""
-    pytest.importorskip("triton")
-    arguments = ("compile", "--target", "sm_90", "--only", "scale_gradient/bf16", "--check", "--json", "deep/c.json")
-    done = invoke(*arguments)
-    assert done.exit_code == 0, done.output
-    assert done.stderr == "compiling for sm_90\n"
-    for word in ("scale_gradient/bf16", "sm_90", "16/16", "1 kernels compiled: no spills", "Wrote deep/c.json"):
-        assert word in done.stdout
-    (one,) = json.loads((tmp_path / "deep" / "c.json").read_text())
-    assert (one["kernel"], one["target"], one["spills"]) == ("scale_gradient", "sm_90", 0)
-
-
-@pytest.mark.parametrize(("check", "code"), [((), 0), (("--check",), 1)])
-def test_compile_check_fails_on_a_broken_limit(
-    invoke: Invoke, monkeypatch: pytest.MonkeyPatch, check: tuple[str, ...], code: int
-) -> None:
-    monkeypatch.setattr("hpo_fused.bench.commands.run_report", lambda *_: [record(), record(spills=8)])
-    done = invoke("compile", *check)
-    assert done.exit_code == code
-    assert "sm_90 fused_policy_loss/bf16/entropy/log_fidelity: spills 8 bytes" in done.output
-    assert "2 kernels compiled, 1 limits broken." in done.output
-
-
-@pytest.mark.parametrize(
-    ("arguments", "missing", "expected"),
-    [
-        (("--target", "sm_1"), False, "unknown target 'sm_1'; expected one of sm_80"),
-        (("--only", "nothing"), False, "no variant's name contains 'nothing'; there are fused_policy_loss/bf16"),
-        ((), True, "compiling kernels needs triton: pip install 'hpo-fused[triton]'"),
-    ],
-)
-def test_compile_says_what_is_wrong(
-    invoke: Invoke, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], missing: bool, expected: str
-) -> None:
-    if missing:
-        monkeypatch.setitem(sys.modules, "triton", None)
-    else:
-        pytest.importorskip("triton")
-    done = invoke("compile", *arguments)
-    assert done.exit_code == 2
-    assert expected in " ".join(done.output.replace("│", " ").split())
 
 
 def test_providers_are_documented() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from types import FunctionType
@@ -16,6 +17,30 @@ from hpo_fused.bench.plain import PlainOutput, plain_policy_loss
 from .base import Output, Provider, Unavailable
 
 _serial = count()
+
+
+def fresh_copy(function: Callable[..., PlainOutput]) -> Callable[..., PlainOutput]:
+    """The same function with a code object of its own.
+
+    Every case is compiled anew, and dynamo counts compilations by code object: past a small limit it would fall back
+    to eager. A copy starts from nought; torch.compiler.reset() would also throw away what other providers have
+    compiled.
+    """
+    assert isinstance(function, FunctionType)
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_serial)}")
+    return FunctionType(code, function.__globals__)
+
+
+@contextmanager
+def compiler_missing() -> Iterator[None]:
+    """Turns torch.compile's complaint about a missing or broken compiler into :class:`Unavailable`."""
+    try:
+        yield
+    except Exception as error:
+        # Inductor's own class for it is private, and wrapped on the way up.
+        if any(name in repr(error) for name in ("InvalidCxxCompiler", "TritonMissing")):
+            raise Unavailable("torch.compile found no working compiler on this machine") from error
+        raise
 
 
 class Eager(Provider):
@@ -50,19 +75,9 @@ class Compiled(Eager):
 
     def function(self, inputs: Inputs) -> Callable[..., PlainOutput]:
         if self.compiled is None:
-            # Every case is compiled anew, and dynamo counts compilations by code object: past a small limit it
-            # would fall back to eager. A copy starts from nought; torch.compiler.reset() would also throw away
-            # what other providers have compiled.
-            code = plain_policy_loss.__code__.replace(co_name=f"plain_policy_loss_{next(_serial)}")
-            copy = FunctionType(code, plain_policy_loss.__globals__)
-            self.compiled = partial(torch.compile(copy, dynamic=False), inputs.objective)
+            self.compiled = partial(torch.compile(fresh_copy(plain_policy_loss), dynamic=False), inputs.objective)
         return self.compiled
 
     def forward(self, inputs: Inputs, logits: Tensor) -> Output:
-        try:
+        with compiler_missing():
             return super().forward(inputs, logits)
-        except Exception as error:
-            # Inductor's own class for a missing or broken compiler is private, and wrapped on the way up.
-            if any(name in repr(error) for name in ("InvalidCxxCompiler", "TritonMissing")):
-                raise Unavailable("torch.compile found no working compiler on this machine") from error
-            raise

@@ -1,0 +1,236 @@
+"""The commands ``linear``, ``memory`` and ``plot`` of ``hpo-fused-bench``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from hpo_fused.bench import files
+from hpo_fused.bench.arguments import INTERRUPTED, check_writable, device_of, one_of
+from hpo_fused.bench.cases import DTYPES
+from hpo_fused.bench.display import Display
+from hpo_fused.bench.environment import environment
+from hpo_fused.bench.report import environment_line
+from hpo_fused.bench.trial import Settings
+from hpo_fused.objective import Objective
+
+from . import limits, report
+from .cases import CUSTOM, DEFAULT_HEAD, LinearCase, parse_head
+from .memory import MemoryBench, against_tokens, default_tokens, seven_b
+from .providers import DEFAULT, PROVIDERS, LinearProvider, create
+from .results import LinearResult
+from .run import run_linear
+
+MIB = 1 << 20
+DEFAULT_INACTIVE = [0.0, 0.5, 0.75, 0.9]
+
+Shape = Annotated[
+    str | None, typer.Option(help=f"Named head (see `shapes`) or {CUSTOM}; {DEFAULT_HEAD['cuda']} on a GPU, "
+                                  f"{DEFAULT_HEAD['cpu']} on a CPU.")
+]  # fmt: skip
+Dtype = Annotated[str, typer.Option(help=f"Of hidden states and head: {', '.join(DTYPES)}.")]
+ObjectiveName = Annotated[str, typer.Option(help="A preset of hpo_fused.Objective.")]
+Providers = Annotated[list[str], typer.Option(help=f"Of {', '.join(PROVIDERS)}; repeatable.")]
+ChunkMib = Annotated[
+    float | None, typer.Option(min=0.0, help="Memory for a chunk's logits, MiB (hpo_fused's chunk_bytes).")
+]
+Tokens = Annotated[
+    list[int] | None, typer.Option(min=1, help="Rows at which memory is measured; repeatable.")
+]  # fmt: skip
+DeviceName = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto is a GPU if there is one.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Small: about a minute on two CPU cores.")]
+Seed = Annotated[int, typer.Option(help="Of the random inputs.")]
+Check = Annotated[bool, typer.Option("--check", help="Exit with 1 if a limit is missed, too.")]
+Output = Annotated[Path | None, typer.Option(help="Write every sample to this JSON file; none is written by default.")]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A checked command line."""
+
+    command: str
+    case: LinearCase
+    providers: list[LinearProvider]
+    device: torch.device
+    seed: int
+    quick: bool
+    check: bool
+    output: Path | None
+
+    @classmethod
+    def of(
+        cls, command: str, shape: str | None, tokens: int, dtype: str, objective: str, chunk_mib: float | None,
+        provider: Sequence[str], device: torch.device, seed: int, quick: bool, check: bool, output: Path | None,
+    ) -> _Run:  # fmt: skip
+        one_of("dtype", dtype, DTYPES)
+        one_of("objective", objective, Objective.presets())
+        try:
+            head = parse_head(shape or DEFAULT_HEAD[device.type])
+            providers = [create(name) for name in dict.fromkeys(provider)]
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+        chunk_bytes = None if chunk_mib is None else int(chunk_mib * MIB)
+        case = LinearCase.of_tokens(head, tokens, dtype, objective, 0.0, chunk_bytes)
+        if chunk_bytes is not None and chunk_bytes < head.vocabulary * case.torch_dtype.itemsize:
+            raise typer.BadParameter(f"--chunk-mib {chunk_mib:g} is less than one row of logits")
+        check_writable(output)
+        return cls(command, case, providers, device, seed, quick, check, output)
+
+    def result(self, **settings: object) -> LinearResult:
+        case = self.case
+        common = {
+            "tokens": case.tokens, "dtype": case.dtype, "objective": case.objective, "chunk_bytes": case.chunk_bytes,
+            "seed": self.seed, "quick": self.quick,
+        }  # fmt: skip
+        return LinearResult(environment(self.device), {**common, **settings}, self.command)
+
+    def measure_memory(self, result: LinearResult, tokens: Sequence[int], display: Display, share: float) -> None:
+        """Everything about memory, into ``result``."""
+        bench = MemoryBench(self.device, self.seed, result.memory, display)
+        ours = [provider for provider in self.providers if provider.ours]
+        against_tokens(bench, self.case, tokens, self.providers, share * 0.7)
+        if ours:
+            seven_b(bench, self.case, ours[0], share * 0.3, measured=not self.quick)
+
+    def finish(self, result: LinearResult) -> None:
+        """Show the result and end the command."""
+        out = Console()
+        _show(result, out)
+        if self.output is not None:
+            out.print(f"Wrote {self.output}", highlight=False, soft_wrap=True)
+        if result.interrupted:
+            raise typer.Exit(INTERRUPTED)
+        if any(limits.wrong(result)) or (self.check and limits.missed(result)):
+            raise typer.Exit(1)
+
+
+def _show(result: LinearResult, out: Console) -> None:
+    out.print(environment_line(result), style="dim", highlight=False)
+    for sheet, below in report.sections(result):
+        out.print()
+        out.print(sheet.table())
+        for line in below:
+            out.print(line, style="dim", highlight=False, markup=False)
+    out.print()
+    for line in report.remarks(result):
+        out.print(line, style="yellow", highlight=False, markup=False)
+    out.print(report.verdict(result), style="bold", highlight=False)
+
+
+def linear(
+    shape: Shape = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Rows (8192 on a GPU, 1024 on a CPU).")] = None,
+    dtype: Dtype = "bf16",
+    objective: ObjectiveName = "mhpo_ahpo",
+    inactive: Annotated[
+        list[float], typer.Option(min=0.0, max=1.0, help="Share of responses with zero advantage; repeatable.")
+    ] = DEFAULT_INACTIVE,
+    provider: Providers = DEFAULT,
+    chunk_mib: ChunkMib = None,
+    memory_tokens: Tokens = None,
+    memory_: Annotated[bool, typer.Option("--memory/--no-memory", help="Measure memory, too.")] = True,
+    device: DeviceName = "auto",
+    repeats: Annotated[int | None, typer.Option(min=1, help="Rounds at most (50 on a GPU, 10 on a CPU).")] = None,
+    budget: Annotated[
+        float | None, typer.Option(min=0.0, help="Seconds of timing (120), though three rounds at least.")
+    ] = None,
+    quick: Quick = False,
+    seed: Seed = 0,
+    check: Check = False,
+    output: Output = None,
+) -> None:
+    """The linear path: from hidden states and LM head to loss and both gradients, without logits.
+
+    Times it against eager PyTorch, torch.compile, PyTorch's linear_cross_entropy and the three bare GEMMs that nobody
+    can do without, at several shares of inactive rows; holds every result against float64 first; then measures peak
+    memory (see `memory`). The last table tells which limits are met. The exit status is 1 if hpo_fused is wrong.
+    """
+    where = device_of(device)
+    on_gpu = where.type == "cuda"
+    tokens = tokens or ((2048 if on_gpu else 256) if quick else (8192 if on_gpu else 1024))
+    repeats = repeats or (5 if quick else 50 if on_gpu else 10)
+    budget = budget if budget is not None else (10.0 if quick else 120.0)
+    run = _Run.of(
+        "linear", shape, tokens, dtype, objective, chunk_mib, provider, where, seed, quick, check, output
+    )  # fmt: skip
+    fractions = sorted(set(inactive))
+    sizes = sorted(set(memory_tokens or default_tokens(where.type, quick)))
+    result = run.result(
+        repeats=repeats, budget=budget, inactive=fractions, memory_tokens=sizes if memory_ else []
+    )  # fmt: skip
+    try:
+        with Display(Console(stderr=True), 2 if memory_ else 1) as display:
+            run_linear(run.case, fractions, run.providers, Settings(where, repeats, budget, seed), result.rows, display)
+            if memory_:
+                run.measure_memory(result, sizes, display, 1.0)
+    except KeyboardInterrupt:
+        result.interrupted = True
+    finally:
+        if output is not None and (result.rows or result.memory):
+            result.write(output)
+    run.finish(result)
+
+
+def memory(
+    shape: Shape = None,
+    tokens: Tokens = None,
+    dtype: Dtype = "bf16",
+    objective: ObjectiveName = "mhpo_ahpo",
+    provider: Providers = DEFAULT,
+    chunk_mib: ChunkMib = None,
+    device: DeviceName = "auto",
+    quick: Quick = False,
+    seed: Seed = 0,
+    check: Check = False,
+    output: Output = None,
+) -> None:
+    """Peak memory of the linear path against the number of tokens, beside what `hpo_fused.linear_memory` predicts.
+
+    And with a fixed chunk budget, and for the head of a 7B model with 16384 tokens: predicted, and measured as far as
+    this machine can.
+    """
+    where = device_of(device)
+    sizes = sorted(set(tokens or default_tokens(where.type, quick)))
+    run = _Run.of(
+        "memory", shape, max(sizes), dtype, objective, chunk_mib, provider, where, seed, quick, check, output
+    )  # fmt: skip
+    result = run.result(memory_tokens=sizes)
+    try:
+        with Display(Console(stderr=True), 1) as display:
+            run.measure_memory(result, sizes, display, 1.0)
+    except KeyboardInterrupt:
+        result.interrupted = True
+    finally:
+        if output is not None and result.memory:
+            result.write(output)
+    run.finish(result)
+
+
+def plot(
+    file: Annotated[Path, typer.Argument(help="What `linear --output` or `memory --output` wrote.")],
+    output: Annotated[Path, typer.Option(help="The picture: .png, .svg or .pdf.")],
+) -> None:
+    """Draw a result of `linear`: peak memory against tokens, and time against the share of inactive rows."""
+    try:
+        result = files.read(file)
+    except OSError as error:
+        raise typer.BadParameter(f"cannot read {file}: {error.strerror}") from None
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    if not isinstance(result, LinearResult):
+        raise typer.BadParameter(f"{file} is a result of {result.command}; expected one of linear or memory")
+    check_writable(output)
+    from .plot import PlotUnavailable, draw_figure
+
+    try:
+        draw_figure(result, output)
+    except PlotUnavailable as error:
+        typer.echo(f"hpo-fused-bench plot: {error}", err=True)
+        raise typer.Exit(2) from None
+    typer.echo(f"Wrote {output}")

@@ -1,0 +1,61 @@
+"""What a provider is: a name, when it can run, and a step from hidden states and head to loss and both gradients."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+
+from hpo_fused.bench.linear.cases import LinearCase
+from hpo_fused.bench.linear.check import LinearOracle
+from hpo_fused.bench.linear.draw import LinearInputs
+from hpo_fused.bench.linear.results import LinearErrors
+from hpo_fused.bench.providers import Output
+from hpo_fused.bench.trial import Step
+
+
+class LinearProvider(ABC):
+    """One way to compute loss and gradients.
+
+    Attributes:
+        name: how it is selected and reported.
+        summary: one line on what it runs.
+        slow_start: what the first call does besides running, for the progress line.
+        ours: belongs to this package; the first such provider is what the others are compared with.
+        skips_inactive: leaves rows without a learning signal out of its GEMMs, so that their share matters.
+        measures_memory: whether its peak means something.
+        leniency: times the limits of the gradients' errors, for who sums them in the dtype itself.
+        largest: bytes of logits up to which its memory is measured; None: any.
+    """
+
+    name: str
+    summary: str
+    slow_start: str = ""
+    ours: bool = False
+    skips_inactive: bool = False
+    measures_memory: bool = True
+    leniency: float = 1.0
+    largest: int | None = None
+
+    def prepare(self, case: LinearCase, device: torch.device) -> None:  # noqa: B027 - most have nothing to do
+        """Get ready for a case; raise ``Unavailable`` with the reason where it cannot run."""
+
+    @abstractmethod
+    def memory_bytes(self, case: LinearCase, device: torch.device) -> float:
+        """Rough peak beyond the inputs. Only used to skip a case that would not fit into main memory, where the
+        alternative is being killed with every result."""
+
+    @abstractmethod
+    def forward(self, inputs: LinearInputs) -> Output:
+        """The loss, attached to hidden and weight."""
+
+    def step(self, inputs: LinearInputs) -> Step:
+        """Forward and backward, once."""
+        output = self.forward(inputs)
+        scale = inputs.case.upstream
+        upstream = None if scale == 1 else torch.full_like(output.loss, scale)
+        return Step(output, torch.autograd.grad(output.loss, (inputs.hidden, inputs.weight), upstream))
+
+    def judge(self, oracle: LinearOracle, step: Step) -> LinearErrors | None:
+        """How far a step is off; None where nothing can be said."""
+        return oracle.judge(step, ours=self.ours, leniency=self.leniency)

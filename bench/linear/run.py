@@ -1,0 +1,123 @@
+"""Hidden states and head through every provider and share of inactive rows: draw, check, memory, rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hpo_fused.bench.measure import Task, is_out_of_memory
+from hpo_fused.bench.trial import (
+    Progress,
+    Settings,
+    Step,
+    does_not_fit,
+    first_call,
+    mark_untimed,
+    record_failure,
+    time_in_rounds,
+)
+
+from .cases import LinearCase
+from .check import LinearOracle
+from .draw import LinearInputs, draw, draw_weight
+from .exact import Exact
+from .providers import LinearProvider
+from .results import LinearRow, summarise
+
+
+@dataclass(frozen=True)
+class LinearTrial:
+    """A provider on a case's inputs, which nobody overwrites."""
+
+    provider: LinearProvider
+    inputs: LinearInputs
+
+    def before(self) -> None:
+        """Nothing."""
+
+    def step(self) -> Step:
+        """Forward and backward, once."""
+        return self.provider.step(self.inputs)
+
+
+def _first_call(trial: LinearTrial, exact: Exact, row: LinearRow, settings: Settings) -> None:
+    provider, inputs = trial.provider, trial.inputs
+    row.note = does_not_fit(provider.memory_bytes(inputs.case, settings.device), settings.device)
+    if row.note:
+        row.status = "out_of_memory"
+        return
+    provider.prepare(inputs.case, settings.device)
+    oracle = LinearOracle(inputs, exact)
+
+    def judge(step: Step) -> str:
+        row.errors = provider.judge(oracle, step)
+        return row.errors.complaint if row.errors is not None else ""
+
+    first_call(trial, row, settings.device, judge)
+    if not provider.measures_memory:
+        row.peak_extra_bytes, row.gradient_bytes, row.repeats = None, 0, None
+
+
+def _pairs(
+    case: LinearCase, providers: Sequence[LinearProvider], fractions: Sequence[float]
+) -> dict[str, tuple[LinearProvider, LinearRow]]:
+    """Who is measured on what: those whom inactive rows make no difference to only once."""
+    found = {}
+    for inactive in fractions:
+        for provider in providers:
+            if provider.skips_inactive or inactive == min(fractions):
+                row = LinearRow(case.at(inactive), provider.name)
+                found[f"{provider.name} at {inactive:g}"] = provider, row
+    return found
+
+
+def run_linear(
+    case: LinearCase,
+    fractions: Sequence[float],
+    providers: Sequence[LinearProvider],
+    settings: Settings,
+    rows: list[LinearRow],
+    progress: Progress,
+) -> None:
+    """Measure ``case`` with each share of inactive rows and append a row for each provider and share to ``rows``.
+
+    Rows are complete and summarised however this ends: on Ctrl-C they hold the rounds that were finished.
+    """
+    device, label = settings.device, case.shape.name
+    pairs = _pairs(case, providers, fractions)
+    mine = {name: row for name, (_, row) in pairs.items()}
+    rows.extend(mine.values())
+    share = 1 / (len(pairs) + 3)  # of the progress bar: drawing, the truth, each first call, timing
+    try:
+        progress.stage(f"{label}: drawing inputs")
+        if note := does_not_fit(2 * case.input_bytes, device):
+            raise MemoryError(note)
+        weight = draw_weight(case.shape, case.torch_dtype, device, settings.seed)
+        problem = draw(case, fractions, device, settings.seed, weight)
+        progress.advance(share)
+        progress.stage(f"{label}: float64 oracle")
+        exact = Exact.of(problem, settings.seed)
+        progress.advance(share)
+        tasks: dict[str, Task] = {}
+        for name, (provider, row) in pairs.items():
+            compiling = f" ({provider.slow_start})" if provider.slow_start and row.case.inactive == fractions[0] else ""
+            progress.stage(f"{label}: {name}, first call and check{compiling}")
+            trial = LinearTrial(provider, problem.inputs(row.case.inactive, exact.logprobs))
+            try:
+                _first_call(trial, exact, row, settings)
+            except Exception as error:  # a provider's code: anything can come
+                record_failure(row, error)
+            if row.status == "ok":
+                tasks[name] = Task(trial.step, trial.before)
+            progress.advance(share)
+        time_in_rounds(mine, tasks, settings, progress, label, share)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        for row in mine.values():
+            if row.status == "ok" and not row.samples_s:
+                record_failure(row, error)
+    finally:
+        mark_untimed(mine)
+        ours = next((provider.name for provider in providers if provider.ours), None)
+        summarise(list(mine.values()), ours, {provider.name: provider.skips_inactive for provider in providers})

@@ -1,0 +1,165 @@
+"""What every measurement does, whatever is measured: a first call with check and memory, then interleaved rounds."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .check import fingerprint
+from .measure import CpuUse, Failure, Task, available_bytes, clock_for, is_out_of_memory, peak_extra_bytes, rounds
+from .providers import Output, Unavailable
+from .results import Measurement, Status
+
+GIB = 1 << 30
+
+
+class Progress(Protocol):
+    """What the work tells while it goes on."""
+
+    def stage(self, text: str, *, timing: bool = False) -> None:
+        """What is being done now. While ``timing``, nothing may be drawn but in this call."""
+
+    def advance(self, cases: float) -> None:
+        """Another such part of a case is done."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure. ``repeats`` rounds at most; none starts after ``budget`` seconds, but three are done."""
+
+    device: torch.device
+    repeats: int
+    budget: float
+    seed: int = 0
+
+
+class Step(NamedTuple):
+    """What one forward and backward pass gave: its output, and the gradient of each input that has one."""
+
+    output: Output
+    gradients: tuple[Tensor, ...]
+
+    def fingerprints(self) -> list[Tensor]:
+        """Equal for steps that are equal bit by bit."""
+        return [fingerprint(value) for value in (self.output.loss.reshape(1), *self.gradients)]
+
+    def gradient_bytes(self) -> int:
+        """Size of the gradients."""
+        return sum(gradient.numel() * gradient.element_size() for gradient in self.gradients)
+
+
+class Trial(Protocol):
+    """A provider on a case's inputs."""
+
+    def before(self) -> None:
+        """Restore what the last run overwrote; not timed."""
+
+    def step(self) -> Step:
+        """Forward and backward, once."""
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def does_not_fit(needed: float, device: torch.device) -> str:
+    """A reason not to try on the CPU, or "". A GPU refuses by itself; Linux kills the process instead."""
+    available = available_bytes() if device.type == "cpu" else None
+    if available is None or needed < 0.9 * available:
+        return ""
+    return f"needs about {needed / GIB:.1f} GiB of main memory, {available / GIB:.1f} GiB are free"
+
+
+class Outcome(Protocol):
+    """What became of a provider, and why."""
+
+    status: Status
+    note: str
+
+
+def record_failure(row: Outcome, error: Exception) -> None:
+    """What a provider raised, as a status and a note."""
+    message = (str(error).strip() or "no message").splitlines()[0]
+    if isinstance(error, Unavailable):
+        row.status, row.note = "skipped", message
+    elif is_out_of_memory(error):
+        row.status, row.note = "out_of_memory", message
+    else:
+        row.status, row.note = "failed", f"{type(error).__name__}: {message}"
+
+
+def first_call(trial: Trial, row: Measurement, device: torch.device, judge: Callable[[Step], str]) -> None:
+    """Compile, have the result judged, take the memory of a second call and compare its result.
+
+    ``judge`` notes the errors where they belong and returns a complaint about a wrong result, or "".
+    """
+    trial.before()
+    start = time.perf_counter()
+    step = trial.step()
+    synchronize(device)
+    row.first_call_s = time.perf_counter() - start
+    if complaint := judge(step):
+        row.status, row.note = "wrong", complaint
+        return
+    row.gradient_bytes = step.gradient_bytes()
+    first = step.fingerprints()
+    del step
+    trial.before()
+    kept: list[Step] = []
+    row.peak_extra_bytes = peak_extra_bytes(lambda: kept.append(trial.step()), device)
+    again = kept.pop().fingerprints()
+    row.repeats = all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def time_in_rounds(
+    rows: Mapping[str, Measurement],
+    tasks: Mapping[str, Task],
+    settings: Settings,
+    progress: Progress,
+    label: str,
+    share: float,
+) -> None:
+    """Interleaved rounds into the rows' samples; ``share`` of a case is what they are worth on the progress bar."""
+    clock = clock_for(settings.device)
+    progress.stage(f"{label}: warming up", timing=True)
+    warm_up = 3 if settings.device.type == "cuda" else 1
+    collecting = gc.isenabled()
+    gc.disable()  # a collection in the middle of a sample is nobody's time
+    try:
+        for outcome in rounds(tasks, clock, warm_up, 0.0, warm_up):
+            if isinstance(outcome, Failure):
+                record_failure(rows[outcome.name], outcome.error)
+        alive = {name: task for name, task in tasks.items() if rows[name].status == "ok"}
+        done, use = 0, CpuUse()
+        for outcome in rounds(alive, clock, settings.repeats, settings.budget):
+            if isinstance(outcome, Failure):
+                record_failure(rows[outcome.name], outcome.error)
+                continue
+            for name, seconds in outcome.items():
+                rows[name].samples_s.append(seconds)
+            done += 1
+            progress.advance(share / settings.repeats)
+            progress.stage(f"{label}: timing, round {done} of at most {settings.repeats}", timing=True)
+            if settings.device.type == "cpu":
+                others = use.others()
+                for row in rows.values():
+                    row.others_cpu = others
+        progress.advance(share * (1 - done / settings.repeats))
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def mark_untimed(rows: Mapping[str, Measurement]) -> None:
+    """Rows that an interruption left without a sample say so."""
+    for row in rows.values():
+        if row.status == "ok" and not row.samples_s:
+            row.status, row.note = "skipped", "interrupted before it was timed"
