@@ -374,9 +374,9 @@ def prepare(
         normalizer = normalizer.to(torch.float32)
     penalty = layout.mask.to(torch.float32) * (statistics.gradient_average / normalizer)
     alpha = statistics.alpha(objective.weighting)
-    policy = (
-        penalty if objective.weighting is None else penalty * torch.ones_like(signal).masked_fill(signal < 0, alpha)
-    )
+    policy = penalty
+    if objective.weighting is not None:  # not masked_fill: on CUDA it would fetch alpha, a tensor, to the host
+        policy = penalty * torch.where(signal < 0, alpha, torch.ones_like(signal))
     if token_weights is not None:
         caller = layout.per_response_or_token("token_weights", token_weights)
         policy = torch.where(layout.mask & (policy != 0), policy * caller, 0.0)

@@ -39,7 +39,10 @@ class LinearCall(NamedTuple):
         return Head(weight, bias, self.compute, self.logits)
 
     def plan(self, rows: Rows, weight: Tensor) -> ChunkPlan:
-        return ChunkPlan.of(len(rows), weight.shape[0], self.compute, self.logits, weight.device.type, self.chunk_bytes)
+        vocabulary, width = weight.shape
+        return ChunkPlan.of(
+            len(rows), vocabulary, self.compute, self.logits, weight.device.type, self.chunk_bytes, width
+        )
 
 
 @contextmanager
@@ -59,6 +62,7 @@ def _chunks(
         logits = buffer[: x.shape[0]]
         head.logits(x, logits)
         yield part, x, logits
+        del x, logits  # before the next are made
 
 
 def _needing(inputs: Inputs, needed: tuple[bool, bool, bool]) -> Inputs:
@@ -189,7 +193,7 @@ class _TokenStatistics(torch.autograd.Function):
         into: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         result = linear_statistics(hidden, weight, bias, call, rows, entropy=entropy)
-        ctx.save_for_backward(hidden, weight, bias, *result)
+        ctx.save_for_backward(hidden, weight, bias, call.tokens, *result)  # all watched for changes until backward
         ctx.call, ctx.rows, ctx.into = call, rows, into
         ctx.set_materialize_grads(False)
         return result.logprobs, result.logprobs.new_empty(0) if result.entropy is None else result.entropy
@@ -201,8 +205,8 @@ class _TokenStatistics(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if upstream_logprobs is None and upstream_entropy is None:
             return (None,) * 7
-        hidden, weight, bias, *saved = ctx.saved_tensors
-        statistics, call, rows = RowStatistics(*saved), ctx.call, ctx.rows
+        hidden, weight, bias, tokens, *saved = ctx.saved_tensors
+        statistics, call, rows = RowStatistics(*saved), ctx.call._replace(tokens=tokens), ctx.rows
         if upstream_logprobs is None:
             upstream_logprobs = torch.zeros_like(statistics.logprobs)
         if upstream_entropy is None:

@@ -10,7 +10,6 @@ in float32: an error of one rounding of each chunk's own contribution.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
@@ -80,9 +79,13 @@ class Float32Gemms(NamedTuple):
     add: bool
 
 
-@functools.cache
+_float32_gemms: dict[tuple[torch.device, torch.dtype], Float32Gemms] = {}
+
+
 def float32_gemms(device: torch.device, dtype: torch.dtype) -> Float32Gemms:
     """Asked once for each device, by trying: CUDA has both (PyTorch 2.8 only the first), the CPU has neither."""
+    if (device, dtype) in _float32_gemms:
+        return _float32_gemms[device, dtype]
     ones = torch.ones(16, 16, dtype=dtype, device=device)
     total = torch.empty(16, 16, dtype=torch.float32, device=device)
     write = add = False
@@ -93,13 +96,16 @@ def float32_gemms(device: torch.device, dtype: torch.dtype) -> Float32Gemms:
         add = True
     except (RuntimeError, TypeError, NotImplementedError):
         pass
-    return Float32Gemms(write, add)
+    able = Float32Gemms(write, add)
+    if type(ones) is Tensor:  # a fake tensor can do everything
+        _float32_gemms[device, dtype] = able
+    return able
 
 
 def _slices(shape: torch.Size, itemsize: int, device: torch.device) -> Iterator[slice]:
     """A matrix in slices of rows small enough to be made aside."""
     length, width = shape
-    step = max(TILE_BYTES[device.type != "cpu"] // max(width * itemsize, 1), 64)
+    step = max(TILE_BYTES[device.type != "cpu"] // max(width * itemsize, 1), 1)
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
@@ -174,7 +180,9 @@ class HeadGradients:
     def add(self, part: slice, x: Tensor, gradient: Tensor) -> None:
         """A chunk's contributions: ``x`` [r, H], ``gradient`` [r, V] of its logits."""
         if self.bias is not None:
-            self.bias.add_(gradient.sum(0, dtype=torch.float32))
+            # Row by row, a slice at a time: the CPU makes a float32 copy of what it sums.
+            for rows in _slices(gradient.shape, 4, gradient.device):
+                self.bias.add_(gradient[rows].sum(0, dtype=torch.float32))
         gradient = gradient.to(self.head.compute)
         if self.hidden is not None:
             self._add_hidden(part, gradient)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import operator
+from typing import NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -19,6 +20,12 @@ class HeadInputs(NamedTuple):
     bias: Tensor | None
     compute: torch.dtype
     logits: torch.dtype
+
+    @property
+    def narrow(self) -> bool:
+        """Whether some gradient will be float16: a loss scaler's factor must enter before it is rounded."""
+        tensors = (self.hidden, self.weight, self.bias)
+        return torch.float16 in (self.compute, *(value.dtype for value in tensors if value is not None))
 
     @property
     def shape(self) -> torch.Size:
@@ -44,18 +51,23 @@ def gathered(name: str, value: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
     assert isinstance(value, DTensor)
-    supported = (Replicate(), Shard(0))
-    if any(placement not in supported for placement in value.placements):
+    # By exact type: FSDP2 over tensor parallelism has a subclass of Shard, equal to Shard(0) in PyTorch 2.8, whose
+    # gradient full_tensor does not scatter rightly there.
+    kinds = [type(placement) for placement in value.placements]
+    if any(kind not in (Replicate, Shard) for kind in kinds) or any(
+        isinstance(placement, Shard) and placement.dim != 0 for placement in value.placements
+    ):
         raise ValueError(
-            f"{name}: expected a tensor, or a DTensor that is replicated or sharded over dimension 0 (FSDP2), got "
-            f"placements {tuple(value.placements)}; gather it first, e.g. {name}.full_tensor()"
+            f"{name}: expected a tensor, or a DTensor with placements Replicate() and Shard(0) (FSDP2) only, got "
+            f"{tuple(value.placements)}; pass the gathered tensor"
         )
-    if all(placement == Replicate() for placement in value.placements):
+    if Shard not in kinds:
         return value.to_local()
     ranks = value.device_mesh.size()
     full: Tensor = value.full_tensor(grad_placements=[Partial()] * value.device_mesh.ndim)
     if full.requires_grad:
-        full.register_hook(lambda gradient: gradient / ranks)
+        # In place, for it is as large as the weight, and nobody else has seen it yet.
+        full.register_hook(lambda gradient: None if gradient is None else gradient.div_(ranks))
     return full
 
 
@@ -124,6 +136,10 @@ def check_weight_grad(weight_grad: object, weight: Tensor) -> Tensor | None:
     if not isinstance(weight_grad, Tensor) or weight_grad.dtype != torch.float32 or _is_dtensor(weight_grad):
         raise TypeError(f"weight_grad: expected a float32 tensor {list(weight.shape)}, got {found(weight_grad)}")
     check_tensor("weight_grad", weight_grad, [tuple(weight.shape)], "floating", weight.device)
+    if _is_dtensor(weight):
+        raise ValueError(
+            "weight_grad: expected None for a DTensor weight, whose gradient has to be reduced, got a buffer"
+        )
     if weight_grad.requires_grad:
         raise ValueError("weight_grad: expected a buffer that does not require grad itself")
     if not weight.requires_grad:
@@ -144,8 +160,9 @@ def choose_rows(chosen: Tensor, active_count: object, *rest: Tensor) -> list[Row
         selections = (chosen, *rest)
         counts = torch.stack([selection.sum() for selection in selections]).tolist()
         return [Rows.of(selection, n, exact=True) for selection, n in zip(selections, counts, strict=True)]
-    if isinstance(active_count, bool) or not isinstance(active_count, int):
+    if isinstance(active_count, bool) or not isinstance(active_count, SupportsIndex):
         raise TypeError(f"active_count: expected an int or None, got {found(active_count)}")
+    active_count = operator.index(active_count)
     if not 0 <= active_count <= chosen.numel():
         raise ValueError(f"active_count: expected between 0 and {chosen.numel()} rows, got {active_count}")
     number = chosen.sum()

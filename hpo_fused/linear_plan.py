@@ -4,7 +4,7 @@ The budget. A chunk's logits are R x V. Its GEMMs take 6 R H V flops at F flop/s
 float32 accumulator reads and writes 8 V H bytes at B bytes/s, so that accumulating costs (4 / 3) (F / B) / R of the
 GEMMs, whatever V and H are. An H200 (790 TFLOP/s, 4.3 TB/s) spends 6% on it at R = 4096; two CPU cores (0.4 TFLOP/s,
 25 GB/s) spend 2% at R = 1024. More rows buy little, fewer cost time: the default budget is that many rows, but never
-more than 896 MiB, which leaves 128 MiB of a GiB to everything else.
+more than 896 MiB with their hidden states, which leaves 128 MiB of a GiB to everything else.
 """
 
 from __future__ import annotations
@@ -36,6 +36,11 @@ _PER_TOKEN_BYTES = 256
 _BACKEND_BYTES = {"cpu": 33 * _MIB}
 
 
+def gathered_bytes(hidden_size: int, compute: torch.dtype, dtype: torch.dtype) -> int:
+    """A row's hidden states in the GEMMs' dtype, their gradient, and what either is cast from or to."""
+    return hidden_size * (2 * compute.itemsize + (dtype.itemsize if dtype != compute else 0))
+
+
 class ChunkPlan(NamedTuple):
     """``chunks`` chunks of ``rows`` rows; the last may be smaller."""
 
@@ -51,8 +56,12 @@ class ChunkPlan(NamedTuple):
         logits: torch.dtype,
         device_type: str,
         chunk_bytes: int | None,
+        hidden_size: int = 0,
     ) -> ChunkPlan:
         """The plan for ``total`` rows whose GEMMs run in ``compute`` and whose logits are kept in ``logits``.
+
+        ``chunk_bytes`` is for logits alone; the default budget counts a row's hidden states (gathered, and their
+        gradient) as well.
 
         Raises:
             TypeError, ValueError: chunk_bytes not an int, or less than one row.
@@ -61,7 +70,7 @@ class ChunkPlan(NamedTuple):
         if logits != compute:  # the gradient is cast before it meets the other GEMMs
             row_bytes += vocabulary * compute.itemsize
         if chunk_bytes is None:
-            largest = max(_DEFAULT_LARGEST // row_bytes, 1)
+            largest = max(_DEFAULT_LARGEST // (row_bytes + gathered_bytes(hidden_size, compute, compute)), 1)
             largest = min(largest, _DEFAULT_ROWS.get(device_type, _DEFAULT_ROWS_ELSEWHERE))
         elif isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int):
             raise TypeError(f"chunk_bytes: expected an int or None, got {found(chunk_bytes)}")
@@ -127,10 +136,12 @@ def linear_memory(
     * gradients: ``tokens`` H s + V H s (+ V (s + 4) for a bias)
     * accumulator: 4 V H, where n > R and s < 4
     * chunk: R V l, and R V c more where l is another
-    * working: 2 R H (c + s) where rows are gathered, V H c for autocast's copy of the weight, 256 bytes a token; on
-      the CPU 8 MiB of dweight and up to 33 MiB of buffers
+    * working: 2 R H c for gathered rows (+ R H s under autocast), V H c for autocast's copy of the weight, 256 bytes a
+      token; a slice of dweight where the GEMMs cannot add it up in float32 (8 MiB on a CPU, 64 elsewhere), and on the
+      CPU up to 33 MiB of buffers
 
-    The chunk is released before the accumulator is cast to the gradient, so that they never add up.
+    The chunk is released before the accumulator is cast to the gradient, so that they never add up. Not counted: the
+    gathered copy of a sharded weight and its gradient (2 V H s), and the torch backend's buffers on a GPU.
 
     Args:
         rows: rows that enter the GEMMs: the active ones.
@@ -148,7 +159,7 @@ def linear_memory(
     Examples:
         >>> memory = linear_memory(16384, 3584, 152064)  # a 7B model's head, bfloat16, on a GPU
         >>> memory.accumulator / 2**30, round(memory.extra / 2**30, 2)
-        (2.0302734375, 0.8)
+        (2.0302734375, 0.9)
     """
     tokens = rows if tokens is None else tokens
     for name, value in (("rows", rows), ("hidden_size", hidden_size), ("vocabulary", vocabulary), ("tokens", tokens)):
@@ -161,8 +172,10 @@ def linear_memory(
     for name, kind in (("dtype", dtype), ("autocast", compute), ("logits_dtype", logits)):
         if kind not in LOGIT_DTYPES:
             raise TypeError(f"{name}: expected float16, bfloat16 or float32, got {found(kind)}")
+    if logits not in (torch.float32, compute):
+        raise TypeError(f"logits_dtype: expected None, torch.float32 or {compute}, got {logits}")
     device_type = torch.device(device).type
-    plan = ChunkPlan.of(rows, vocabulary, compute, logits, device_type, chunk_bytes)
+    plan = ChunkPlan.of(rows, vocabulary, compute, logits, device_type, chunk_bytes, hidden_size)
     size, head = dtype.itemsize, hidden_size * vocabulary
 
     accumulated = weight_requires_grad and size < 4 and plan.chunks > 1
@@ -172,12 +185,11 @@ def linear_memory(
     of_bias = vocabulary * (size + 4) if bias else 0
     chunk = plan.rows * vocabulary * (logits.itemsize + (compute.itemsize if logits != compute else 0))
     working = _PER_TOKEN_BYTES * tokens + _BACKEND_BYTES.get(device_type, 0)
-    if rows != tokens or compute != dtype:
-        working += 2 * plan.rows * hidden_size * (compute.itemsize + size)
+    working += plan.rows * gathered_bytes(hidden_size, compute, dtype)
     if compute != dtype:
         working += head * compute.itemsize
-    if weight_requires_grad and device_type == "cpu" and (accumulated or compute != dtype):
-        working += TILE_BYTES[0]
+    if (weight_requires_grad and (accumulated or compute != dtype)) or bias:
+        working += TILE_BYTES[device_type != "cpu"]
     sums = accumulator if accumulated else of_weight
     peak = of_hidden + of_bias + working + max(chunk + sums, accumulator + of_weight)
     return LinearMemory(of_hidden + of_weight + of_bias, accumulator, chunk, working, peak)

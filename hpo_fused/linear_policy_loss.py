@@ -75,10 +75,11 @@ def linear_policy_loss(
         logits_dtype: dtype that the logits are rounded to: None for the GEMMs' own, or float32, for parity with a
             sampler that does so. Each row then takes V (4 + s) bytes of the chunk, and the CPU multiplies in float32.
         active_count: number of active rows, or an upper bound, if the caller knows it: the call then does not
-            synchronise host and device (with ``skip_inactive=True``), and can be captured in a CUDA graph. Rows up to
-            the bound cost as much as active ones.
+            synchronise host and device (Triton backend, ``skip_inactive=True``), and can be captured in a CUDA graph.
+            Rows up to the bound cost as much as active ones.
         weight_grad: float32 [V, H] that backward adds weight's gradient to (Megatron's ``main_grad``), in the GEMM
-            itself; weight then gets no gradient from autograd, and no accumulator is needed.
+            itself; weight then gets no gradient from autograd, and no accumulator is needed. Every backward adds to
+            it, also one that was asked for hidden's gradient only.
 
     Returns:
         :class:`PolicyLossOutput`. ``loss`` can be differentiated once. It is attached to every input even where no
@@ -125,7 +126,7 @@ def linear_policy_loss(
     spec = resolved.lower()
     entropy = entropy or spec.entropy_coef != 0
     operands = inputs.hidden, inputs.weight, inputs.bias
-    if resolved.ratio_level == "token" and inputs.compute != torch.float16 and into is None:
+    if resolved.ratio_level == "token" and not inputs.narrow and into is None:
         loss, logprobs, entropies = linear_autograd.fused_policy_loss(
             *operands, call, rows, batch.terms, spec, entropy=entropy
         )

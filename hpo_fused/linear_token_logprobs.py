@@ -45,7 +45,8 @@ def linear_token_logprobs(
         mask: bool or 0/1, shaped like tokens: rows to compute; None: all.
         entropy: whether to compute the entropy too.
         temperature, softcap: as in :func:`policy_loss`.
-        active_count: number of unmasked rows, or an upper bound; with it, and without a mask, nothing synchronises.
+        active_count: number of unmasked rows, or an upper bound; with it, or without a mask, nothing synchronises (see
+            :func:`linear_policy_loss`).
 
     Returns:
         :class:`TokenLogprobs`, float32, 0 where masked; both differentiable (not twice). Backward may run again with
@@ -68,9 +69,10 @@ def linear_token_logprobs(
     ids = tokens.to(torch.int64).reshape(inputs.shape).contiguous()
     check_token_ids(ids, compute, inputs.weight.shape[0])
     call = LinearCall(ids, transform, inputs.compute, inputs.logits, chunk_bytes, backend_for(inputs.hidden, backend))
-    (rows,) = (
-        choose_rows(compute, active_count) if mask is not None else [Rows.of(compute, compute.numel(), exact=True)]
-    )
+    if mask is None and active_count is None:
+        rows = Rows.of(compute, compute.numel(), exact=True)
+    else:
+        (rows,) = choose_rows(compute, active_count)
     logprobs, entropies = linear_autograd.token_statistics(
         inputs.hidden, inputs.weight, inputs.bias, call, rows, entropy=entropy, into=into
     )

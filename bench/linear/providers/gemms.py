@@ -55,7 +55,7 @@ class Gemms(LinearProvider):
         x = self.active.get(case.inactive)
         if x is None:
             x = self.active[case.inactive] = inputs.active_hidden()
-        plan = ChunkPlan.of(len(x), vocabulary, x.dtype, x.dtype, x.device.type, case.chunk_bytes)
+        plan = ChunkPlan.of(len(x), vocabulary, x.dtype, x.dtype, x.device.type, case.chunk_bytes, size)
         logits = self._buffer("logits", plan.rows, vocabulary, x)
         of_hidden = self._buffer("hidden", len(x), size, x)
         of_weight = self._buffer("weight", vocabulary, size, x)
