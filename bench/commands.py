@@ -15,6 +15,7 @@ from . import accuracy, files, report
 from .arguments import INTERRUPTED, check_writable, device_of, one_of
 from .cases import CUSTOM, DEFAULT_SHAPES, DTYPES, SHAPES, Case, parse_shape
 from .compile_command import compile_
+from .curves import curves
 from .display import Display
 from .environment import environment
 from .linear import commands as linear_commands
@@ -136,6 +137,7 @@ app.command()(linear_commands.linear)
 app.command()(linear_commands.memory)
 app.command()(linear_commands.plot)
 app.command("compile")(compile_)
+app.command()(curves)
 
 
 @app.command("report")

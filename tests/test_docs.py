@@ -13,7 +13,15 @@ import torch
 import hpo_fused as hf
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-MODULES = ("backend", "objective", "policy_loss", "token_logprobs")
+MODULES = (
+    "backend",
+    "linear_plan",
+    "linear_policy_loss",
+    "linear_token_logprobs",
+    "objective",
+    "policy_loss",
+    "token_logprobs",
+)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -73,10 +81,9 @@ def test_readme_names_every_preset() -> None:
 
 
 def test_readme_tables_are_the_commands_output() -> None:
-    report = pytest.importorskip("hpo_fused.bench.report", reason="needs the bench extra")
-    results = importlib.import_module("hpo_fused.bench.results")
+    files = pytest.importorskip("hpo_fused.bench.files", reason="needs the bench extra")
     blocks = re.findall(r"<!-- report (\S+) -->\n(.*?)\n<!-- end of report -->", README, flags=re.DOTALL)
     assert blocks
     for name, text in blocks:
         file = Path(__file__).parent.parent / name
-        assert text.strip() == report.markdown(results.Result.read(file)).strip()
+        assert text.strip() == files.markdown(files.read(file)).strip()
