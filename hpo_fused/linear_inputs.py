@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import NamedTuple, SupportsIndex
+from typing import NamedTuple, SupportsIndex, cast
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ def gathered(name: str, value: Tensor) -> Tensor:
         return value
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-    assert isinstance(value, DTensor)
+    value = cast(DTensor, value)
     # By exact type: FSDP2 over tensor parallelism has a subclass of Shard, equal to Shard(0) in PyTorch 2.8, whose
     # gradient full_tensor does not scatter rightly there.
     kinds = [type(placement) for placement in value.placements]
@@ -160,7 +160,7 @@ def choose_rows(chosen: Tensor, active_count: object, *rest: Tensor) -> list[Row
         selections = (chosen, *rest)
         counts = torch.stack([selection.sum() for selection in selections]).tolist()
         return [Rows.of(selection, n, exact=True) for selection, n in zip(selections, counts, strict=True)]
-    if isinstance(active_count, bool) or not isinstance(active_count, SupportsIndex):
+    if isinstance(active_count, (bool, Tensor)) or not isinstance(active_count, SupportsIndex):
         raise TypeError(f"active_count: expected an int or None, got {found(active_count)}")
     active_count = operator.index(active_count)
     if not 0 <= active_count <= chosen.numel():

@@ -154,7 +154,7 @@ def linear_memory(
         device: where it will run; the default budget depends on its type.
 
     Raises:
-        TypeError, ValueError: a dtype or chunk_bytes that the call would refuse, or a negative size.
+        TypeError, ValueError: a dtype or chunk_bytes that the call would refuse, or a size that cannot be.
 
     Examples:
         >>> memory = linear_memory(16384, 3584, 152064)  # a 7B model's head, bfloat16, on a GPU
@@ -165,8 +165,9 @@ def linear_memory(
     for name, value in (("rows", rows), ("hidden_size", hidden_size), ("vocabulary", vocabulary), ("tokens", tokens)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name}: expected an int, got {found(value)}")
-        if value < 0:
-            raise ValueError(f"{name}: expected a count >= 0, got {value}")
+        least = 1 if name in ("hidden_size", "vocabulary") else 0
+        if value < least:
+            raise ValueError(f"{name}: expected a count >= {least}, got {value}")
     compute = dtype if autocast is None else autocast
     logits = compute if logits_dtype is None else logits_dtype
     for name, kind in (("dtype", dtype), ("autocast", compute), ("logits_dtype", logits)):
