@@ -1,4 +1,5 @@
-"""Run by test_batch.py as two processes: unequal shares of a batch, averaged gradients, the whole batch's result.
+"""Run by test_batch.py and test_linear_head_layouts.py as two processes: unequal shares of a batch, averaged gradients,
+the whole batch's result.
 
 A script and not a function that multiprocessing spawns: tests are imported by path, and a child process could not
 find this module again.
@@ -9,15 +10,15 @@ from __future__ import annotations
 import os
 import sys
 
+import pytest
 import torch
 from torch import distributed
 
 import hpo_fused as hf
 
 
-def main(rank: int, port: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    distributed.init_process_group("gloo", rank=rank, world_size=2)
+def shares(rank: int) -> None:
+    """Logits; the gradient that DDP would average."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 5, 31, generator=generator)
     tokens = torch.randint(31, (6, 5), generator=generator)
@@ -51,8 +52,99 @@ def main(rank: int, port: str) -> None:
         ).loss.backward()
         distributed.all_reduce(part.grad)  # what DDP does: sum, then divide by the number of ranks
         torch.testing.assert_close(part.grad / 2, whole.grad, rtol=1e-6, atol=1e-9)
+
+
+def sharded_heads(rank: int) -> None:
+    """Hidden states and a head that FSDP2 shards or replicates; refusals of what cannot be gathered."""
+    from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor, init_device_mesh
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(6, 5, 16, generator=generator)
+    weight = torch.randn(31, 16, generator=generator) / 3  # 31 rows: shards of 16 and 15
+    bias = torch.randn(31, generator=generator)
+    tokens = torch.randint(31, (6, 5), generator=generator)
+    old = -3.4 + 0.3 * torch.randn(6, 5, generator=generator)
+    advantages = torch.tensor([1.0, -0.5, -0.5, 0.0, -2.0, 0.3])
+    mask = torch.arange(5) < torch.tensor([5, 2, 3, 4, 0, 1])[:, None]
+    mine = slice(0, 3) if rank == 0 else slice(3, 6)
+    line, square = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (2, 1))
+    nothing = mask & (torch.arange(6) < 3)[:, None]  # the second rank has no active row, and must not miss a collective
+    for name, mesh, placements, kept in (
+        ("ahpo", line, [Shard(0)], mask),
+        ("gspo", line, [Shard(0)], mask),
+        ("ahpo", line, [Shard(0)], nothing),
+        ("gspo", line, [Shard(0)], nothing),
+        ("ahpo", line, [Replicate()], mask),
+        ("ahpo", square, [Replicate(), Shard(0)], mask),  # hybrid sharding
+    ):
+        whole = [value.clone().requires_grad_() for value in (hidden, weight, bias)]
+        options = {"objective": name, "chunk_bytes": 4 * 31 * 4}
+        hf.linear_policy_loss(
+            *whole[:2], tokens, advantages, bias=whole[2], old_logprobs=old, mask=kept, **options
+        ).loss.backward()
+        statistics = hf.BatchStatistics.from_batch(
+            advantages[mine], kept[mine], process_group=distributed.group.WORLD, gradient_average=2
+        )
+        x = hidden[mine].clone().requires_grad_()
+        head, offset = (
+            torch.nn.Parameter(distribute_tensor(value.clone(), mesh, placements)) for value in (weight, bias)
+        )
+        out = hf.linear_policy_loss(
+            x, head, tokens[mine], advantages[mine], bias=offset, old_logprobs=old[mine], mask=kept[mine],
+            statistics=statistics, **options,
+        )  # fmt: skip
+        out.loss.backward()
+        torch.testing.assert_close(x.grad / 2, whole[0].grad[mine], rtol=1e-5, atol=1e-7)
+        for parameter, expected in ((head, whole[1].grad), (offset, whole[2].grad)):
+            assert parameter.grad is not None
+            assert parameter.grad.placements == parameter.placements
+            assert parameter.grad.to_local().shape == parameter.to_local().shape
+            gathered = parameter.grad.full_tensor()
+            if placements == [Replicate()]:  # left to whoever replicated it
+                distributed.all_reduce(gathered)
+                gathered = gathered / 2
+            torch.testing.assert_close(gathered, expected, rtol=1e-5, atol=1e-7)
+
+    head = distribute_tensor(weight, line, [Shard(0)])
+    logprobs = hf.linear_token_logprobs(hidden, head, tokens).logprobs
+    torch.testing.assert_close(logprobs, hf.linear_token_logprobs(hidden, weight, tokens).logprobs, rtol=0, atol=1e-6)
+
+    replicated, split = distribute_tensor(hidden, line, [Replicate()]), distribute_tensor(weight, line, [Shard(1)])
+    sums = type(split).from_local(weight, line, [Partial()])
+    refusals = [
+        ((hidden, split), {}, ValueError, r"weight: expected .*DTensor.*Shard\(0\).*Shard\(dim=1\)"),
+        ((hidden, sums), {}, ValueError, "weight: expected .*Partial"),
+        ((replicated, weight), {}, TypeError, "hidden: expected a plain tensor.*to_local"),
+        (
+            (hidden, weight),
+            {"bias": type(split).from_local(bias, line, [Partial()])},
+            ValueError,
+            "bias: expected .*Partial",
+        ),
+    ]
+    shards = torch.nn.Parameter(distribute_tensor(weight, line, [Shard(0)]))
+    refusals.append(
+        ((hidden, shards), {"weight_grad": torch.zeros(31, 16)}, ValueError, "weight_grad: expected None for a DTensor")
+    )
+    # FSDP2 over tensor parallelism. PyTorch 2.8 takes this kind of shard for Shard(0).
+    strided = type(split).from_local(weight[:16], square, [_StridedShard(0, split_factor=1), Shard(0)])
+    refusals.append(((hidden, strided), {}, ValueError, "weight: expected a tensor, or a DTensor"))
+    for (x, w), options, error, words in refusals:
+        for call in (
+            lambda x=x, w=w, options=options: hf.linear_policy_loss(x, w, tokens, advantages, **options),
+            lambda x=x, w=w, options=options: hf.linear_token_logprobs(x, w, tokens, **options),
+        ):
+            with pytest.raises(error, match=words):
+                call()
+
+
+def main(rank: int, port: str, part: str = "shares") -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    distributed.init_process_group("gloo", rank=rank, world_size=2)
+    {"shares": shares, "sharded_heads": sharded_heads}[part](rank)
     distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), *sys.argv[2:])

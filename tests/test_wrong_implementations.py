@@ -361,7 +361,7 @@ def one_small_row_wrong(patch: Patch) -> None:
     def spoil(out: Tensor, logits: Tensor, tokens: Tensor, transform: LogitTransform) -> None:
         size = out.abs().amax(-1)
         row = torch.where(size > 0, size, torch.inf).argmin()
-        out.view(-1, out.shape[-1])[row] *= 1.1
+        out[row // out.shape[1], row % out.shape[1]] *= 1.1  # by place: the gradient's rows may lie apart
 
     wrap_gradient(patch, spoil)
 

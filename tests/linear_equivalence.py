@@ -1,0 +1,560 @@
+"""The linear path's cases, their oracle, and how tightly it is held.
+
+The logits that count are those that the call's own GEMM produced. They are recorded (and held against the exact
+product by themselves); from there on all is float64. Of every entry of a gradient it is then known between which two
+values it must lie, because rounding is monotone: the exact gradient of the logits, give or take what the arithmetic of
+a row is allowed, is rounded to the GEMMs' dtype; the exact product of that, give or take a sum in float32, is rounded
+to the result's dtype. Nearly always both bounds round to one and the same number. One rounding too many, in one place,
+shows at once: no tolerance is as wide as a rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import hpo_fused as hf
+from hpo_fused import linear_autograd, linear_head, reference
+
+from .equivalence import LOGPROB_LIMIT, Case, build, worst
+
+# What the arithmetic of one row may be off, relative to the terms that an entry of its gradient is the sum of.
+ROW_LIMIT = 4e-6
+FLOAT32 = 2.0**-24
+
+
+def gemm_error(terms: int, device: torch.device) -> float:
+    """Error of a sum of ``terms`` products in float32, relative to the sum of their absolute values.
+
+    A random walk of roundings, each half a unit at most, stays within twice the square root of their number. Tensor
+    cores truncate: their errors have one sign, and add up over the groups of 8 or more products that they sum at once.
+    """
+    return (2 * math.sqrt(terms) + 2 + (terms / 8 if device.type == "cuda" else 0)) * FLOAT32
+
+
+@dataclass(frozen=True)
+class LinearCase(Case):
+    """A case of the logits' table, and how it meets the linear path. ``dtype`` is that of the GEMMs."""
+
+    bias: bool = False
+    frozen: tuple[str, ...] = ()  # of "hidden", "weight", "bias"
+    chunk_rows: int | None = None  # None: all rows in one
+    logits_dtype: torch.dtype | None = None
+    stored: torch.dtype | None = None  # inputs in another dtype, under autocast
+    weight_grad: bool = False
+    slack: int | None = None  # active_count, this much above the number of active rows
+
+    @classmethod
+    def of(cls, case: Case, name: str = "", **changes: Any) -> LinearCase:
+        """``case`` with other or further fields; ``name`` is added to its own."""
+        fields = {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
+        return cls(**{**fields, "name": f"{case.name}-{name}" if name else case.name, **changes})
+
+    def chunk_bytes(self) -> int | None:
+        """What makes chunks of ``chunk_rows`` rows."""
+        if self.chunk_rows is None:
+            return None
+        logits = self.logits_dtype or self.dtype
+        entry = logits.itemsize if logits == self.dtype else logits.itemsize + self.dtype.itemsize
+        return self.chunk_rows * self.vocabulary * entry
+
+
+@dataclass
+class LinearInputs:
+    """Arguments of ``linear_policy_loss``; ``base`` is the leaf that ``hidden`` is a view of."""
+
+    base: Tensor
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    positional: tuple[Tensor, Tensor]
+    keywords: dict[str, Any]
+    mask: Tensor
+    active: Tensor
+
+    @property
+    def attached(self) -> bool:
+        """Whether anything needs a gradient."""
+        return any(value is not None and value.requires_grad for value in (self.base, self.weight, self.bias))
+
+    @property
+    def transform(self) -> dict[str, float]:
+        return {key: self.keywords[key] for key in ("temperature", "softcap") if key in self.keywords}
+
+    @property
+    def terms(self) -> dict[str, Any]:
+        """The keywords that a loss of log-probabilities takes."""
+        return {key: value for key, value in self.keywords.items() if key not in ("temperature", "softcap")}
+
+
+def build_linear(case: LinearCase, device: torch.device, *, skip_inactive: bool = True) -> LinearInputs:
+    """Hidden states and head whose product is (nearly) the case's logits; NaN and inf where nothing may look.
+
+    With orthonormal hidden states X, the head Z^T X gives X W^T = Z: the rows keep what makes them difficult. The
+    log-ratios are then set anew from the logits that the rounded factors do give.
+    """
+    made = build(case, torch.device("cpu"))
+    stored = case.stored or case.dtype
+    z, mask = made.logits.detach().double(), made.mask
+    shape, count = z.shape[:-1], z.shape[:-1].numel()
+    generator = torch.Generator().manual_seed(count)
+    width = -(-max(count, 1) // 8) * 8
+    x = torch.linalg.qr(torch.randn(width, count, generator=generator, dtype=torch.float64))[0].t() * math.sqrt(width)
+    offset = torch.randn(case.vocabulary, generator=generator, dtype=torch.float64) if case.bias else torch.zeros(())
+    z = torch.where(mask.unsqueeze(-1), z, 3 * torch.randn(z.shape, generator=generator, dtype=torch.float64))
+    weight = ((z - offset).reshape(count, -1).t() @ x / width).to(stored)
+    hidden = x.reshape(*shape, width).to(stored)
+    bias = offset.to(stored) if case.bias else None
+
+    keywords = dict(made.keywords)
+    inputs = LinearInputs(hidden, hidden, weight, bias, made.positional, keywords, mask, mask)
+    tokens, advantages = made.positional
+    product = exact_logits(inputs, case.dtype)[0].to(case.logits_dtype or case.dtype).double()
+    after, before = (
+        reference.token_logprobs(values, tokens, mask=mask, **inputs.transform).logprobs
+        for values in (product, made.logits.detach().double())
+    )
+    for name in {"old_logprobs", "ref_logprobs"} & keywords.keys():
+        keywords[name] = keywords[name] + torch.where(mask, after - before, 0.0).float()
+    zeros = torch.zeros(tokens.shape)
+    inputs.active = hf.logprob_policy_loss(zeros, advantages, entropy=zeros, **inputs.terms).active
+
+    hidden = torch.where(mask.unsqueeze(-1), hidden, torch.nan)
+    if skip_inactive:
+        hidden = torch.where((inputs.active | ~mask).unsqueeze(-1), hidden, torch.inf)
+    base = hidden
+    if case.layout == "padded":
+        base = torch.full((shape[0], shape[1] + 1, width), torch.nan, dtype=stored)
+        base[:, :-1] = hidden
+    inputs.base = base.to(device).requires_grad_("hidden" not in case.frozen)
+    inputs.hidden = inputs.base[:, :-1] if case.layout == "padded" else inputs.base
+    inputs.weight = weight.to(device).requires_grad_("weight" not in case.frozen)
+    inputs.bias = None if bias is None else bias.to(device).requires_grad_("bias" not in case.frozen)
+    inputs.positional = tokens.to(device), advantages.to(device)
+    inputs.mask, inputs.active = mask.to(device), inputs.active.to(device)
+    if device.type != "cpu":
+        on_device = build(case, device).keywords  # statistics and groups
+        inputs.keywords = on_device | {k: v.to(device) for k, v in keywords.items() if isinstance(v, Tensor)}
+    return inputs
+
+
+def exact_logits(inputs: LinearInputs, compute: torch.dtype) -> tuple[Tensor, Tensor]:
+    """hidden weight^T + bias of the factors as the GEMMs take them, and the sum of the products' absolute values."""
+    x, w = (value.detach().to(compute).double() for value in (inputs.hidden, inputs.weight))
+    z, size = x @ w.t(), x.abs() @ w.t().abs()
+    if inputs.bias is not None:
+        bias = inputs.bias.detach().to(compute).double()
+        z, size = z + bias, size + bias.abs()
+    return z, size
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# what the GEMMs made
+
+
+class Chunk(NamedTuple):
+    """Rows of a chunk that are asked for: their places b * T + t, and their logits in float64."""
+
+    positions: Tensor
+    logits: Tensor
+
+
+@contextmanager
+def recorded(device: torch.device) -> Iterator[list[list[Chunk]]]:
+    """Keeps the logits that calls inside make, by pass over the rows and by chunk.
+
+    On a GPU, GEMMs inside sum in float32 all through: PyTorch lets cuBLAS round partial sums to the inputs' dtype.
+    """
+    passes: list[list[Chunk]] = []
+    original = linear_autograd._chunks
+
+    def spy(call: Any, rows: Any, *rest: Any) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        chunks: list[Chunk] = []
+        passes.append(chunks)
+        for part, x, logits in original(call, rows, *rest):
+            positions = rows.positions[part]
+            chosen = slice(None) if rows.selected is None else rows.selected[part]
+            chunks.append(Chunk(positions[chosen], logits[chosen].double()))
+            yield part, x, logits
+
+    settings = torch.backends.cuda.matmul
+    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    before = {name: getattr(settings, name) for name in names} if device.type == "cuda" else {}
+    try:
+        linear_autograd._chunks = spy
+        for name in before:
+            setattr(settings, name, False)
+        yield passes
+    finally:
+        linear_autograd._chunks = original
+        for name, value in before.items():
+            setattr(settings, name, value)
+
+
+def merged(passes: list[list[Chunk]], shape: torch.Size, width: int, device: torch.device) -> Tensor:
+    """Logits of all passes, float64 [..., V]; NaN in rows that no GEMM saw. A row made twice is twice the same."""
+    z = torch.full((shape.numel(), width), torch.nan, dtype=torch.float64, device=device)
+    for chunk in [chunk for chunks in passes for chunk in chunks]:
+        known = ~z[chunk.positions].isnan().any(-1)
+        assert torch.equal(z[chunk.positions][known], chunk.logits[known]), "backward made other logits than forward"
+        z[chunk.positions] = chunk.logits
+    return z.reshape(*shape, width)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# where the results must lie
+
+
+class Bounds(NamedTuple):
+    """Two float64 tensors, between which a result must lie entry by entry."""
+
+    low: Tensor
+    high: Tensor
+
+    @classmethod
+    def around(cls, center: Tensor, radius: Tensor | float) -> Bounds:
+        return cls(center - radius, center + radius)
+
+    @property
+    def center(self) -> Tensor:
+        return (self.low + self.high) / 2
+
+    @property
+    def radius(self) -> Tensor:
+        return (self.high - self.low) / 2
+
+    def rounded(self, *dtypes: torch.dtype) -> Bounds:
+        """After roundings to each of ``dtypes`` in turn."""
+        low, high = self
+        for dtype in dtypes:
+            low, high = low.to(dtype).double(), high.to(dtype).double()
+        return Bounds(low, high)
+
+    def times(self, factor: float) -> Bounds:
+        low, high = factor * self.low, factor * self.high
+        return Bounds(torch.minimum(low, high), torch.maximum(low, high))
+
+    def product(self, other: Tensor, error: float) -> Bounds:
+        """Of self [m, k] and ``other`` [k, n], summed with a relative ``error``."""
+        center, size = self.center, other.abs()
+        return Bounds.around(center @ other, self.radius @ size + error * (center.abs() @ size))
+
+    def transposed(self) -> Bounds:
+        return Bounds(self.low.t(), self.high.t())
+
+    def rows(self, positions: Tensor) -> Bounds:
+        return Bounds(self.low[positions], self.high[positions])
+
+
+class LogitGradient(NamedTuple):
+    """Exact gradient of the logits [N, V], and the size of the terms that each entry is the sum of."""
+
+    exact: Tensor
+    size: Tensor
+
+
+def logit_gradient(
+    z: Tensor, tokens: Tensor, mask: Tensor, c: Tensor, h: Tensor | None, transform: Mapping[str, float]
+) -> LogitGradient:
+    """From c = dL/dlogp and h = dL/dH, float64, shaped like ``tokens``: by the oracle and autograd.
+
+    c (delta - p) + h p (E - z'): the parts can cancel, and h's within itself; their own sizes are what an error is
+    relative to.
+    """
+    z = z.detach().requires_grad_()
+    exact = reference.token_logprobs(z, tokens, mask=mask, **transform)
+    total = (c * exact.logprobs).sum() + (0 if h is None else (h * exact.entropy).sum())
+    (gradient,) = torch.autograd.grad(total, z)
+    z = z.detach()
+    temperature, softcap = transform.get("temperature", 1.0), transform.get("softcap")
+    slope = torch.full_like(z, 1 / temperature)
+    if softcap is not None:
+        slope = slope / torch.cosh(z / softcap) ** 2
+        z = softcap * torch.tanh(z / softcap)
+    z = z / temperature
+    p = z.softmax(-1)
+    chosen = torch.zeros_like(p).scatter_(-1, tokens.long().clamp(min=0).unsqueeze(-1), 1.0)
+    log_p = z.log_softmax(-1)
+    # Of coefficients below 1e-12 there is nothing left but rounding, the oracle's own included.
+    c, h = (None if k is None else k.abs().clamp(min=1e-12) for k in (c, h))
+    # 1 - p of the sampled token from log p, or it would be its own rounding error on peaked rows
+    size = c.unsqueeze(-1) * torch.where(chosen.bool(), -torch.expm1(log_p), p)
+    if h is not None:
+        below = z.amax(-1, keepdim=True) - z
+        entropy = -(p * log_p).sum(-1, keepdim=True)
+        size = size + h.unsqueeze(-1) * p * (below + entropy + (p * below).sum(-1, keepdim=True))
+    keep = mask.unsqueeze(-1)
+    gradient, size = torch.where(keep, gradient, 0.0), torch.where(keep, size * slope, 0.0)
+    width = gradient.shape[-1]
+    return LogitGradient(gradient.reshape(-1, width), size.reshape(-1, width))
+
+
+class HeadBounds(NamedTuple):
+    """Where dhidden [N, H], dweight [V, H] and dbias [V] must lie."""
+
+    hidden: Bounds
+    weight: Bounds
+    bias: Bounds
+
+
+def head_bounds(
+    case: LinearCase,
+    inputs: LinearInputs,
+    gradient: LogitGradient,
+    chunks: list[Chunk],
+    *,
+    upstream: float = 1.0,
+    factor: float = 1.0,
+    start: Tensor | None = None,
+) -> HeadBounds:
+    """What three GEMMs may make of the logits' gradient.
+
+    Args:
+        chunks: of the pass that makes gradients.
+        upstream: enters before anything is rounded.
+        factor: multiplies the finished gradients, which are then rounded again.
+        start: what weight_grad held.
+    """
+    device, compute, stored = inputs.weight.device, case.dtype, case.stored or case.dtype
+    limit = ROW_LIMIT
+    if "softcap" in case.options:  # tanh is known to a rounding of 1, which the exponential multiplies
+        limit += 4e-7 * case.options["softcap"] / case.options.get("temperature", 1.0)
+    plain = Bounds.around(gradient.exact * upstream, limit * gradient.size * abs(upstream))
+    plain = plain.rounded(case.logits_dtype or compute)
+    g = plain.rounded(compute)
+    x, w = (value.detach().to(compute).double() for value in (inputs.hidden, inputs.weight))
+    x = x.reshape(-1, x.shape[-1])
+    of_hidden = g.product(w, gemm_error(w.shape[0], device)).rounded(compute, stored)
+
+    # A product is rounded before it is added where GEMMs cannot add into a wider sum.
+    sums = torch.float32 if inputs.keywords.get("weight_grad") is not None or len(chunks) > 1 else stored
+    rounds = sums != compute and not linear_head.float32_gemms(device, compute).write
+    total = torch.zeros_like(w) if start is None else start.double()
+    low, high, size = total, total, total.abs()
+    bias_center, bias_radius = torch.zeros_like(w[:, 0]), torch.zeros_like(w[:, 0])
+    for chunk in chunks:
+        rows = chunk.positions
+        part = g.rows(rows).transposed().product(x[rows], gemm_error(len(rows), device))
+        part = part.rounded(compute) if rounds else part
+        low, high, size = low + part.low, high + part.high, size + part.center.abs()
+        of_rows = plain.rows(rows)
+        bias_center = bias_center + of_rows.center.sum(0)
+        bias_radius = bias_radius + of_rows.radius.sum(0) + gemm_error(len(rows), device) * of_rows.center.abs().sum(0)
+    added = (len(chunks) + 1) * FLOAT32 * size if sums == torch.float32 and len(chunks) > 0 else 0.0
+    of_weight = Bounds(low - added, high + added).rounded(torch.float32 if start is not None else stored)
+    bias_radius = bias_radius + (len(chunks) + 1) * FLOAT32 * bias_center.abs()
+    of_bias = Bounds.around(bias_center, bias_radius).rounded(stored)
+    bounds = HeadBounds(of_hidden, of_weight, of_bias)
+    if factor != 1:
+        bounds = HeadBounds._make(each.times(factor).rounded(stored) for each in bounds)
+    return bounds
+
+
+def hold(name: str, actual: Tensor, bounds: Bounds) -> None:
+    """Assert that every entry lies within its bounds; says by how much of its row's size (RMS) the worst does not."""
+    actual = actual.detach().double()
+    outside = (bounds.low - actual).clamp(min=0) + (actual - bounds.high).clamp(min=0)
+    outside = torch.where(actual.isnan(), torch.nan, outside)
+    size = bounds.center.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-12)
+    worst(name, (outside / size).reshape(-1, outside.shape[-1]).amax(-1), 1e-9)
+
+
+def hold_gradients(case: LinearCase, inputs: LinearInputs, bounds: HeadBounds, weight_gradient: Tensor | None) -> None:
+    """The leaves' gradients against their bounds; frozen leaves have none.
+
+    Rows of sampled tokens are named apart from the others, which are small and many: each is held by its own size.
+    """
+    stored = case.stored or case.dtype
+    if "hidden" in case.frozen:
+        assert inputs.base.grad is None
+    else:
+        assert inputs.base.grad is not None
+        assert inputs.base.grad.dtype == stored
+        gradient = inputs.base.grad
+        if case.layout == "padded":
+            assert not gradient[:, -1].any(), "positions outside the view have a gradient"
+            gradient = gradient[:, :-1]
+        gradient = gradient.reshape(-1, gradient.shape[-1])
+        idle = ~inputs.active.reshape(-1)
+        assert not gradient[idle].any(), "rows without a signal have a gradient"
+        hold("dhidden", gradient, bounds.hidden)
+    if "weight" in case.frozen:
+        assert weight_gradient is None
+    else:
+        assert weight_gradient is not None
+        sampled = torch.zeros(case.vocabulary, dtype=torch.bool, device=weight_gradient.device)
+        sampled[inputs.positional[0][inputs.active].long()] = True
+        for name, chosen in (("sampled", sampled), ("other", ~sampled)):
+            rows = chosen.nonzero().squeeze(1)
+            hold(f"dweight of the {name} tokens", weight_gradient[rows], bounds.weight.rows(rows))
+    if inputs.bias is not None:
+        if "bias" in case.frozen:
+            assert inputs.bias.grad is None
+        else:
+            assert inputs.bias.grad is not None
+            assert inputs.bias.grad.dtype == stored
+            hold("dbias", inputs.bias.grad, bounds.bias)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the check
+
+
+def late(case: LinearCase) -> bool:
+    """Whether the logits' gradient is made in backward, the upstream factor in it before it is rounded."""
+    half = torch.float16 in (case.dtype, case.stored)
+    return case.objective.ratio_level == "sequence" or half or case.weight_grad
+
+
+def autocast(case: LinearCase, device: torch.device) -> AbstractContextManager[object]:
+    return nullcontext() if case.stored is None else torch.autocast(device.type, case.dtype)
+
+
+def hold_logits(case: LinearCase, inputs: LinearInputs, z: Tensor, known: Tensor) -> None:
+    """The GEMM's logits: one rounding of a float32 sum, in exactly the rows ``known``."""
+    assert torch.equal(~z.isnan().any(-1), known), "other rows than expected entered a GEMM"
+    exact, size = exact_logits(inputs, case.dtype)
+    radius = gemm_error(inputs.weight.shape[1], z.device) * size
+    hold("logits", z[known], Bounds.around(exact, radius).rows(known).rounded(case.logits_dtype or case.dtype))
+
+
+def hold_values(
+    inputs: LinearInputs, logprobs: Tensor, entropy: Tensor | None, z: Tensor, known: Tensor
+) -> reference.ReferenceLogprobs:
+    """Log-probabilities and entropy in the rows ``known``, NaN in other unmasked ones, 0 where masked."""
+    exact = reference.token_logprobs(z, inputs.positional[0], mask=inputs.mask, **inputs.transform)
+    for name, values, right, limit in (
+        ("logprobs", logprobs, exact.logprobs, LOGPROB_LIMIT),
+        ("entropy", entropy, exact.entropy, 2e-5),
+    ):
+        if values is not None:
+            assert values.dtype == torch.float32
+            assert not values[~inputs.mask].any()
+            assert values[inputs.mask & ~known].isnan().all()
+            worst(name, (values.detach() - right)[known].abs(), limit)
+    assert (logprobs[known] <= 0).all()
+    return exact
+
+
+def check_linear(
+    case: LinearCase, backend: str, device: torch.device, *, scale: float | None = None, **options: Any
+) -> None:
+    """Run a case and hold logits, loss, log-probabilities, entropy and gradients.
+
+    ``scale`` is the factor with which backward is called (float16 needs a loss scaler's).
+    """
+    scale = scale if scale is not None else (2.0**8 if torch.float16 in (case.dtype, case.stored) else 1.0)
+    scale = torch.tensor(scale, dtype=torch.float32).item()  # as backward gets it
+    inputs = build_linear(case, device, skip_inactive=options.get("skip_inactive", True))
+    start = None
+    if case.weight_grad:
+        start = torch.randn(inputs.weight.shape, generator=torch.Generator().manual_seed(7)).to(device)
+        inputs.keywords["weight_grad"] = start.clone()
+    if case.slack is not None:
+        inputs.keywords["active_count"] = int(inputs.active.sum()) + case.slack
+    with recorded(device) as passes:
+        with autocast(case, device):
+            out = hf.linear_policy_loss(
+                inputs.hidden,
+                inputs.weight,
+                *inputs.positional,
+                bias=inputs.bias,
+                chunk_bytes=case.chunk_bytes(),
+                logits_dtype=case.logits_dtype,
+                **inputs.keywords,
+                **options,
+                backend=backend,
+            )
+        attached = inputs.attached
+        assert out.loss.requires_grad == attached
+        if attached:
+            (out.loss * scale).backward()
+
+    if case.chunk_rows is not None:
+        assert max(len(chunk.positions) for chunks in passes for chunk in chunks) <= case.chunk_rows
+    tokens, advantages = inputs.positional
+    known = inputs.active if options.get("skip_inactive", True) else inputs.mask
+    assert torch.equal(out.active, inputs.active)
+    made = merged(passes, tokens.shape, case.vocabulary, device)
+    hold_logits(case, inputs, made, known)
+    z = torch.where(known.unsqueeze(-1), made, 0.0)
+    exact = hold_values(inputs, out.logprobs, out.entropy, z, known)
+    keywords = {key: value for key, value in inputs.terms.items() if key not in ("weight_grad", "active_count")}
+    expected = reference.logprob_policy_loss(exact.logprobs, advantages, entropy=exact.entropy, **keywords)
+
+    # The coefficients at the backend's own log-probabilities, whose error is judged above: SoftGate's slope, for one,
+    # multiplies it by tau r.
+    logprobs = torch.where(known, out.logprobs.double(), exact.logprobs).requires_grad_()
+    entropy = exact.entropy.clone().requires_grad_()
+    loss = reference.logprob_policy_loss(logprobs, advantages, entropy=entropy, **keywords)
+    c, h = torch.autograd.grad(loss, (logprobs, entropy), allow_unused=True)
+    assert c is not None
+    # Terms can cancel in the loss: it may be off by what the log-probabilities are.
+    allowed = 1e-5 * expected.abs().clamp(min=3e-2) + LOGPROB_LIMIT * c.abs().sum()
+    worst("loss", (out.loss.detach().double() - expected).abs().reshape(1), allowed.item())
+    if not attached:
+        return
+    gradient = logit_gradient(z, tokens, inputs.mask, c, h, inputs.transform)
+    assert not gradient.exact[~inputs.active.reshape(-1)].any()
+    if late(case):
+        bounds = head_bounds(case, inputs, gradient, passes[-1], upstream=scale, start=start)
+    else:
+        bounds = head_bounds(case, inputs, gradient, passes[0], factor=scale, start=start)
+    weight_gradient = inputs.weight.grad
+    if case.weight_grad:
+        assert inputs.weight.grad is None
+        weight_gradient = inputs.keywords["weight_grad"]
+    hold_gradients(case, inputs, bounds, weight_gradient)
+
+
+def check_linear_logprobs(
+    case: LinearCase, backend: str, device: torch.device, *, outputs: str = "both", **options: Any
+) -> None:
+    """The same for ``linear_token_logprobs``, differentiated with random factors from ``outputs``."""
+    inputs = build_linear(case, device, skip_inactive=False)
+    inputs.active = inputs.mask
+    tokens = inputs.positional[0]
+    generator = torch.Generator().manual_seed(5)
+    c, h = (1e2 * torch.randn(2, *tokens.shape, generator=generator)).to(device)
+    start = None
+    if case.weight_grad:
+        start = torch.randn(inputs.weight.shape, generator=generator).to(device)
+        inputs.keywords["weight_grad"] = options["weight_grad"] = start.clone()
+    if case.slack is not None:
+        options["active_count"] = int(inputs.mask.sum()) + case.slack
+    with recorded(device) as passes:
+        with autocast(case, device):
+            out = hf.linear_token_logprobs(
+                inputs.hidden,
+                inputs.weight,
+                tokens,
+                bias=inputs.bias,
+                mask=inputs.mask,
+                chunk_bytes=case.chunk_bytes(),
+                logits_dtype=case.logits_dtype,
+                **inputs.transform,
+                **options,
+                backend=backend,
+            )
+        terms = []
+        if outputs != "entropy":
+            terms.append((out.logprobs * c).sum())
+        if outputs != "logprobs":
+            terms.append((out.entropy * h).sum())
+        torch.stack(terms).sum().backward()
+    made = merged(passes, tokens.shape, case.vocabulary, device)
+    hold_logits(case, inputs, made, inputs.mask)
+    z = torch.where(inputs.mask.unsqueeze(-1), made, 0.0)
+    hold_values(inputs, out.logprobs, out.entropy, z, inputs.mask)
+    up_c = torch.zeros_like(c) if outputs == "entropy" else c
+    up_h = None if outputs == "logprobs" else h.double()
+    gradient = logit_gradient(z, tokens, inputs.mask, up_c.double(), up_h, inputs.transform)
+    bounds = head_bounds(case, inputs, gradient, passes[-1], start=start)
+    hold_gradients(case, inputs, bounds, inputs.keywords["weight_grad"] if case.weight_grad else inputs.weight.grad)
