@@ -24,7 +24,7 @@ class CrossEntropy(LinearProvider):
     summary = (
         "torch.nn.functional.linear_cross_entropy (PyTorch >= 2.13), chunked: plain cross entropy of all rows, less "
         f"work than a policy loss; on a CPU in chunks of {ROWS} rows, acc_policy='compact', since its own choice "
-        "('auto') takes minutes there in bf16"
+        "('auto') takes over a minute there in bf16"
     )
 
     def prepare(self, case: LinearCase, device: torch.device) -> None:
