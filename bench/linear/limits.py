@@ -12,8 +12,9 @@ from .memory import BUDGET, SEVEN_B
 from .results import GEMMS, LinearResult, LinearRow, MemoryRow
 
 MIB, GIB = 1 << 20, 1 << 30
-# Of time, as ratios within one run. A CPU's GEMMs wander too much to be held to; a GPU's do not.
-OVER_CROSS_ENTROPY, EAGER_OVER, OVER_GEMMS = 1.15, 1.8, 1.15
+# Of time, as ratios within one run.
+OVER_CROSS_ENTROPY, EAGER_OVER = 1.15, 1.8
+OVER_GEMMS = {"cpu": 1.35, "gpu": 1.15}
 QUARTER, OVER_FULL = 0.75, 0.35
 # Of memory beyond the gradients and the float32 accumulator: beside the chunk, and for the head of a 7B model in all.
 BESIDE_CHUNK, IN_ALL = 64 * MIB, GIB
@@ -49,16 +50,20 @@ def _ratio(result: LinearResult, provider: str) -> float | None:
 
 def _times(result: LinearResult) -> Iterator[Limit]:
     providers = {row.provider for row in result.rows}
-    if GEMMS in providers and "gpu" in result.environment:
-        ratio = _ratio(result, GEMMS)
-        yield _at_most("time ÷ three bare GEMMs", OVER_GEMMS, ratio and 1 / ratio)
-    if "linear_cross_entropy" in providers and "gpu" not in result.environment:
+    machine = "gpu" if "gpu" in result.environment else "cpu"
+    floor = _ratio(result, GEMMS)
+    if GEMMS in providers:
+        yield _at_most("time ÷ three bare GEMMs", OVER_GEMMS[machine], floor and 1 / floor)
+    if "linear_cross_entropy" in providers and machine == "cpu":
         ratio = _ratio(result, "linear_cross_entropy")
         yield _at_most("time ÷ linear_cross_entropy", OVER_CROSS_ENTROPY, ratio and 1 / ratio)
-    if "eager" in providers and "gpu" not in result.environment:
+    if "eager" in providers and machine == "cpu":
         ratio = _ratio(result, "eager")
         met = None if ratio is None else ratio >= EAGER_OVER
-        yield Limit("eager's time ÷ ours", f"≥ {EAGER_OVER:g}×", "–" if ratio is None else f"{number(ratio)}×", met)
+        what = "eager's time ÷ ours"
+        if floor and ratio:  # slow GEMMs are the same for all, and bound what can be gained on the rest
+            what += f" (÷ three bare GEMMs: {number(ratio / floor)}×)"
+        yield Limit(what, f"≥ {EAGER_OVER:g}×", "–" if ratio is None else f"{number(ratio)}×", met)
     if any(row.case.inactive == QUARTER for row in result.rows):
         row = _ours(result, QUARTER)
         yield _at_most(f"time at {QUARTER:.0%} inactive ÷ at 0%", OVER_FULL, row.ratio_to_full if row else None)

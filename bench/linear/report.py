@@ -169,7 +169,8 @@ def time_notes(result: LinearResult) -> Iterator[str]:
     yield "Pairs of provider and share of inactive rows are timed in turn within each round, in rotating order."
     if "linear_cross_entropy" in names:
         chosen = "its own choice of chunks" if "gpu" in result.environment else (
-            "chunks of 1024 rows, acc_policy='compact', as fast as any setting tried on a CPU, where its default takes over a minute"
+            "chunks of 1024 rows, acc_policy='compact', as fast as any setting tried on a CPU, where its default takes "
+            "over a minute"
         )  # fmt: skip
         yield f"linear_cross_entropy: PyTorch's, plain cross entropy, which is less work than a policy loss; {chosen}."
     if "gemms" in names:
