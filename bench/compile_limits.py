@@ -1,11 +1,11 @@
-"""The limits that compiled kernels are held against: DESIGN's section 6, and its goals for instructions."""
+"""The limits that compiled kernels are held against: what leaves them bound by memory, and goals for instructions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
-# Where DESIGN's section 6 sets the limits.
+# The targets that a broken limit fails on; elsewhere it is told.
 LIMITED_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # The main loops that a kernel has.
 SWEEPS = {

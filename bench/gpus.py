@@ -76,7 +76,7 @@ GPUS = {
         Gpu(
             "H200", "sm_90", 132, 1.98e9, 50 * MIB, 4.3e12, "copy, measured",
             "H200 SXM: an H100 with other memory (glennklockwood.com/garden/processors/h100); a device copy of "
-            "about 4.3 TB/s was measured for this project (DESIGN, section 6), of 4.8 TB/s (acecloud.ai)",
+            "about 4.3 TB/s of a device copy was measured before these kernels were, of 4.8 TB/s (acecloud.ai)",
         ),
         Gpu(
             "B200", "sm_100", 148, 1.98e9, 126 * MIB, 8.0e12, PEAK,

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hpo_fused.batch import BatchStatistics
 from hpo_fused.objective import Objective
-from hpo_fused.reference import surrogate
+
+from .logprob_loss import plain_logprob_loss
 
 
 class PlainOutput(NamedTuple):
@@ -43,25 +43,5 @@ def plain_policy_loss(
     with torch.no_grad():
         entropy = -(log_p.exp() * log_p).sum(-1)
 
-    keep = torch.ones_like(logprobs) if mask is None else mask.to(logprobs.dtype)
-    lengths = keep.sum(-1)
-    x = logprobs - old_logprobs
-    if objective.ratio_level == "sequence":
-        x = ((x * keep).sum(-1) / lengths.clamp(min=1)).unsqueeze(-1).expand_as(x)
-    x = x.clamp(-objective.max_log_ratio, objective.max_log_ratio)
-    signal = advantages.unsqueeze(-1)
-    loss = -surrogate(objective, x, signal, logprobs)
-
-    if objective.weighting is not None:
-        alpha = BatchStatistics.from_batch(advantages, keep.bool()).alpha(objective.weighting)
-        loss = loss * torch.where(signal < 0, alpha, 1.0)
-
-    sums = (loss * keep).sum(-1)
-    if objective.normalization == "response":
-        total = (sums / lengths.clamp(min=1)).mean()
-    elif objective.normalization == "mean_length":
-        total = sums.sum() / lengths.sum().clamp(min=1)
-    else:
-        assert objective.normalization == "constant" and objective.max_length is not None
-        total = sums.mean() / objective.max_length
-    return PlainOutput(total, logprobs.detach(), entropy)
+    loss = plain_logprob_loss(objective, logprobs, advantages, old_logprobs, mask)
+    return PlainOutput(loss, logprobs.detach(), entropy)

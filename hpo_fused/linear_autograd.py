@@ -24,6 +24,8 @@ from .linear_head import Head, HeadGradients, Inputs, Rows
 from .linear_plan import ChunkPlan
 from .rows import LogitTransform, RowStatistics, SurrogateSpec, TokenTerms
 
+UNTRACEABLE = "the number of active rows is known only at run time; call it between compiled graphs"
+
 
 class LinearCall(NamedTuple):
     """What a call needs besides its differentiable inputs."""

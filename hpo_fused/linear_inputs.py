@@ -98,7 +98,8 @@ def check_head(hidden: object, weight: object, bias: object, logits_dtype: objec
         if name == "bias" and value is None:
             continue
         if not isinstance(value, Tensor) or value.dtype not in LOGIT_DTYPES:
-            raise TypeError(f"{name}: expected a float16, bfloat16 or float32 tensor, got {found(value)}")
+            hint = "; pass its .weight" if isinstance(value, torch.nn.Module) else ""
+            raise TypeError(f"{name}: expected a float16, bfloat16 or float32 tensor, got {found(value)}{hint}")
     assert isinstance(hidden, Tensor) and isinstance(weight, Tensor)
     if hidden.dim() not in (2, 3) or hidden.shape[-1] == 0:
         raise ValueError(f"hidden: expected shape [B, T, H] or [N, H] with H > 0, got {found(hidden)}")
@@ -117,8 +118,8 @@ def check_head(hidden: object, weight: object, bias: object, logits_dtype: objec
     if logits_dtype is None:
         logits_dtype = compute
     elif logits_dtype not in (torch.float32, compute):
-        kinds = " or ".join(dict.fromkeys(str(kind) for kind in (torch.float32, compute)))
-        raise TypeError(f"logits_dtype: expected None, {kinds}, got {logits_dtype!r}")
+        own = "" if compute == torch.float32 else f" or {compute}"
+        raise TypeError(f"logits_dtype: expected None, torch.float32{own}, got {logits_dtype!r}")
     assert isinstance(logits_dtype, torch.dtype)
     flat = hidden if hidden.dim() == 3 else hidden.unsqueeze(0)
     return HeadInputs(flat, gathered("weight", weight), bias, compute, logits_dtype)

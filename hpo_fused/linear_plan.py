@@ -134,7 +134,7 @@ def linear_memory(
     With n ``rows``, R = rows of a chunk, s, c and l the bytes of ``dtype``, of the GEMMs' dtype and of the logits':
 
     * gradients: ``tokens`` H s + V H s (+ V (s + 4) for a bias)
-    * accumulator: 4 V H, where n > R and s < 4
+    * accumulator: 4 V H, where s < 4 and either n > R or the GEMMs' dtype is another
     * chunk: R V l, and R V c more where l is another
     * working: 2 R H c for gathered rows (+ R H s under autocast), V H c for autocast's copy of the weight, 256 bytes a
       token; a slice of dweight where the GEMMs cannot add it up in float32 (8 MiB on a CPU, 64 elsewhere), and on the
@@ -174,12 +174,13 @@ def linear_memory(
         if kind not in LOGIT_DTYPES:
             raise TypeError(f"{name}: expected float16, bfloat16 or float32, got {found(kind)}")
     if logits not in (torch.float32, compute):
-        raise TypeError(f"logits_dtype: expected None, torch.float32 or {compute}, got {logits}")
+        raise TypeError(f"logits_dtype: expected None, torch.float32 or the GEMMs' own {compute}, got {logits}")
     device_type = torch.device(device).type
     plan = ChunkPlan.of(rows, vocabulary, compute, logits, device_type, chunk_bytes, hidden_size)
     size, head = dtype.itemsize, hidden_size * vocabulary
 
-    accumulated = weight_requires_grad and size < 4 and plan.chunks > 1
+    # A single GEMM can write the gradient itself, if that has its dtype.
+    accumulated = weight_requires_grad and size < 4 and rows > 0 and (plan.chunks > 1 or compute != dtype)
     accumulator = 4 * head if accumulated else 0
     of_hidden = tokens * hidden_size * size if hidden_requires_grad else 0
     of_weight = head * size if weight_requires_grad else 0

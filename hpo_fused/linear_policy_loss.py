@@ -9,13 +9,13 @@ from . import autograd, linear_autograd
 from .backend import Backend, backend_for
 from .batch import BatchStatistics, Layout, prepare
 from .checks import check_tensor, check_token_ids
-from .linear_autograd import LinearCall
+from .linear_autograd import UNTRACEABLE, LinearCall
 from .linear_inputs import check_head, check_weight_grad, choose_rows
 from .objective import Objective, resolve_objective
 from .policy_loss import PolicyLossOutput, check_transform, policy_output
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable(reason=UNTRACEABLE)  # type: ignore[untyped-decorator]
 def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -63,8 +63,9 @@ def linear_policy_loss(
         hidden: float16, bfloat16 or float32 [B, T, H], or packed [N, H] with ``cu_seqlens``; any strides, so that
             ``hidden[:, :-1]`` is not copied. ``hidden[b, t]`` predicts ``tokens[b, t]``.
         weight: [V, H] of hidden's dtype (any under torch.autocast, whose dtype the GEMMs then run in); any strides.
-            May be a DTensor, replicated or sharded over V as FSDP2 does: it is gathered, and its gradient averaged
-            over the mesh, see ``gradient_average`` of :class:`BatchStatistics`.
+            May be a DTensor sharded over V as FSDP2 does: it is gathered, and its gradient averaged over the mesh, see
+            ``gradient_average`` of :class:`BatchStatistics`. One that is replicated on all of its mesh is taken as it
+            is, its gradient left to whoever replicated it.
         tokens, advantages: as in :func:`policy_loss`.
         bias: [V] of weight's dtype, or None.
         old_logprobs, ref_logprobs, mask, token_weights, cu_seqlens, groups, objective, statistics, temperature,

@@ -9,14 +9,14 @@ from . import linear_autograd
 from .backend import Backend, backend_for
 from .batch import as_mask
 from .checks import check_tensor, check_token_ids
-from .linear_autograd import LinearCall
+from .linear_autograd import UNTRACEABLE, LinearCall
 from .linear_head import Rows
 from .linear_inputs import check_head, check_weight_grad, choose_rows
 from .policy_loss import check_transform
 from .token_logprobs import TokenLogprobs
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable(reason=UNTRACEABLE)  # type: ignore[untyped-decorator]
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hpo_fused as hf
 from hpo_fused import reference
@@ -31,6 +32,7 @@ from hpo_fused.bench.linear.draw import LinearInputs, Problem, draw, draw_weight
 from hpo_fused.bench.linear.exact import BLOCKS, Exact, block_sums  # noqa: E402
 from hpo_fused.bench.linear.providers import PROVIDERS, create  # noqa: E402
 from hpo_fused.bench.linear.providers.fused import Fused  # noqa: E402
+from hpo_fused.bench.linear.providers.gemms import Gemms  # noqa: E402
 from hpo_fused.bench.linear.providers.plain import Eager  # noqa: E402
 from hpo_fused.bench.linear.results import (  # noqa: E402
     LinearErrors,
@@ -385,10 +387,58 @@ def test_limits_of_a_7b_model() -> None:
     assert [(limit.limit, limit.measured, limit.met) for limit in limits.limits(result)] == [
         ("≤ 1 GiB", f"{hf.linear_memory(16384, 3584, 152064).extra / 2**30:.3f} GiB", True)
     ]
-    result.memory += [memory_row(memory.SEVEN_B, 100), memory_row(memory.SEVEN_B, 1025)]
-    assert verdicts(result)["the same measured, as far as told above"] is False
+    cut = "measured ÷ predicted extra, qwen2.5-0.5b, 1024 of 1024 tokens active"
+    predicted = case_of().memory("cpu").extra / 2**20
+    for beyond, met in ((predicted - 1, True), (predicted + 1, False)):
+        result.memory[1:] = [memory_row(memory.SEVEN_B, beyond)]
+        assert verdicts(result)[cut] is met
     result.memory[1:] = [memory_row(memory.SEVEN_B, 100, status="out_of_memory", peak_extra_bytes=None)]
-    assert verdicts(result)["the same measured, as far as told above"] is None
+    assert verdicts(result)[cut] is None
+    for beyond, met in ((1023, True), (1025, False)):  # all of it, as a GPU does
+        row = memory_row(memory.SEVEN_B, 0)
+        prediction = Prediction(**seven.memory("cuda")._asdict())
+        row.case, row.prediction, row.gradient_bytes = seven, prediction, prediction.gradients
+        row.peak_extra_bytes = prediction.gradients + prediction.accumulator + (beyond << 20)
+        result.memory[1:] = [row]
+        assert verdicts(result)["the same measured"] is met
+
+
+class Products(TorchDispatchMode):
+    """The shapes of every matrix product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[tuple[int, ...], ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+            self.shapes.append(tuple(tuple(value.shape) for value in args[-2:]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("inactive", [0.0, 0.5])
+@pytest.mark.parametrize("rows", [None, 20])
+def test_the_floor_does_the_three_products_of_the_same_chunks(inactive: float, rows: int | None) -> None:
+    problem = problem_of()
+    chunk = None if rows is None else rows * 97 * 4
+    inputs = problem.inputs(inactive)
+    inputs = dataclasses.replace(inputs, case=dataclasses.replace(inputs.case, chunk_bytes=chunk))
+    shapes = []
+    for provider in (Gemms(), Fused("torch")):
+        provider.prepare(inputs.case, CPU)
+        with Products() as products:
+            provider.step(inputs)
+        shapes.append(sorted(products.shapes))
+    active = 64 if inactive else 128
+    assert shapes[0] == shapes[1]
+    assert sum(left[0] for left, right in shapes[0] if right == (48, 97)) == active
+    assert len(shapes[0]) == 3 * -(-active // (rows or 128))
+
+
+@pytest.mark.parametrize("options", [("--provider", "hpo_fused:triton"), ("--tokens", "131", "--provider", "eager")])
+def test_check_fails_where_nothing_of_ours_was_measured(invoke: Invoke, options: tuple[str, ...]) -> None:
+    done = invoke("linear", "--shape", "custom:H=16,V=97", "--no-memory", "--check", "--quick", *options)
+    assert done.exit_code == 1
 
 
 def test_a_wrong_result_of_ours_is_told_whatever_the_limits() -> None:

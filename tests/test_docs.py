@@ -75,6 +75,18 @@ def test_readme_code_runs_and_agrees() -> None:
     assert scope["objective"].shaping == hf.Clip(0.2, 0.28, dual=3.0)
 
 
+def test_example_of_the_linear_path_runs() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "linear.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    scope = {
+        "hf": hf, "torch": torch, "lm_head": torch.nn.Linear(8, 50), "hidden": torch.randn(4, 6, 8),
+        "tokens": torch.randint(50, (4, 6)), "mask": torch.ones(4, 6), "advantages": torch.tensor([1.0, -1.0, 0, 0.5]),
+    }  # fmt: skip
+    exec(code, scope)
+    assert scope["lm_head"].weight.grad.isfinite().all()
+    assert scope["lm_head"].bias.grad.isfinite().all()
+
+
 def test_readme_names_every_preset() -> None:
     rows = re.findall(r"^\| `(\w+)`", README, flags=re.MULTILINE)
     assert rows == list(hf.Objective.presets())

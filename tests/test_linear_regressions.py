@@ -1,4 +1,4 @@
-"""What a review of the linear path found: each of these was once wrong without an error."""
+"""Mistakes of the linear path that raised no error: each of these was once wrong."""
 
 from __future__ import annotations
 
@@ -93,6 +93,15 @@ def test_bias_makes_no_float32_copy_of_the_logits(device: torch.device) -> None:
         device,
     )
     assert peak - without <= rows * vocabulary * 2
+
+
+def test_memory_under_another_narrow_autocast(device: torch.device) -> None:
+    """The gradient's dtype is not the GEMMs': a single chunk, too, is summed in float32 and then cast."""
+    memory = hf.linear_memory(64, 512, 150_000, dtype=torch.float16, autocast=torch.bfloat16, device=device)
+    assert memory.accumulator == 4 * 512 * 150_000
+    same = hf.linear_memory(64, 512, 150_000, dtype=torch.bfloat16, autocast=torch.bfloat16, device=device)
+    assert same.accumulator == 0
+    assert hf.linear_memory(0, 512, 150_000, dtype=torch.float16, autocast=torch.bfloat16).accumulator == 0
 
 
 def test_strided_shards_are_refused() -> None:

@@ -106,7 +106,7 @@ class _Run:
             out.print(f"Wrote {self.output}", highlight=False, soft_wrap=True)
         if result.interrupted:
             raise typer.Exit(INTERRUPTED)
-        if any(limits.wrong(result)) or (self.check and limits.missed(result)):
+        if any(limits.wrong(result)) or (self.check and (limits.missed(result) or limits.undecided(result))):
             raise typer.Exit(1)
 
 
@@ -159,7 +159,8 @@ def linear(
     run = _Run.of(
         "linear", shape, tokens, dtype, objective, chunk_mib, provider, where, seed, quick, check, output
     )  # fmt: skip
-    fractions = sorted(set(inactive))
+    # Whole responses are inactive or not: shares that come to the same are one.
+    fractions = sorted({run.case.at(share).inactive_share: share for share in sorted(set(inactive))}.values())
     sizes = sorted(set(memory_tokens or default_tokens(where.type, quick)))
     result = run.result(
         repeats=repeats, budget=budget, inactive=fractions, memory_tokens=sizes if memory_ else []

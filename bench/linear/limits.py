@@ -61,10 +61,11 @@ def _times(result: LinearResult) -> Iterator[Limit]:
         ratio = _ratio(result, "eager")
         met = None if ratio is None else ratio >= EAGER_OVER
         what = "eager's time ÷ ours"
-        if floor and ratio:  # slow GEMMs are the same for all, and bound what can be gained on the rest
-            what += f" (÷ three bare GEMMs: {number(ratio / floor)}×)"
+        share = next((row.share_of_gemms for row in result.rows if row.provider == "eager"), None)
+        if share:  # slow GEMMs are the same for all, and bound what can be gained on the rest
+            what += f" (÷ three bare GEMMs: {number(1 / share)}×)"
         yield Limit(what, f"≥ {EAGER_OVER:g}×", "–" if ratio is None else f"{number(ratio)}×", met)
-    if any(row.case.inactive == QUARTER for row in result.rows):
+    if any(row.case.inactive == QUARTER and abs(row.case.inactive_share - QUARTER) < 0.01 for row in result.rows):
         row = _ours(result, QUARTER)
         yield _at_most(f"time at {QUARTER:.0%} inactive ÷ at 0%", OVER_FULL, row.ratio_to_full if row else None)
 
@@ -82,8 +83,8 @@ def _budget(result: LinearResult) -> Iterator[Limit]:
     sizes = ", ".join(str(row.case.tokens) for row in rows)
     most = max((beyond for _, beyond in found), default=None)
     yield _at_most(
-        f"extra memory with a chunk budget of {number(chunk)} MiB at {sizes} tokens",
-        round(chunk + BESIDE_CHUNK / MIB),
+        f"extra memory with a chunk budget of {number(chunk)} MiB at {sizes} tokens, {rows[0].case.dtype}",
+        round(chunk + BESIDE_CHUNK / MIB, 1),
         None if most is None else most / MIB,
         " MiB",
     )
@@ -100,13 +101,19 @@ def _seven_b(result: LinearResult) -> Iterator[Limit]:
         if row.status == "predicted" and row.prediction is not None:
             what = f"extra memory, {row.case.shape.name}, {row.case.tokens} tokens, {row.device}, predicted"
             yield _at_most(what, IN_ALL / GIB, row.prediction.extra / GIB, " GiB")
-    measured = [row for row in rows if row.status != "predicted"]
-    if measured:
-        found = _beyond(measured)
-        most = max((beyond for _, beyond in found), default=None) if len(found) == len(measured) else None
-        yield _at_most(
-            "the same measured, as far as told above", IN_ALL / GIB, None if most is None else most / GIB, " GiB"
+    whole = [row for row in rows if row.status != "predicted" and row.case.active == rows[0].case.tokens]
+    whole = [row for row in whole if row.case.shape == rows[0].case.shape]
+    if whole:
+        most = whole[0].beyond
+        yield _at_most("the same measured", IN_ALL / GIB, None if most is None else most / GIB, " GiB")
+    for row in rows:  # cuts through it are held to their own predictions
+        if row.status == "predicted" or row in whole:
+            continue
+        share = None if row.beyond is None or row.prediction is None else row.beyond / row.prediction.extra
+        what = (
+            f"measured ÷ predicted extra, {row.case.shape.name}, {row.case.active} of {row.case.tokens} tokens active"
         )
+        yield _at_most(what, 1.0, share)
 
 
 def _predictor(result: LinearResult) -> Iterator[Limit]:
@@ -127,6 +134,12 @@ def limits(result: LinearResult) -> list[Limit]:
 def missed(result: LinearResult) -> list[Limit]:
     """Those that were measured and not met."""
     return [limit for limit in limits(result) if limit.met is False]
+
+
+def undecided(result: LinearResult) -> bool:
+    """Whether a limit could not be measured, or none was."""
+    met = [limit.met for limit in limits(result)]
+    return not met or None in met
 
 
 def sheet(result: LinearResult) -> Sheet:

@@ -13,6 +13,7 @@ from . import limits
 from .check import PROBE_LIMIT, ROW_LIMIT
 from .exact import BLOCKS, COLUMNS, ROWS
 from .memory import BUDGET, SEVEN_B, TOKENS
+from .providers.cross_entropy import ROWS as CROSS_ENTROPY_ROWS
 from .results import LinearErrors, LinearResult, LinearRow, MemoryRow, RowErrors
 
 MIB = 1 << 20
@@ -128,7 +129,7 @@ def parts(result: LinearResult) -> Sheet:
             prediction = row.prediction
             if prediction is None:
                 continue
-            name = f"{row.case.shape.name} {row.device}"
+            name = f"{row.case.shape.name} {row.case.dtype} {row.device}"
             measured = [_mib(row.beyond), _mib(prediction.extra), _memory_cell(row), _mib(prediction.peak)]
             if row.status == "predicted":
                 measured[0] = measured[2] = ""
@@ -168,10 +169,12 @@ def time_notes(result: LinearResult) -> Iterator[str]:
         yield f"{', '.join(once)}: the same time whatever the advantages, so timed at the first share only."
     yield "Pairs of provider and share of inactive rows are timed in turn within each round, in rotating order."
     if "linear_cross_entropy" in names:
-        chosen = "its own choice of chunks" if "gpu" in result.environment else (
-            "chunks of 1024 rows, acc_policy='compact', as fast as any setting tried on a CPU, where its default takes "
-            "over a minute"
-        )  # fmt: skip
+        chosen = "its own choice of chunks"
+        if "gpu" not in result.environment:
+            chosen = (
+                f"chunks of at most {CROSS_ENTROPY_ROWS} rows, acc_policy='compact', as fast as any setting tried in "
+                "bf16 on two CPU cores, where its default took over a minute"
+            )
         yield f"linear_cross_entropy: PyTorch's, plain cross entropy, which is less work than a policy loss; {chosen}."
     if "gemms" in names:
         yield "gemms: logits, dhidden and dweight of the active rows in ours' chunks, to memory in use: the floor."
@@ -208,7 +211,8 @@ def memory_notes(result: LinearResult) -> Iterator[str]:
         return
     yield (
         "predicted: hpo_fused.linear_memory, an upper bound. beyond: what the peak has beyond the gradients and, over "
-        "several chunks, dweight's float32 accumulator."
+        "several chunks, dweight's float32 accumulator; nearly nothing where the peak comes when that is cast to the "
+        "gradient, the chunk already released. Scratch of the C library's and of GEMMs is not seen on a CPU."
     )
     cuts = [row for row in result.of_series(SEVEN_B) if row.status != "predicted"]
     if len(cuts) > 1:
