@@ -30,7 +30,7 @@ GRADIENT_LIMIT = {"bf16": 4e-3, "fp16": 2e-3, "fp32": 2e-3}
 # The loss, relative to sum |dloss/dlogp|. The same for every dtype: it is a float32 sum over float32 arithmetic, and
 # rounding log-probabilities to the logits' dtype is a mistake.
 LOSS_LIMIT = 1e-4
-LOGPROB_LIMIT = 1e-3
+LOGPROB_LIMIT = ENTROPY_LIMIT = 1e-3
 # Rows this much smaller than the largest are judged on its scale: their relative error is cancellation, not a bug.
 NEGLIGIBLE = 1e-3
 # As is the sampled token's entry, c (1 - p), where p is so near to 1 that it is this small beside c.
@@ -131,12 +131,14 @@ class Oracle:
         coefficients: dloss/dlogp [B, T].
         rows: indices of those rows of the flattened logits whose gradient is checked.
         slopes: dlogp/dlogits of these rows [R, V].
+        entropies: of these rows [R].
     """
 
     loss: Tensor
     coefficients: Tensor
     rows: Tensor
     slopes: Tensor
+    entropies: Tensor
 
     @classmethod
     def of(cls, inputs: Inputs) -> Oracle:
@@ -147,7 +149,15 @@ class Oracle:
         z = inputs.logits.detach().flatten(0, 1)[rows].double().requires_grad_()
         chosen = reference.token_logprobs(z, inputs.tokens.flatten()[rows], softcap=inputs.case.shape.softcap)
         (slopes,) = torch.autograd.grad(chosen.logprobs.sum(), z)
-        return cls(loss, coefficients, rows, slopes)
+        return cls(loss, coefficients, rows, slopes, chosen.entropy.detach())
+
+    def _entropy_error(self, entropy: Tensor | None) -> float:
+        """Largest, over the checked rows that had to be computed; 0 where none was returned."""
+        if entropy is None:
+            return 0.0
+        error = (entropy.detach().flatten()[self.rows].double() - self.entropies).abs()
+        idle = self.coefficients.flatten()[self.rows] == 0
+        return error.masked_fill(idle, 0.0).max().item()
 
     def judge(self, inputs: Inputs, output: Output, gradient: Tensor, *, ours: bool = False) -> Errors:
         """Errors of a provider's output and of its gradient [B, T, V], which carries the case's upstream factor.
@@ -177,6 +187,7 @@ class Oracle:
             off("loss", loss, LOSS_LIMIT),
             off("gradient", beyond.item(), GRADIENT_LIMIT[case.dtype]),
             off("log-probability", logprob or 0.0, LOGPROB_LIMIT),
+            off("entropy", self._entropy_error(output.entropy), ENTROPY_LIMIT),
         ]
         broken = []
         if ours:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .cases import Case, Inputs, draw
 from .check import Oracle
-from .measure import Task, is_out_of_memory
+from .measure import Task
 from .providers import Provider
 from .results import COPY, COPY_NEW, Row, summarise
 from .trial import (
@@ -21,6 +21,7 @@ from .trial import (
     first_call,
     mark_untimed,
     record_failure,
+    record_out_of_memory,
     time_in_rounds,
 )
 
@@ -126,11 +127,7 @@ def run_case(
             tasks[COPY_NEW] = Task(logits.clone)
         time_in_rounds(mine, tasks, settings, progress, label, share)
     except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        for row in mine.values():
-            if row.status == "ok" and not row.samples_s:
-                record_failure(row, error)
+        record_out_of_memory(mine, error)
     finally:
         mark_untimed(mine)
         ours = next((provider.name for provider in providers if provider.ours), None)

@@ -158,6 +158,15 @@ def time_in_rounds(
             gc.enable()
 
 
+def record_out_of_memory(rows: Mapping[str, Measurement], error: Exception) -> None:
+    """What ended a case, in every row that has no sample; raises whatever is not a lack of memory."""
+    if not is_out_of_memory(error):
+        raise error
+    for row in rows.values():
+        if row.status == "ok" and not row.samples_s:
+            record_failure(row, error)
+
+
 def mark_untimed(rows: Mapping[str, Measurement]) -> None:
     """Rows that an interruption left without a sample say so."""
     for row in rows.values():

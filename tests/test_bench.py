@@ -17,8 +17,8 @@ from torch import Tensor
 from hpo_fused import reference
 from hpo_fused.objective import Objective
 
-pytest.importorskip("rich")
-testing = pytest.importorskip("typer.testing")
+pytest.importorskip("rich", reason="needs the bench extra")
+testing = pytest.importorskip("typer.testing", reason="needs the bench extra")
 
 from rich.console import Console  # noqa: E402
 
@@ -177,6 +177,15 @@ def test_oracle_rejects_wrong_answers(dtype: str, mistake: Callable[..., Any], c
     loss, gradient = mistake(output.loss, gradient)
     verdict = Oracle.of(inputs).judge(inputs, output._replace(loss=loss), gradient).complaint
     assert verdict.startswith(f"{complaint} off by")
+
+
+@pytest.mark.parametrize("change", [lambda h: h + 0.01, lambda h: h * torch.nan, torch.zeros_like])
+def test_oracle_rejects_wrong_entropies(change: Callable[[Tensor], Tensor]) -> None:
+    inputs = draw(tiny_case(), CPU, 0)
+    output, gradient = step(inputs)
+    assert output.entropy is not None
+    output = output._replace(entropy=change(output.entropy))
+    assert Oracle.of(inputs).judge(inputs, output, gradient).complaint.startswith("entropy off by")
 
 
 def test_inactive_rows_must_have_no_gradient() -> None:

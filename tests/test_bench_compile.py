@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("rich")
-testing = pytest.importorskip("typer.testing")
+pytest.importorskip("rich", reason="needs the bench extra")
+testing = pytest.importorskip("typer.testing", reason="needs the bench extra")
 
 from hpo_fused.bench import compile_report, compile_table, gpus, occupancy, roofline, traffic  # noqa: E402
 from hpo_fused.bench.commands import app  # noqa: E402
@@ -412,7 +412,7 @@ def everything() -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("width", [80, 100])
 def test_tables_fit(width: int) -> None:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="needs Triton, to compile with")
     result = document(Report(records=everything()), TARGETS, gpus=list(GPUS.values()))
     text = [line for line, _ in compile_table.lines(result.records, width)]
     assert max(map(len, text)) <= width
@@ -427,7 +427,7 @@ def test_tables_fit(width: int) -> None:
 
 
 def test_document_is_json_with_a_version_and_an_environment() -> None:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="needs Triton, to compile with")
     report = Report([record()], unavailable={"gfx950": "no"}, tools={"ptxas": "12.8"})
     result = document(report, ["sm_90", "gfx950"], "bf16/entropy/log_fidelity", gpus=[GPUS["H200"], GPUS["A100"]])
     content = json.loads(json.dumps(result.as_dict()))
@@ -443,7 +443,7 @@ def test_document_is_json_with_a_version_and_an_environment() -> None:
 
 
 def test_markdown_says_what_is_a_prediction() -> None:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="needs Triton, to compile with")
     result = document(Report([record()]), ["sm_90"], gpus=[GPUS["H200"]])
     text = compile_table.markdown(result.records, result.predictions, result.covered)
     assert compile_table.MODEL_TITLE in text
@@ -478,7 +478,7 @@ def reported(monkeypatch: pytest.MonkeyPatch) -> Callable[[Report], None]:
 def test_check_fails_on_a_broken_limit(
     invoke: Invoke, reported: Callable[[Report], None], report: Report, told: str, check: tuple[str, ...], code: int
 ) -> None:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="needs Triton, to compile with")
     reported(report)
     done = invoke("compile", *check)
     assert done.exit_code == code, done.output
@@ -493,7 +493,7 @@ def test_a_target_that_cannot_be_compiled_for(
     invoke: Invoke, reported: Callable[[Report], None], arguments: tuple[str, ...], code: int
 ) -> None:
     """The others are reported; only who asked for it fails."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="needs Triton, to compile with")
     reported(Report([record()], unavailable={"gfx950": "RuntimeError: unknown architecture"}))
     done = invoke("compile", "--check", *arguments)
     assert done.exit_code == code, done.output
@@ -521,7 +521,7 @@ def test_compile_says_what_is_wrong(
     if missing:
         monkeypatch.setitem(sys.modules, "triton", None)
     else:
-        pytest.importorskip("triton")
+        pytest.importorskip("triton", reason="needs Triton, to compile with")
     done = invoke("compile", *arguments)
     assert done.exit_code == 2
     assert expected in " ".join(done.output.replace("│", " ").split())
@@ -561,7 +561,7 @@ def test_one_failure_is_not_the_target_s(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.xdist_group("compile")
 def test_compile_end_to_end(invoke: Invoke, tmp_path: Path) -> None:
     """The tests' own process runs the interpreter; the compiler has one of its own."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="needs Triton, to compile with")
     arguments = ("compile", "--target", "sm_90", "--only", "scale_gradient/bf16", "--check", "--json", "deep/c.json")
     done = invoke(*arguments)
     assert done.exit_code == 0, done.output

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hpo_fused as hf
 from hpo_fused import reference
 
-pytest.importorskip("rich")
-testing = pytest.importorskip("typer.testing")
+pytest.importorskip("rich", reason="needs the bench extra")
+testing = pytest.importorskip("typer.testing", reason="needs the bench extra")
 
 from rich.console import Console  # noqa: E402
 
@@ -191,6 +191,18 @@ def test_wrong_answers_are_rejected(dtype: str, mistake: Callable[..., Any], com
     problem = problem_of(dtype)
     exact = Exact.of(problem, 0)
     assert complaint in checked(problem.inputs(0.0, exact.logprobs), exact, mistake).complaint
+
+
+@pytest.mark.parametrize("change", [lambda h: h + 0.01, lambda h: h * torch.nan, torch.zeros_like])
+def test_wrong_entropies_are_rejected(change: Callable[[Tensor], Tensor]) -> None:
+    problem = problem_of("bf16")
+    exact = Exact.of(problem, 0)
+    oracle = LinearOracle(problem.inputs(0.5, exact.logprobs), exact)
+    step = Eager().step(oracle.inputs)
+    assert step.output.entropy is not None
+    assert oracle.judge(step).complaint == ""
+    wrong = step.output._replace(entropy=change(step.output.entropy))
+    assert oracle.judge(Step(wrong, step.gradients)).complaint == "entropy off by more than 1e-03 in 64 rows"
 
 
 def test_every_row_of_both_gradients_is_checked() -> None:

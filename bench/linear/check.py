@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hpo_fused.bench.cases import CHUNK_ELEMENTS
 from hpo_fused.bench.check import (
+    ENTROPY_LIMIT,
     LOSS_LIMIT,
     NEGLIGIBLE,
     OWN_LOGPROB_LIMIT,
@@ -176,6 +177,10 @@ class LinearOracle:
             f"log-probability off by more than its logits' rounding in {far} rows" if far else "",
             f"log-probability off by more than {MOVED:.0e} in {count} rows" if count > most else "",
         ]
+        if step.output.entropy is not None:
+            gone = (step.output.entropy.detach().double() - exact.entropies).abs()
+            wrong = int((~(gone <= ENTROPY_LIMIT) & (inputs.advantages != 0).unsqueeze(-1)).sum())
+            complaints.append(f"entropy off by more than {ENTROPY_LIMIT:.0e} in {wrong} rows" if wrong > most else "")
         logprob, broken = None, ""
         steady = error.abs()[~moved & (inputs.advantages != 0).unsqueeze(-1)]
         if step.output.logprobs is not None and steady.numel():

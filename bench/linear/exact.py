@@ -40,6 +40,7 @@ class Exact:
 
     Attributes:
         logprobs: of the tokens [B, T].
+        entropies: of the rows [B, T].
         slack: bound on what differently rounded logits change of a log-probability [B, T].
         rows, directions: indices [R] of rows, and their s W [R, H].
         columns, column_slopes: ids [C], and s of every row in these columns [N, C].
@@ -49,6 +50,7 @@ class Exact:
     """
 
     logprobs: Tensor
+    entropies: Tensor
     slack: Tensor
     rows: Tensor
     directions: Tensor
@@ -74,7 +76,7 @@ class Exact:
         signs = _signs((vocabulary,), device, generator)
         along = torch.cat([part.double() @ probes for part in weight.split(max(1, CHUNK_ELEMENTS // size))])
 
-        logprobs, slack = (torch.empty(count, dtype=torch.float64, device=device) for _ in range(2))
+        logprobs, entropies, slack = (torch.empty(count, dtype=torch.float64, device=device) for _ in range(3))
         checked = torch.empty(len(rows), vocabulary, dtype=torch.float64, device=device)
         column_slopes = torch.empty(count, len(columns), dtype=torch.float64, device=device)
         hidden_probes = torch.empty(count, PROBES, dtype=torch.float64, device=device)
@@ -83,7 +85,8 @@ class Exact:
         for start in range(0, count, step):
             part = slice(start, min(start + step, count))
             logits = torch.mm(hidden[part], weight.t())
-            logprobs[part], slack[part], slopes = _row_slopes(logits, tokens[part], problem.case.shape.softcap, size)
+            found = _row_slopes(logits, tokens[part], problem.case.shape.softcap, size)
+            logprobs[part], entropies[part], slack[part], slopes = found
             column_slopes[part] = slopes[:, columns]
             hidden_probes[part] = slopes @ along
             here = ((rows >= part.start) & (rows < part.stop)).nonzero().squeeze(1)
@@ -93,8 +96,8 @@ class Exact:
         directions = _times_weight(checked, weight)
         shape = problem.tokens.shape
         return cls(
-            logprobs.view(shape), slack.view(shape), rows, directions, columns, column_slopes, probes, hidden_probes,
-            signs, weight_probes, masses,
+            logprobs.view(shape), entropies.view(shape), slack.view(shape), rows, directions, columns, column_slopes,
+            probes, hidden_probes, signs, weight_probes, masses,
         )  # fmt: skip
 
 
@@ -108,8 +111,8 @@ def _checked_rows(problem: Problem) -> Tensor:
     return rows
 
 
-def _row_slopes(logits: Tensor, tokens: Tensor, softcap: float | None, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities, slack, and slopes [n, V]."""
+def _row_slopes(logits: Tensor, tokens: Tensor, softcap: float | None, size: int) -> tuple[Tensor, ...]:
+    """Log-probabilities, entropies, slack, and slopes [n, V]."""
     epsilon = torch.finfo(logits.dtype).eps  # a unit in the last place is at most this part of a value
     if logits.dtype == torch.float32:
         epsilon *= size**0.5  # nothing is rounded after the sum: its own error is what there is
@@ -122,9 +125,10 @@ def _row_slopes(logits: Tensor, tokens: Tensor, softcap: float | None, size: int
         z, slope = softcap * tanh, 1 - tanh.square()
     z -= z.logsumexp(-1, keepdim=True)
     logprobs = z.gather(-1, column).squeeze(-1)
-    slopes = z.exp_().neg_()
+    slopes = z.exp().neg_()
+    entropies = (slopes * z).sum(-1)
     slopes.scatter_add_(-1, column, torch.ones_like(column, dtype=torch.float64))
-    return logprobs, slack, slopes if slope is None else slopes.mul_(slope)
+    return logprobs, entropies, slack, slopes if slope is None else slopes.mul_(slope)
 
 
 def _times_weight(values: Tensor, weight: Tensor) -> Tensor:

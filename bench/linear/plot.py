@@ -24,6 +24,10 @@ COLOURS = {
 OTHERS = ("#4a3aa7", "#c2588a", "#8a6d1d")
 GAP = 13.0  # points between labels
 DASHES = (0, (4, 3))
+LEGEND: dict[str, Any] = {
+    "frameon": True, "framealpha": 1, "facecolor": SURFACE, "edgecolor": "none", "fontsize": 9, "labelcolor": MUTED,
+    "handlelength": 2.4,
+}  # fmt: skip
 
 
 class PlotUnavailable(Exception):
@@ -173,17 +177,7 @@ def _memory_panel(figure: Any, axes: Any, rows: Sequence[MemoryRow]) -> None:
     predicted = next((line for line in lines if line.name.endswith("predicted")), None)
     if predicted is not None:
         axes.plot([], [], color=_colour(predicted.name), linestyle=DASHES, label="hpo_fused.linear_memory's prediction")
-        axes.legend(
-            loc="upper left",
-            frameon=True,
-            framealpha=1,
-            facecolor=SURFACE,
-            edgecolor="none",
-            fontsize=9,
-            labelcolor=MUTED,
-            handlelength=2.4,
-            borderaxespad=0.2,
-        )
+        axes.legend(loc="upper left", borderaxespad=0.2, **LEGEND)
 
 
 def _time_panel(figure: Any, axes: Any, rows: Sequence[LinearRow]) -> None:
@@ -201,16 +195,7 @@ def _time_panel(figure: Any, axes: Any, rows: Sequence[LinearRow]) -> None:
     axes.set_ylim(0, 1.2 * highest)  # room for the legend
     if any(line.dashed for line in lines):
         axes.plot([], [], color=MUTED, linestyle=DASHES, label="measured at the first share; the same at all")
-        axes.legend(
-            loc="upper right",
-            frameon=True,
-            framealpha=1,
-            facecolor=SURFACE,
-            edgecolor="none",
-            fontsize=9,
-            labelcolor=MUTED,
-            handlelength=2.4,
-        )
+        axes.legend(loc="upper right", **LEGEND)
     axes.xaxis.set_major_locator(FixedLocator(sorted({x for line in lines for x, _ in line.points})))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}%"))
     axes.yaxis.set_major_formatter(FuncFormatter(_number))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hpo_fused.bench.measure import Task, is_out_of_memory
+from hpo_fused.bench.measure import Task
 from hpo_fused.bench.trial import (
     Progress,
     Settings,
@@ -14,6 +14,7 @@ from hpo_fused.bench.trial import (
     first_call,
     mark_untimed,
     record_failure,
+    record_out_of_memory,
     time_in_rounds,
 )
 
@@ -112,11 +113,7 @@ def run_linear(
             progress.advance(share)
         time_in_rounds(mine, tasks, settings, progress, label, share)
     except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        for row in mine.values():
-            if row.status == "ok" and not row.samples_s:
-                record_failure(row, error)
+        record_out_of_memory(mine, error)
     finally:
         mark_untimed(mine)
         ours = next((provider.name for provider in providers if provider.ours), None)

@@ -12,6 +12,16 @@ from hpo_fused.bench.cases import Case, Inputs
 from .base import Output, Provider, Unavailable
 
 
+def check_backend(backend: Backend, device: torch.device) -> None:
+    """Raises Unavailable, with the reason, where the backend cannot be timed on the device."""
+    if backend == "triton" and device.type == "cpu":
+        raise Unavailable("needs a GPU; what Triton's interpreter takes on a CPU says nothing")
+    try:
+        backend_for(torch.empty(0, device=device), backend)
+    except ValueError as error:
+        raise Unavailable(str(error)) from error
+
+
 class Fused(Provider):
     """``hpo_fused.policy_loss`` with the backend it chooses itself, or a given one."""
 
@@ -26,12 +36,7 @@ class Fused(Provider):
         self.slow_start = "compiling kernels"
 
     def prepare(self, case: Case, device: torch.device) -> None:
-        if self.backend == "triton" and device.type == "cpu":
-            raise Unavailable("needs a GPU; what Triton's interpreter takes on a CPU says nothing")
-        try:
-            backend_for(torch.empty(0, device=device), self.backend)
-        except ValueError as error:
-            raise Unavailable(str(error)) from error
+        check_backend(self.backend, device)
 
     def forward(self, inputs: Inputs, logits: Tensor) -> Output:
         out = hpo_fused.policy_loss(

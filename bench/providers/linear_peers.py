@@ -132,13 +132,11 @@ def cce(
     mask: Tensor | None,
     objective: Objective,
     softcap: float | None,
-    *,
-    filter_eps: float | str | None = None,
 ) -> Output:
     """``cut_cross_entropy.linear_cross_entropy(reduction="none")``, any objective in eager PyTorch.
 
-    ``filter_eps`` is its gradient filter, "high" by its own default: it drops blocks of the gradient that are small,
-    so that the result is not the objective's gradient.
+    Its gradient filter, "high" by its own default, is off: it drops blocks of the gradient that are small, so that the
+    result is not the objective's gradient.
     """
     require("cut-cross-entropy", "25.1")
     require_gpu(hidden.device)
@@ -146,7 +144,7 @@ def cce(
 
     targets = tokens if mask is None else tokens.masked_fill(~mask, IGNORED)
     losses: Tensor = linear_cross_entropy(
-        hidden, weight, targets, ignore_index=IGNORED, softcap=softcap, reduction="none", filter_eps=filter_eps
+        hidden, weight, targets, ignore_index=IGNORED, softcap=softcap, reduction="none", filter_eps=None
     )
     logprobs = -losses
     loss = plain_logprob_loss(objective, logprobs, advantages, old_logprobs, mask)

@@ -46,6 +46,18 @@ class LinearProvider(ABC):
         alternative is being killed with every result."""
 
     @abstractmethod
+    def step(self, inputs: LinearInputs) -> Step:
+        """All of it, once."""
+
+    def judge(self, oracle: LinearOracle, step: Step) -> LinearErrors | None:
+        """How far a step is off; None where nothing can be said."""
+        return None
+
+
+class LossProvider(LinearProvider):
+    """One that makes a loss, which autograd differentiates."""
+
+    @abstractmethod
     def forward(self, inputs: LinearInputs) -> Output:
         """The loss, attached to hidden and weight."""
 
@@ -57,5 +69,5 @@ class LinearProvider(ABC):
         return Step(output, torch.autograd.grad(output.loss, (inputs.hidden, inputs.weight), upstream))
 
     def judge(self, oracle: LinearOracle, step: Step) -> LinearErrors | None:
-        """How far a step is off; None where nothing can be said."""
+        """Against the policy loss."""
         return oracle.judge(step, ours=self.ours, leniency=self.leniency)

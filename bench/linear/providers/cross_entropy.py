@@ -12,12 +12,12 @@ from hpo_fused.bench.linear.results import LinearErrors
 from hpo_fused.bench.providers import Output, Unavailable
 from hpo_fused.bench.trial import Step
 
-from .base import LinearProvider
+from .base import LossProvider
 
 ROWS = 1024  # of a chunk, on a CPU
 
 
-class CrossEntropy(LinearProvider):
+class CrossEntropy(LossProvider):
     """``torch.nn.functional.linear_cross_entropy`` over all rows, chunked."""
 
     name = "linear_cross_entropy"

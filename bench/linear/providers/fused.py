@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 
 import hpo_fused
-from hpo_fused.backend import Backend, backend_for
+from hpo_fused.backend import Backend
 from hpo_fused.bench.linear.cases import LinearCase
 from hpo_fused.bench.linear.draw import LinearInputs
-from hpo_fused.bench.providers import Output, Unavailable
+from hpo_fused.bench.providers import Output
+from hpo_fused.bench.providers.fused import check_backend
 
-from .base import LinearProvider
+from .base import LossProvider
 
 
-class Fused(LinearProvider):
+class Fused(LossProvider):
     """``hpo_fused.linear_policy_loss`` with the backend it chooses itself, or a given one."""
 
     ours = True
@@ -26,12 +27,7 @@ class Fused(LinearProvider):
         self.slow_start = "compiling kernels"
 
     def prepare(self, case: LinearCase, device: torch.device) -> None:
-        if self.backend == "triton" and device.type == "cpu":
-            raise Unavailable("needs a GPU; what Triton's interpreter takes on a CPU says nothing")
-        try:
-            backend_for(torch.empty(0, device=device), self.backend)
-        except ValueError as error:
-            raise Unavailable(str(error)) from error
+        check_backend(self.backend, device)
 
     def memory_bytes(self, case: LinearCase, device: torch.device) -> float:
         return case.memory(device.type).peak

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from hpo_fused.bench.linear.cases import LinearCase
-from hpo_fused.bench.linear.check import LinearOracle
 from hpo_fused.bench.linear.draw import LinearInputs
 from hpo_fused.bench.linear.results import GEMMS
 from hpo_fused.bench.providers import Output
@@ -46,9 +45,6 @@ class Gemms(LinearProvider):
             kept = self.buffers[name] = torch.zeros(rows * columns, dtype=like.dtype, device=like.device)
         return kept[: rows * columns].view(rows, columns)
 
-    def forward(self, inputs: LinearInputs) -> Output:
-        raise NotImplementedError("GEMMs alone make no loss")
-
     def step(self, inputs: LinearInputs) -> Step:
         case, weight = inputs.case, inputs.weight.detach()
         vocabulary, size = weight.shape
@@ -66,6 +62,3 @@ class Gemms(LinearProvider):
             torch.mm(chunk, weight, out=of_hidden[part])
             torch.mm(chunk.t(), rows, out=of_weight)
         return Step(Output(x.new_zeros(()), None, None), (of_hidden, of_weight))
-
-    def judge(self, oracle: LinearOracle, step: Step) -> None:
-        return None

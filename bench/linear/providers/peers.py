@@ -13,7 +13,7 @@ from hpo_fused.bench.providers import Output
 from hpo_fused.bench.providers.linear_peers import LinearPeer
 from hpo_fused.objective import Objective
 
-from .base import LinearProvider
+from .base import LossProvider
 
 TILE = 4096 * 32768  # entries of the largest float32 temporaries that any of them makes
 
@@ -34,7 +34,7 @@ class Function(Protocol):
     ) -> Output: ...
 
 
-class Peer(LinearProvider):
+class Peer(LossProvider):
     """One of them."""
 
     slow_start = "compiling kernels"

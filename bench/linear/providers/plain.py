@@ -15,7 +15,7 @@ from hpo_fused.bench.providers import Output
 from hpo_fused.bench.providers.plain import compiler_missing, fresh_copy
 from hpo_fused.objective import Objective
 
-from .base import LinearProvider
+from .base import LossProvider
 
 
 def plain_linear_loss(
@@ -32,7 +32,7 @@ def plain_linear_loss(
     return plain_policy_loss(objective, logits, tokens, advantages, old_logprobs, None, softcap)
 
 
-class Eager(LinearProvider):
+class Eager(LossProvider):
     """The loss in plain PyTorch, differentiated by autograd."""
 
     name = "eager"
