@@ -9,10 +9,11 @@ from rich import box
 from rich.table import Table
 
 from .check import OWN_GRADIENT_LIMIT, OWN_LOGPROB_LIMIT, ROWS
+from .labels import labels
 from .results import ColumnErrors, Result, Row, by_case
 
 TITLE = "Against float64"
-HEADINGS = ("shape", "provider", "log p", "gradient", "worst", "median", "rounded", "beyond", "same")
+HEADINGS = ("shape", "provider", "loss", "log p", "gradient", "worst", "median", "rounded", "beyond", "same")
 
 
 def error(value: float | None) -> str:
@@ -28,7 +29,7 @@ def error(value: float | None) -> str:
 
 
 def _lines(row: Row) -> Iterator[list[str]]:
-    """A provider's cells, from the log-probabilities on: a line for each sort of column of the gradient."""
+    """A provider's cells, from the loss on: a line for each sort of column of the gradient."""
     assert row.errors is not None
     same = {None: "–", True: "yes", False: "no"}[row.repeats]
 
@@ -36,16 +37,21 @@ def _lines(row: Row) -> Iterator[list[str]]:
         values = (columns.worst, columns.median, columns.rounding, columns.beyond) if columns else (None,) * 4
         return [error(value) for value in values]
 
-    yield [error(row.errors.logprob), "sampled", *cells(row.errors.target), same]
-    yield ["", "others", *cells(row.errors.others), ""]
+    start = [error(row.errors.loss), error(row.errors.logprob)]
+    if row.case.mode == "forward":
+        yield [*start, "", *[""] * 4, same]
+        return
+    yield [*start, "sampled", *cells(row.errors.target), same]
+    yield ["", "", "others", *cells(row.errors.others), ""]
 
 
 def _checked(result: Result) -> Iterator[tuple[str, list[Row]]]:
-    """Cases by name, with those of their rows whose result was checked."""
+    """Cases by what tells them apart, with those of their rows whose result was checked."""
+    names = labels(row.case for row in result.rows)
     for case, rows in by_case(result.rows):
         checked = [row for row in rows if row.errors is not None]
         if checked:
-            yield case.shape.name, checked
+            yield names[case], checked
 
 
 def table(result: Result) -> Table | None:
@@ -71,6 +77,7 @@ def notes(result: Result) -> Iterator[str]:
         return
     own = " / ".join(f"{OWN_GRADIENT_LIMIT[dtype]:.0e} in {dtype}" for dtype in dtypes).replace("e-0", "e-")
     logprob = f"{OWN_LOGPROB_LIMIT:.0e}".replace("e-0", "e-")
+    yield "loss: error relative to the sum of |dloss/dlogp|, which unlike the loss does not cancel."
     yield f"log p: largest absolute error of a log-probability, over all tokens (hpo_fused's limit: {logprob})."
     yield (
         f"gradient: error relative to the row's gradient, over up to {ROWS} rows; the sampled token's column apart "
@@ -102,5 +109,10 @@ def markdown(result: Result) -> str:
             lines += ["| " + " | ".join([shape, provider, *cells]) + " |" for cells in _lines(row)]
     if not lines:
         return ""
-    head = [f"{TITLE}:", "", "| " + " | ".join(HEADINGS) + " |", "|---|---|---:|---|" + "---:|" * (len(HEADINGS) - 4)]
+    head = [
+        f"{TITLE}:",
+        "",
+        "| " + " | ".join(HEADINGS) + " |",
+        "|---|---|---:|---:|---|" + "---:|" * (len(HEADINGS) - 5),
+    ]
     return "\n".join([*head, *lines, "", *(f"- {line}" for line in [*broken(result), *notes(result)])])

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from hpo_fused import reference
 from hpo_fused.objective import Objective
+
+# forward: loss, log-probabilities and entropy under no_grad. gradient: backward alone, its forward not timed. both:
+# what a training step pays.
+Mode = Literal["forward", "gradient", "both"]
+MODES: tuple[Mode, ...] = ("forward", "gradient", "both")
+# logits: the policy loss. logprobs: differentiable log-probabilities and entropies alone.
+Op = Literal["logits", "logprobs"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -99,6 +106,7 @@ class BatchCase:
         dtype: a key of ``DTYPES``.
         objective: a preset's name.
         inactive: share of the responses whose advantage is zero.
+        mode: which part of a step is timed.
     """
 
     shape: Any
@@ -107,6 +115,7 @@ class BatchCase:
     dtype: str = "bf16"
     objective: str = "mhpo_ahpo"
     inactive: float = 0.0
+    mode: Mode = "both"
 
     @property
     def tokens(self) -> int:
@@ -143,16 +152,26 @@ class Case(BatchCase):
     Args:
         shape: vocabulary and softcap.
         ragged: responses of different lengths, padded and masked, instead of B full ones.
+        op: what is made of the logits.
     """
 
     shape: Shape
     ragged: bool = False
+    op: Op = "logits"
 
     @classmethod
     def of_tokens(cls, shape: Shape, tokens: int, dtype: str, objective: str, inactive: float, ragged: bool) -> Case:
         """A case of exactly ``tokens`` positions: as many responses, up to two groups, as divide them."""
         responses = responses_of(tokens, 2 * GROUP)
-        return cls(shape, responses, tokens // responses, dtype, objective, inactive, ragged)
+        return cls(shape, responses, tokens // responses, dtype, objective, inactive, ragged=ragged)
+
+    @property
+    def least_bytes(self) -> int | None:
+        """Device-memory traffic that nobody can avoid: the logits read and, where there is a gradient, it written.
+
+        None for the gradient alone: what is left of it depends on what the forward has done already.
+        """
+        return {"forward": self.logits_bytes, "both": 2 * self.logits_bytes, "gradient": None}[self.mode]
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,6 +185,7 @@ class Inputs:
         old_logprobs: float32 [B, T].
         mask: bool [B, T], or None where every token counts.
         exact_logprobs: float64 [B, T], log-probabilities of ``tokens`` under exactly these logits.
+        upstream: float32 [B, T], dloss/dlogp that a loss behind log-probabilities sends back; 0 where masked.
     """
 
     case: Case
@@ -176,6 +196,7 @@ class Inputs:
     old_logprobs: Tensor
     mask: Tensor | None
     exact_logprobs: Tensor
+    upstream: Tensor
 
 
 def _rows(count: int, case: Case, device: torch.device, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -242,6 +263,7 @@ def draw(case: Case, device: torch.device, seed: int) -> Inputs:
         shortest = max(1, case.length // 4)
         lengths = torch.randint(shortest, case.length + 1, shape[:1], generator=generator, device=device)
         mask = torch.arange(case.length, device=device) < lengths[:, None]
+    upstream = torch.randn(shape, generator=generator, device=device) / count
     return Inputs(
         case,
         case.resolved_objective(),
@@ -251,4 +273,5 @@ def draw(case: Case, device: torch.device, seed: int) -> Inputs:
         old.reshape(shape),
         mask,
         exact.reshape(shape),
+        upstream if mask is None else upstream * mask,
     )

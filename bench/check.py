@@ -8,7 +8,7 @@ fit. The column of a row's token is judged apart from the others: its entry alon
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -17,8 +17,10 @@ from hpo_fused import reference
 from hpo_fused.objective import Objective
 
 from .cases import CHUNK_ELEMENTS, Inputs
-from .providers import Output
 from .results import ColumnErrors, Errors
+
+if TYPE_CHECKING:
+    from .trial import Step
 
 ROWS = 16  # with a gradient, and as many without where there are such
 
@@ -102,7 +104,11 @@ def _logprob_error(inputs: Inputs, logprobs: Tensor | None) -> tuple[float | Non
     """Largest error, and the errors as far as they are within this package's own limit [B, T]."""
     if logprobs is None:
         return None, torch.zeros_like(inputs.exact_logprobs)
-    error = logprob_errors(inputs, logprobs, inputs.exact_logprobs)
+    if inputs.case.op == "logprobs":
+        error = logprobs.detach().double() - inputs.exact_logprobs
+        error = error if inputs.mask is None else error.masked_fill(~inputs.mask, 0.0)
+    else:
+        error = logprob_errors(inputs, logprobs, inputs.exact_logprobs)
     return error.abs().max().item(), error.nan_to_num(0.0).clamp(-OWN_LOGPROB_LIMIT, OWN_LOGPROB_LIMIT)
 
 
@@ -128,7 +134,7 @@ class Oracle:
 
     Attributes:
         loss: exact.
-        coefficients: dloss/dlogp [B, T].
+        coefficients: dloss/dlogp [B, T]; for log-probabilities alone what is sent back to them.
         rows: indices of those rows of the flattened logits whose gradient is checked.
         slopes: dlogp/dlogits of these rows [R, V].
         entropies: of these rows [R].
@@ -144,6 +150,8 @@ class Oracle:
     def of(cls, inputs: Inputs) -> Oracle:
         """Compute it: the loss from every exact log-probability, the gradient by the chain rule through them."""
         loss, coefficients = loss_and_coefficients(inputs, inputs.exact_logprobs)
+        if inputs.case.op == "logprobs":
+            coefficients = inputs.upstream.double()
         learnt = coefficients.flatten() != 0
         rows = torch.cat([spread_rows(learnt, ROWS), spread_rows(~learnt, ROWS)])
         z = inputs.logits.detach().flatten(0, 1)[rows].double().requires_grad_()
@@ -159,33 +167,24 @@ class Oracle:
         idle = self.coefficients.flatten()[self.rows] == 0
         return error.masked_fill(idle, 0.0).max().item()
 
-    def judge(self, inputs: Inputs, output: Output, gradient: Tensor, *, ours: bool = False) -> Errors:
+    def judge(self, inputs: Inputs, step: Step, *, ours: bool = False) -> Errors:
         """Errors of a provider's output and of its gradient [B, T, V], which carries the case's upstream factor.
 
         ``ours`` holds it to this package's own limits as well.
         """
-        case = inputs.case
-        tiny = torch.finfo(torch.float64).tiny
-        scale = self.coefficients.abs().sum().clamp(min=tiny)
-        loss = ((output.loss.detach().double() - self.loss).abs() / scale).item()
+        case, output = inputs.case, step.output
+        loss = None
+        if output.loss is not None:
+            scale = self.coefficients.abs().sum().clamp(min=torch.finfo(torch.float64).tiny)
+            loss = ((output.loss.detach().double() - self.loss).abs() / scale).item()
         logprob, shift = _logprob_error(inputs, output.logprobs)
-        # The gradient's coefficients at the provider's own log-probabilities, as far as these may be off: that error
-        # is judged already, and next to a clip's edge it would decide whether there is a gradient at all.
-        _, coefficients = loss_and_coefficients(inputs, inputs.exact_logprobs + shift)
-        coefficients = coefficients.flatten()[self.rows]
-        exact = coefficients.unsqueeze(-1) * self.slopes
-        got = gradient.detach().flatten(0, 1)[self.rows].double() / case.upstream
-        rounded = (exact * case.upstream).to(gradient.dtype).double() / case.upstream
-
-        column = inputs.tokens.flatten()[self.rows].unsqueeze(-1)
-        errors, rounding, sizes = (_parts(rows, column) for rows in (got - exact, rounded - exact, exact))
-        target, others = (_column_errors(*part) for part in zip(errors, rounding, sizes, strict=True))
-        floor = max(NEGLIGIBLE * max(size.max().item() for size in sizes), tiny)
-        allowed = (sizes[0].maximum(PEAKED * coefficients.abs()).clamp(min=floor), sizes[1].clamp(min=floor))
-        beyond = torch.cat([(e - r) / a for e, r, a in zip(errors, rounding, allowed, strict=True)]).max()
+        target, others, beyond = (None, None, 0.0)
+        if step.gradients:
+            (gradient,) = step.gradients
+            target, others, beyond = self._judge_gradient(inputs, gradient, shift)
         complaints = [
-            off("loss", loss, LOSS_LIMIT),
-            off("gradient", beyond.item(), GRADIENT_LIMIT[case.dtype]),
+            off("loss", loss or 0.0, LOSS_LIMIT),
+            off("gradient", beyond, GRADIENT_LIMIT[case.dtype]),
             off("log-probability", logprob or 0.0, LOGPROB_LIMIT),
             off("entropy", self._entropy_error(output.entropy), ENTROPY_LIMIT),
         ]
@@ -197,3 +196,30 @@ class Oracle:
                     beyond_own = off(f"gradient of the {name}", columns.beyond, OWN_GRADIENT_LIMIT[case.dtype])
                     broken.append(beyond_own and f"{beyond_own} beyond its rounding")
         return Errors(loss, logprob, target, others, *(", ".join(filter(None, each)) for each in (complaints, broken)))
+
+    def _judge_gradient(
+        self, inputs: Inputs, gradient: Tensor, shift: Tensor
+    ) -> tuple[ColumnErrors | None, ColumnErrors | None, float]:
+        """Errors of the sampled tokens' columns and of the others, and the worst of all beyond one rounding.
+
+        The loss's coefficients are taken at the provider's own log-probabilities, off by ``shift`` [B, T], as far as
+        these may be off: that error is judged already, and next to a clip's edge it would decide whether there is a
+        gradient at all.
+        """
+        case = inputs.case
+        tiny = torch.finfo(torch.float64).tiny
+        coefficients = self.coefficients
+        if case.op == "logits":
+            _, coefficients = loss_and_coefficients(inputs, inputs.exact_logprobs + shift)
+        coefficients = coefficients.flatten()[self.rows]
+        exact = coefficients.unsqueeze(-1) * self.slopes
+        got = gradient.detach().flatten(0, 1)[self.rows].double() / case.upstream
+        rounded = (exact * case.upstream).to(gradient.dtype).double() / case.upstream
+
+        column = inputs.tokens.flatten()[self.rows].unsqueeze(-1)
+        errors, rounding, sizes = (_parts(rows, column) for rows in (got - exact, rounded - exact, exact))
+        target, others = (_column_errors(*part) for part in zip(errors, rounding, sizes, strict=True))
+        floor = max(NEGLIGIBLE * max(size.max().item() for size in sizes), tiny)
+        allowed = (sizes[0].maximum(PEAKED * coefficients.abs()).clamp(min=floor), sizes[1].clamp(min=floor))
+        beyond = torch.cat([(e - r) / a for e, r, a in zip(errors, rounding, allowed, strict=True)]).max()
+        return target, others, beyond.item()

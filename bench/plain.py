@@ -25,6 +25,18 @@ class PlainOutput(NamedTuple):
     entropy: Tensor
 
 
+def plain_token_logprobs(logits: Tensor, tokens: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """Log-probabilities, attached to the graph, and detached entropies [B, T] of padded logits [B, T, V]."""
+    if softcap is None:
+        log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    else:
+        log_p = torch.log_softmax(softcap * torch.tanh(logits.float() / softcap), dim=-1)
+    logprobs = log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    with torch.no_grad():
+        entropy = -(log_p.exp() * log_p).sum(-1)
+    return logprobs, entropy
+
+
 def plain_policy_loss(
     objective: Objective,
     logits: Tensor,
@@ -35,13 +47,6 @@ def plain_policy_loss(
     softcap: float | None,
 ) -> PlainOutput:
     """Loss, log-probabilities and entropy of padded logits [B, T, V]; shapes as in :func:`hpo_fused.policy_loss`."""
-    if softcap is None:
-        log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-    else:
-        log_p = torch.log_softmax(softcap * torch.tanh(logits.float() / softcap), dim=-1)
-    logprobs = log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    with torch.no_grad():
-        entropy = -(log_p.exp() * log_p).sum(-1)
-
+    logprobs, entropy = plain_token_logprobs(logits, tokens, softcap)
     loss = plain_logprob_loss(objective, logprobs, advantages, old_logprobs, mask)
     return PlainOutput(loss, logprobs.detach(), entropy)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 from rich import box
@@ -10,6 +9,7 @@ from rich.table import Table
 
 from . import accuracy
 from .cases import Case
+from .labels import labels, number
 from .results import COPY, COPY_NEW, Result, ResultFile, Row, by_case
 
 MIB = 1 << 20
@@ -18,12 +18,13 @@ BUSY = 0.1  # share of the CPUs in use by others from which a warning is printed
 PAGE_FAULTS, PAGE_FAULT_BYTES = 2.0, 32 * MIB  # below, the C library keeps what it freed
 
 
-def number(value: float | None) -> str:
-    """Three digits or all those before the point, never in exponent form; a dash where there is nothing."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    digits = 2 - math.floor(math.log10(abs(value))) if value else 0
-    return f"{value:.{max(0, min(digits, 3))}f}"
+WORK = {
+    ("logits", "forward"): "forward alone",
+    ("logits", "gradient"): "gradient alone",
+    ("logprobs", "forward"): "log-probabilities and entropies, forward alone",
+    ("logprobs", "gradient"): "log-probabilities' gradient alone",
+    ("logprobs", "both"): "log-probabilities and entropies, forward and gradient",
+}
 
 
 def describe(case: Case) -> str:
@@ -31,7 +32,8 @@ def describe(case: Case) -> str:
     words = [
         f"{case.responses}×{case.length} = {case.tokens} tokens × {case.shape.vocabulary} {case.dtype} "
         f"({number(case.logits_bytes / MIB)} MiB)",
-        case.objective,
+        *([case.objective] if case.op == "logits" else []),
+        *filter(None, [WORK.get((case.op, case.mode))]),
     ]
     if case.shape.softcap is not None:
         words.append(f"softcap {case.shape.softcap:g}")
@@ -50,7 +52,7 @@ def _cells(row: Row) -> list[str]:
         f"{number(row.q20_s * 1e3)}–{number(row.q80_s * 1e3)}",
         "–" if row.ratio_to_ours is None else f"{number(row.ratio_to_ours)}×",
         number(row.gb_per_s),
-        "–" if not row.time_over_copy else number(100 / row.time_over_copy),
+        "–" if row.share_of_copy is None else number(100 * row.share_of_copy),
         "" if row.is_copy else ("–" if row.peak_extra_bytes is None else number(row.peak_extra_bytes / MIB)),
     ]
 
@@ -65,9 +67,10 @@ def table(result: Result) -> Table:
     view.add_column("provider", no_wrap=True)
     for heading in HEADINGS[2:]:
         view.add_column(heading, justify="right", no_wrap=heading == "20–80 %")
+    names = labels(row.case for row in result.rows)
     for case, rows in by_case(result.rows):
         for index, row in enumerate(rows):
-            shape = case.shape.name if index == 0 else ""
+            shape = names[case] if index == 0 else ""
             cells = _cells(row) if row.median_s is not None else [row.status.replace("_", " ")]
             style = "bold" if row.provider.startswith("hpo_fused") else "dim" if row.is_copy else None
             view.add_row(shape, row.provider, *cells, style=style, end_section=index == len(rows) - 1)
@@ -76,17 +79,24 @@ def table(result: Result) -> Table:
 
 def notes(result: Result) -> Iterator[str]:
     """What the table cannot say: the cases in full, whatever was not timed, and what the columns mean."""
+    names = labels(row.case for row in result.rows)
     for case, rows in by_case(result.rows):
-        yield f"{case.shape.name}: {describe(case)}"
+        yield f"{names[case]}: {describe(case)}"
         reasons: dict[tuple[str, str], list[str]] = {}
         for row in rows:
             if row.status != "ok":
                 reasons.setdefault((row.status, row.note), []).append(row.provider)
-        for (status, note), names in reasons.items():
-            yield f"  {', '.join(names)}: {status.replace('_', ' ')}: {note}"
+        for (status, note), who in reasons.items():
+            yield f"  {', '.join(who)}: {status.replace('_', ' ')}: {note}"
     gradients = {row.gradient_bytes for row in result.rows if row.gradient_bytes}
     sizes = " / ".join(number(size / MIB) for size in sorted(gradients)) or "–"
-    yield "GB/s: one read and one write of the logits over the median time."
+    modes = {row.case.mode for row in result.rows}
+    yield (
+        "GB/s: one read and one write of the logits over the median time"
+        + (" (forward: the read alone; gradient: open)." if modes != {"both"} else ".")
+    )
+    if "gradient" in modes:
+        yield "gradient: backward alone; who makes the gradient in its forward has next to nothing left to do there."
     yield "% of copy: speed reached, of that of copying the logits to memory already in use."
     yield f"peak MiB: beyond the inputs, gradient included (which alone is {sizes} MiB)."
     if any(row.provider == COPY_NEW for row in result.rows):
@@ -125,10 +135,10 @@ def verdict(result: Result) -> str:
     ratios: dict[str, list[float]] = {}
     shares: list[float] = []
     for row in result.rows:
-        if row.status != "ok" or row.time_over_copy is None:
+        if row.status != "ok" or row.time_over_copy is None or row.case.mode == "gradient":
             continue
-        if row.provider == base:
-            shares.append(100 / row.time_over_copy)
+        if row.provider == base and row.share_of_copy is not None:
+            shares.append(100 * row.share_of_copy)
         elif not row.is_copy and row.ratio_to_ours is not None:
             ratios.setdefault(row.provider, []).append(row.ratio_to_ours)
     if base is None or not shares:
@@ -162,11 +172,11 @@ def environment_line(result: ResultFile) -> str:
 def markdown(result: Result) -> str:
     """The result as GitHub-flavoured markdown: times, then errors, each with what is needed to read them."""
     lines = ["| " + " | ".join(HEADINGS) + " |", "|---|---|" + "---:|" * (len(HEADINGS) - 2)]
-    for case, rows in by_case(result.rows):
-        for row in rows:
-            cells = _cells(row) if row.median_s is not None else [row.status.replace("_", " "), *[""] * 5]
-            provider = f"**{row.provider}**" if row.provider.startswith("hpo_fused") else row.provider
-            lines.append("| " + " | ".join([case.shape.name, provider, *cells]) + " |")
+    names = labels(row.case for row in result.rows)
+    for row in result.rows:
+        cells = _cells(row) if row.median_s is not None else [row.status.replace("_", " "), *[""] * 5]
+        provider = f"**{row.provider}**" if row.provider.startswith("hpo_fused") else row.provider
+        lines.append("| " + " | ".join([names[row.case], provider, *cells]) + " |")
     interrupted = ["Interrupted: rows or rounds are missing."] if result.interrupted else []
     warnings = filter(None, [busy_warning(result)])
     below = [environment_line(result) + ".", *interrupted, *warnings, *notes(result)]

@@ -47,15 +47,15 @@ class Errors:
     """How far a provider's result is from float64.
 
     Attributes:
-        loss: relative to the sum of |dloss/dlogp|, which unlike the loss does not cancel.
+        loss: relative to the sum of |dloss/dlogp|, which unlike the loss does not cancel; None where there is none.
         logprob: largest absolute error over all tokens whose log-probability was computed; None if it returned none.
         target, others: of the gradient, in the column of the row's token and (root mean square) in all others; None
-            where no row has a gradient.
+            where no row has a gradient, or none was asked for.
         complaint: what is wrong, "" if nothing.
         broken: limits that only this package's providers are held to and this one misses, "" if none.
     """
 
-    loss: float
+    loss: float | None
     logprob: float | None
     target: ColumnErrors | None
     others: ColumnErrors | None
@@ -116,12 +116,66 @@ class Measurement:
         return self.median_s
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """``hpo_fused.linear_memory``, bytes."""
+
+    gradients: int
+    accumulator: int
+    chunk: int
+    working: int
+    peak: int
+
+    @property
+    def extra(self) -> int:
+        """Peak beyond the gradients and the accumulator, at most."""
+        return self.chunk + self.working
+
+
+@dataclass
+class MemoryRow:
+    """Peak memory of one provider on one case.
+
+    Attributes:
+        series: what it belongs to: "tokens" (against their number, default settings), "budget" (with a fixed one) or
+            "7b" (the head of a 7B model).
+        case, provider, status, note, peak_extra_bytes, gradient_bytes: as in :class:`Measurement`; a row that was
+            "predicted" has no peak.
+        device: "cpu" or "cuda", where it runs or would run.
+        prediction: for this package's providers on the linear path.
+    """
+
+    series: str
+    case: Any
+    provider: str
+    device: str
+    status: Status = "ok"
+    note: str = ""
+    peak_extra_bytes: int | None = None
+    gradient_bytes: int = 0
+    prediction: Prediction | None = None
+
+    @property
+    def beyond(self) -> int | None:
+        """Measured peak beyond the gradients and the float32 accumulator; None where one of these is unknown."""
+        if self.peak_extra_bytes is None or self.prediction is None:
+            return None
+        return max(self.peak_extra_bytes - self.gradient_bytes - self.prediction.accumulator, 0)
+
+    @classmethod
+    def of_dict(cls, content: dict[str, Any], case: Any) -> MemoryRow:
+        """The inverse of ``dataclasses.asdict``, the case apart."""
+        prediction = content["prediction"] and Prediction(**content["prediction"])
+        return cls(**{**content, "case": case, "prediction": prediction})
+
+
 @dataclass
 class Row(Measurement):
     """A provider of losses from logits.
 
     Attributes:
-        gb_per_s: one read and one write of the logits over the median, in 1e9 bytes per second.
+        gb_per_s: the traffic that the case cannot avoid over the median, in 1e9 bytes per second; None where it is
+            open what that is.
         time_over_copy: median over rounds of this time / the copy's time.
         errors: against the float64 oracle; None for a copy, and where the first call gave no result.
     """
@@ -135,6 +189,18 @@ class Row(Measurement):
     def is_copy(self) -> bool:
         """Whether this is one of the limits and not a provider."""
         return self.provider in (COPY, COPY_NEW)
+
+    @property
+    def least_bytes(self) -> int | None:
+        """The traffic that this row cannot avoid: a copy's is one read and one write, whatever is timed beside it."""
+        return 2 * self.case.logits_bytes if self.is_copy else self.case.least_bytes
+
+    @property
+    def share_of_copy(self) -> float | None:
+        """The part of the copy's bytes per second that is reached."""
+        if not self.time_over_copy or self.least_bytes is None:
+            return None
+        return self.least_bytes / (2 * self.case.logits_bytes) / self.time_over_copy
 
 
 def by_case(rows: Iterable[Row]) -> Iterator[tuple[Case, list[Row]]]:
@@ -172,7 +238,7 @@ def summarise(rows: Sequence[Row], ours: str | None) -> None:
         median = row.take_quantiles()
         if median is None:
             continue
-        row.gb_per_s = 2 * row.case.logits_bytes / median / 1e9
+        row.gb_per_s = None if row.least_bytes is None else row.least_bytes / median / 1e9
         row.ratio_to_ours = median_ratio(row.samples_s, samples.get(ours or "", []))
         row.time_over_copy = median_ratio(row.samples_s, samples.get(COPY, []))
 
@@ -248,22 +314,27 @@ def read_content(path: Path) -> dict[str, Any]:
 
 @dataclass
 class Result(ResultFile):
-    """A run of ``speed``."""
+    """A run of ``speed``, ``accuracy`` or ``memory`` on logits."""
 
     command: str = "speed"
     rows: list[Row] = field(default_factory=list)
+    memory: list[MemoryRow] = field(default_factory=list)
 
     @property
     def measurements(self) -> Sequence[Row]:
-        """Every row."""
+        """Every row that was timed."""
         return self.rows
 
     @classmethod
     def of_dict(cls, content: dict[str, Any]) -> Self:
         """The inverse of ``dataclasses.asdict``."""
-        for row in content["rows"]:
-            row["case"]["shape"] = Shape(**row["case"]["shape"])
-            row["case"] = Case(**row["case"])
-            row["errors"] = row["errors"] and Errors.of_dict(row["errors"])
-        content["rows"] = [Row(**row) for row in content["rows"]]
-        return cls(**content)
+
+        def case(row: dict[str, Any]) -> Case:
+            return Case(**{**row["case"], "shape": Shape(**row["case"]["shape"])})
+
+        rows = [
+            Row(**{**row, "case": case(row), "errors": row["errors"] and Errors.of_dict(row["errors"])})
+            for row in content["rows"]
+        ]
+        memory = [MemoryRow.of_dict(row, case(row)) for row in content.get("memory", [])]
+        return cls(**{**content, "rows": rows, "memory": memory})

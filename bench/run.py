@@ -11,7 +11,7 @@ from torch import Tensor
 from .cases import Case, Inputs, draw
 from .check import Oracle
 from .measure import Task
-from .providers import Provider
+from .providers import Output, Provider
 from .results import COPY, COPY_NEW, Row, summarise
 from .trial import (
     Progress,
@@ -42,7 +42,7 @@ _produce: Callable[[Tensor, Tensor], Tensor] = _Produce.apply
 
 
 class Bench:
-    """A provider on a case's inputs: runs it, and restores the logits where it overwrites them.
+    """A provider on a case's inputs: runs what the case's mode asks for, and restores the logits where overwritten.
 
     The gradient is taken by ``autograd.grad``: ``backward()`` on a leaf may copy it once more into ``.grad``, which
     does not happen in training, where logits are an intermediate result.
@@ -53,20 +53,38 @@ class Bench:
         self.storage = torch.empty_like(inputs.logits).detach() if provider.inplace else None
         self.anchor = torch.empty(0, device=inputs.logits.device, requires_grad=True)
         loss_scale = inputs.case.upstream
-        self.upstream = None if loss_scale == 1 else torch.tensor(loss_scale, device=inputs.logits.device)
+        if inputs.case.op == "logprobs":
+            self.upstream: Tensor | None = inputs.upstream * loss_scale
+        else:
+            self.upstream = None if loss_scale == 1 else torch.tensor(loss_scale, device=inputs.logits.device)
+        self.begun: tuple[Output, Tensor] | None = None
 
     def before(self) -> None:
-        """Restore what the last run overwrote."""
+        """Restore what the last run overwrote; where the gradient alone is timed, go forward."""
+        self.begun = None
         if self.storage is not None:
             self.storage.copy_(self.inputs.logits.detach())
+        if self.inputs.case.mode == "gradient":
+            self.begun = self._forward()
 
     def step(self) -> Step:
-        """Forward and backward, once."""
+        """Forward, backward or both, once."""
+        if self.inputs.case.mode == "forward":
+            with torch.no_grad():
+                return Step(self._forward()[0], ())
+        (output, logits), self.begun = self.begun or self._forward(), None
+        root = output.loss if output.loss is not None else output.logprobs
+        assert root is not None
+        gradients = torch.autograd.grad(root, (logits,), self.upstream)
+        logprobs = None if output.logprobs is None else output.logprobs.detach()
+        return Step(output._replace(logprobs=logprobs), gradients)
+
+    def _forward(self) -> tuple[Output, Tensor]:
         logits = self.inputs.logits
         if self.storage is not None:
             logits = _produce(self.anchor, self.storage)
-        output = self.provider.forward(self.inputs, logits)
-        return Step(output, torch.autograd.grad(output.loss, (logits,), self.upstream))
+        of = self.provider.token_logprobs if self.inputs.case.op == "logprobs" else self.provider.forward
+        return of(self.inputs, logits), logits
 
 
 def _first_call(bench: Bench, oracle: Oracle, row: Row, device: torch.device) -> None:
@@ -78,7 +96,7 @@ def _first_call(bench: Bench, oracle: Oracle, row: Row, device: torch.device) ->
     provider.prepare(inputs.case, device)
 
     def judge(step: Step) -> str:
-        row.errors = oracle.judge(inputs, step.output, *step.gradients, ours=provider.ours)
+        row.errors = oracle.judge(inputs, step, ours=provider.ours)
         return row.errors.complaint
 
     first_call(bench, row, device, judge)
@@ -92,7 +110,7 @@ def run_case(
     Rows are complete and summarised however this ends: on Ctrl-C they hold the rounds that were finished.
     """
     device = settings.device
-    copies = [COPY, COPY_NEW] if device.type == "cpu" else [COPY]
+    copies = ([COPY, COPY_NEW] if device.type == "cpu" else [COPY]) if settings.timed else []
     mine = {name: Row(case, name) for name in [provider.name for provider in providers] + copies}
     rows.extend(mine.values())
     share = 1 / (len(providers) + 2)  # of the progress bar: drawing, each first call, timing
@@ -120,15 +138,16 @@ def run_case(
             if row.status == "ok":
                 tasks[provider.name] = Task(bench.step, bench.before)
             progress.advance(share)
-        logits = inputs.logits.detach()
-        destination = torch.empty_like(logits)
-        tasks[COPY] = Task(lambda: destination.copy_(logits))
-        if COPY_NEW in copies:
-            tasks[COPY_NEW] = Task(logits.clone)
+        if COPY in copies:
+            logits = inputs.logits.detach()
+            destination = torch.empty_like(logits)
+            tasks[COPY] = Task(lambda: destination.copy_(logits))
+            if COPY_NEW in copies:
+                tasks[COPY_NEW] = Task(logits.clone)
         time_in_rounds(mine, tasks, settings, progress, label, share)
     except Exception as error:
         record_out_of_memory(mine, error)
     finally:
-        mark_untimed(mine)
+        mark_untimed(mine, timed=settings.timed)
         ours = next((provider.name for provider in providers if provider.ours), None)
         summarise(list(mine.values()), ours)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from .check import fingerprint
-from .measure import CpuUse, Failure, Task, available_bytes, clock_for, is_out_of_memory, peak_extra_bytes, rounds
+from .measure import (
+    CpuUse,
+    Failure,
+    Task,
+    available_bytes,
+    captured,
+    clock_for,
+    is_out_of_memory,
+    peak_extra_bytes,
+    rounds,
+)
 from .providers import Output, Unavailable
 from .results import Measurement, Status
 
@@ -31,12 +41,23 @@ class Progress(Protocol):
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure. ``repeats`` rounds at most; none starts after ``budget`` seconds, but three are done."""
+    """How to measure. ``repeats`` rounds at most; none starts after ``budget`` seconds, but ``least`` are done.
+
+    No repeats: results are checked and their memory taken, nothing is timed. ``cuda_graph``: what is timed is the
+    replay of a CUDA graph, without the host's part of a step.
+    """
 
     device: torch.device
     repeats: int
     budget: float
     seed: int = 0
+    least: int = 3
+    cuda_graph: bool = False
+
+    @property
+    def timed(self) -> bool:
+        """Whether anything is."""
+        return self.repeats > 0
 
 
 class Step(NamedTuple):
@@ -47,7 +68,9 @@ class Step(NamedTuple):
 
     def fingerprints(self) -> list[Tensor]:
         """Equal for steps that are equal bit by bit."""
-        return [fingerprint(value) for value in (self.output.loss.reshape(1), *self.gradients)]
+        loss, logprobs, _ = self.output
+        values = [*([] if loss is None else [loss.reshape(1)]), *([] if logprobs is None else [logprobs])]
+        return [fingerprint(value) for value in (*values, *self.gradients)]
 
     def gradient_bytes(self) -> int:
         """Size of the gradients."""
@@ -58,10 +81,10 @@ class Trial(Protocol):
     """A provider on a case's inputs."""
 
     def before(self) -> None:
-        """Restore what the last run overwrote; not timed."""
+        """Restore what the last run overwrote, and go forward where only the gradient is timed; not timed."""
 
     def step(self) -> Step:
-        """Forward and backward, once."""
+        """What the case's mode asks for, once."""
 
 
 def synchronize(device: torch.device) -> None:
@@ -128,6 +151,8 @@ def time_in_rounds(
     share: float,
 ) -> None:
     """Interleaved rounds into the rows' samples; ``share`` of a case is what they are worth on the progress bar."""
+    if not settings.timed:
+        return
     clock = clock_for(settings.device)
     progress.stage(f"{label}: warming up", timing=True)
     warm_up = 3 if settings.device.type == "cuda" else 1
@@ -138,8 +163,10 @@ def time_in_rounds(
             if isinstance(outcome, Failure):
                 record_failure(rows[outcome.name], outcome.error)
         alive = {name: task for name, task in tasks.items() if rows[name].status == "ok"}
+        if settings.cuda_graph:
+            alive = dict(_captured(rows, alive))
         done, use = 0, CpuUse()
-        for outcome in rounds(alive, clock, settings.repeats, settings.budget):
+        for outcome in rounds(alive, clock, settings.repeats, settings.budget, settings.least):
             if isinstance(outcome, Failure):
                 record_failure(rows[outcome.name], outcome.error)
                 continue
@@ -158,6 +185,16 @@ def time_in_rounds(
             gc.enable()
 
 
+def _captured(rows: Mapping[str, Measurement], tasks: Mapping[str, Task]) -> Iterator[tuple[str, Task]]:
+    """Tasks whose run replays a CUDA graph of itself; who cannot be captured says so in its row."""
+    for name, task in tasks.items():
+        try:
+            yield name, captured(task)
+        except Exception as error:  # a provider's code: anything can come
+            record_failure(rows[name], error)
+            rows[name].note = f"cannot be captured in a CUDA graph: {rows[name].note}"
+
+
 def record_out_of_memory(rows: Mapping[str, Measurement], error: Exception) -> None:
     """What ended a case, in every row that has no sample; raises whatever is not a lack of memory."""
     if not is_out_of_memory(error):
@@ -167,8 +204,8 @@ def record_out_of_memory(rows: Mapping[str, Measurement], error: Exception) -> N
             record_failure(row, error)
 
 
-def mark_untimed(rows: Mapping[str, Measurement]) -> None:
-    """Rows that an interruption left without a sample say so."""
+def mark_untimed(rows: Mapping[str, Measurement], *, timed: bool = True) -> None:
+    """Rows that an interruption left without a sample, or without a result where none is timed, say so."""
     for row in rows.values():
-        if row.status == "ok" and not row.samples_s:
-            row.status, row.note = "skipped", "interrupted before it was timed"
+        if row.status == "ok" and not (row.samples_s if timed else row.first_call_s):
+            row.status, row.note = "skipped", f"interrupted before it was {'timed' if timed else 'checked'}"

@@ -27,11 +27,13 @@ from hpo_fused.bench.cases import SHAPES, Case, Inputs, Shape, draw, draw_advant
 from hpo_fused.bench.check import Oracle, fingerprint  # noqa: E402
 from hpo_fused.bench.commands import app  # noqa: E402
 from hpo_fused.bench.display import Display  # noqa: E402
+from hpo_fused.bench.labels import number  # noqa: E402
 from hpo_fused.bench.measure import Failure, Task, peak_extra_bytes, rounds  # noqa: E402
 from hpo_fused.bench.plain import plain_policy_loss  # noqa: E402
 from hpo_fused.bench.providers import PROVIDERS, Output, Provider, Unavailable  # noqa: E402
 from hpo_fused.bench.providers.plain import Eager  # noqa: E402
 from hpo_fused.bench.results import ColumnErrors, Errors, Result, Row, median_ratio, quantiles, summarise  # noqa: E402
+from hpo_fused.bench.trial import Step  # noqa: E402
 
 CPU = torch.device("cpu")
 TINY = ("--shape", "custom:V=300", "--tokens", "48", "--device", "cpu", "--repeats", "4")
@@ -61,6 +63,11 @@ def step(inputs: Inputs, function: Callable[..., Any] = plain_policy_loss) -> tu
     )  # fmt: skip
     (gradient,) = torch.autograd.grad(out.loss * inputs.case.upstream, inputs.logits)
     return Output(*out), gradient
+
+
+def as_step(output: Output, gradient: Tensor) -> Step:
+    """What a trial returns."""
+    return Step(output, (gradient,))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -149,13 +156,13 @@ def test_plain_loss_is_the_reference(objective: str, ragged: bool) -> None:
     assert output.entropy is not None
     torch.testing.assert_close(output.logprobs.double()[keep], expected.logprobs[keep], rtol=0, atol=1e-5)
     torch.testing.assert_close(output.entropy.double()[keep], expected.entropy[keep], rtol=0, atol=1e-4)
-    assert Oracle.of(inputs).judge(inputs, output, gradient).complaint == ""
+    assert Oracle.of(inputs).judge(inputs, as_step(output, gradient)).complaint == ""
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_oracle_passes_right_answers_in_every_dtype(dtype: str) -> None:
     inputs = draw(tiny_case(dtype=dtype), CPU, 0)
-    assert Oracle.of(inputs).judge(inputs, *step(inputs)).complaint == ""
+    assert Oracle.of(inputs).judge(inputs, as_step(*step(inputs))).complaint == ""
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -175,7 +182,7 @@ def test_oracle_rejects_wrong_answers(dtype: str, mistake: Callable[..., Any], c
     inputs = draw(tiny_case(dtype=dtype), CPU, 0)
     output, gradient = step(inputs)
     loss, gradient = mistake(output.loss, gradient)
-    verdict = Oracle.of(inputs).judge(inputs, output._replace(loss=loss), gradient).complaint
+    verdict = Oracle.of(inputs).judge(inputs, as_step(output._replace(loss=loss), gradient)).complaint
     assert verdict.startswith(f"{complaint} off by")
 
 
@@ -185,7 +192,7 @@ def test_oracle_rejects_wrong_entropies(change: Callable[[Tensor], Tensor]) -> N
     output, gradient = step(inputs)
     assert output.entropy is not None
     output = output._replace(entropy=change(output.entropy))
-    assert Oracle.of(inputs).judge(inputs, output, gradient).complaint.startswith("entropy off by")
+    assert Oracle.of(inputs).judge(inputs, as_step(output, gradient)).complaint.startswith("entropy off by")
 
 
 def test_inactive_rows_must_have_no_gradient() -> None:
@@ -194,7 +201,7 @@ def test_inactive_rows_must_have_no_gradient() -> None:
     idle = inputs.advantages == 0
     assert not gradient[idle].any()
     gradient[idle] += 1e-4
-    assert "gradient" in Oracle.of(inputs).judge(inputs, output, gradient).complaint
+    assert "gradient" in Oracle.of(inputs).judge(inputs, as_step(output, gradient)).complaint
 
 
 def exact_step(inputs: Inputs) -> tuple[Output, Tensor]:
@@ -213,7 +220,7 @@ def exact_step(inputs: Inputs) -> tuple[Output, Tensor]:
 @pytest.mark.parametrize("objective", ["mhpo_ahpo", "gspo", "sapo"])
 def test_errors_of_exact_arithmetic_are_its_rounding(dtype: str, objective: str) -> None:
     inputs = draw(tiny_case(dtype=dtype, objective=objective, ragged=True), CPU, 0)
-    errors = Oracle.of(inputs).judge(inputs, *exact_step(inputs), ours=True)
+    errors = Oracle.of(inputs).judge(inputs, as_step(*exact_step(inputs)), ours=True)
     assert (errors.complaint, errors.broken) == ("", "")
     assert errors.logprob is not None
     assert errors.logprob < 1e-12
@@ -232,7 +239,7 @@ def test_sampled_and_other_columns_are_judged_apart() -> None:
     output, gradient = exact_step(inputs)
     column = inputs.tokens.unsqueeze(-1)
     sampled = gradient.scatter(-1, column, 1.0001 * gradient.gather(-1, column))
-    both = [oracle.judge(inputs, output, wrong, ours=True) for wrong in (sampled, 1.0001 * gradient)]
+    both = [oracle.judge(inputs, as_step(output, wrong), ours=True) for wrong in (sampled, 1.0001 * gradient)]
     for errors, target, others in ((both[0], 1e-4, 0), (both[1], 1e-4, 1e-4)):
         assert errors.target is not None
         assert errors.others is not None
@@ -251,7 +258,7 @@ def test_logprob_errors() -> None:
     active = inputs.advantages.unsqueeze(-1) != 0
 
     def judge(logprobs: Tensor | None, ours: bool = True) -> Errors:
-        return oracle.judge(inputs, output._replace(logprobs=logprobs), gradient, ours=ours)
+        return oracle.judge(inputs, as_step(output._replace(logprobs=logprobs), gradient), ours=ours)
 
     assert judge(None).logprob is None
     assert judge(output.logprobs.masked_fill(~active, torch.nan)).broken == ""
@@ -274,10 +281,10 @@ def test_a_clip_edge_within_the_logprob_limit_is_no_error(monkeypatch: pytest.Mo
         # The oracle is made to stand on the other side of the edge, 2e-6 from the provider.
         beyond = dataclasses.replace(moved, exact_logprobs=inputs.exact_logprobs + 2 * side)
         oracle = Oracle.of(beyond)
-        assert "gradient" not in oracle.judge(beyond, output, gradient).complaint
+        assert "gradient" not in oracle.judge(beyond, as_step(output, gradient)).complaint
         with monkeypatch.context() as patch:
             patch.setattr("hpo_fused.bench.check.OWN_LOGPROB_LIMIT", 0.0)
-            assert "gradient" in oracle.judge(beyond, output, gradient).complaint
+            assert "gradient" in oracle.judge(beyond, as_step(output, gradient)).complaint
 
 
 def test_fingerprint_tells_every_bit() -> None:
@@ -490,7 +497,7 @@ def test_a_provider_without_logprobs_shows_a_dash(invoke: Invoke, monkeypatch: p
     done = invoke("speed", *TINY, "--provider", "silent")
     assert done.exit_code == 0, done.output
     (line,) = (line for line in done.stdout.splitlines() if "silent" in line and "sampled" in line)
-    assert line.split()[2] == "–"
+    assert line.split()[3] == "–"
 
 
 def test_our_missed_limit_fails_the_run(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -654,7 +661,7 @@ def test_table_fits_the_terminal(invoke: Invoke, monkeypatch: pytest.MonkeyPatch
     assert max(map(len, lines)) <= width
     (row, errors) = (line for line in lines if " eager " in line)
     assert len(row.split()) == 7  # nothing wrapped, nothing cut
-    assert len(errors.split()) == 8
+    assert len(errors.split()) == 9
     assert "…" not in done.stdout
 
 
@@ -721,7 +728,7 @@ def test_missing_extra_is_one_line(
     [(None, "–"), (0.0, "0"), (1234.5, "1234"), (98.76, "98.8"), (1.234, "1.23"), (0.01234, "0.012")],
 )
 def test_numbers(value: float | None, text: str) -> None:
-    assert report.number(value) == text
+    assert number(value) == text
 
 
 @pytest.mark.parametrize(

@@ -34,17 +34,13 @@ from hpo_fused.bench.linear.providers import PROVIDERS, create  # noqa: E402
 from hpo_fused.bench.linear.providers.fused import Fused  # noqa: E402
 from hpo_fused.bench.linear.providers.gemms import Gemms  # noqa: E402
 from hpo_fused.bench.linear.providers.plain import Eager  # noqa: E402
-from hpo_fused.bench.linear.results import (  # noqa: E402
-    LinearErrors,
-    LinearResult,
-    LinearRow,
+from hpo_fused.bench.linear.results import LinearErrors, LinearResult, LinearRow, RowErrors, summarise  # noqa: E402
+from hpo_fused.bench.providers import Output  # noqa: E402
+from hpo_fused.bench.results import (  # noqa: E402
     MemoryRow,
     Prediction,
-    RowErrors,
-    summarise,
+    Result,
 )
-from hpo_fused.bench.providers import Output  # noqa: E402
-from hpo_fused.bench.results import Result  # noqa: E402
 from hpo_fused.bench.sheet import Sheet  # noqa: E402
 from hpo_fused.bench.trial import Step  # noqa: E402
 
@@ -717,8 +713,8 @@ def test_torch_compile(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
 def broken(base: type, change: Callable[..., Any]) -> type:
     """A provider whose gradients are changed."""
 
-    def step(self: Any, inputs: LinearInputs) -> Step:
-        found: Step = base.step(self, inputs)
+    def step(self: Any, inputs: LinearInputs, begun: Output | None = None) -> Step:
+        found: Step = base.step(self, inputs, begun)
         return found._replace(gradients=tuple(change(*found.gradients)))
 
     return type("Wrong", (base,), {"step": step})

@@ -24,6 +24,7 @@ from hpo_fused.bench.check import Oracle
 from hpo_fused.bench.logprob_loss import plain_logprob_loss
 from hpo_fused.bench.providers import Output, Provider, Unavailable, create, liger, linear_peers, peers
 from hpo_fused.bench.results import Errors
+from hpo_fused.bench.trial import Step
 from hpo_fused.objective import Clip, LogFidelity, Objective, SoftGate, TruncatedRatio
 
 DISTRIBUTIONS = {"trl:eager": "trl", "trl:triton": "trl", "liger:triton": "liger_kernel"}
@@ -61,10 +62,15 @@ def run(provider: Provider, inputs: Inputs) -> tuple[Output, Tensor]:
     return output, gradient
 
 
+def as_step(output: Output, gradient: Tensor) -> Step:
+    """What a trial returns."""
+    return Step(output, (gradient,))
+
+
 def errors_of(name: str, case: Case, device: torch.device) -> Errors:
     """Of a provider against the float64 oracle."""
     inputs = draw(case, device, 0)
-    return Oracle.of(inputs).judge(inputs, *run(prepared(name, case, device), inputs))
+    return Oracle.of(inputs).judge(inputs, as_step(*run(prepared(name, case, device), inputs)))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -144,12 +150,12 @@ def test_the_check_notices_another_objective(device: torch.device, monkeypatch: 
     provider, inputs = prepared("liger:triton", case, device), draw(case, device, 0)
     with monkeypatch.context() as patch:
         patch.setattr(liger, "weighted_advantages", lambda objective, advantages, mask, length: advantages)
-        assert "off by" in Oracle.of(inputs).judge(inputs, *run(provider, inputs)).complaint
+        assert "off by" in Oracle.of(inputs).judge(inputs, as_step(*run(provider, inputs))).complaint
     with monkeypatch.context() as patch:
         narrower = {**peers.liger_shaping(inputs.objective), "epsilon_high": 0.05}
         patch.setattr(liger, "liger_shaping", lambda objective: dict(narrower))
-        assert "off by" in Oracle.of(inputs).judge(inputs, *run(provider, inputs)).complaint
-    assert Oracle.of(inputs).judge(inputs, *run(provider, inputs)).complaint == ""
+        assert "off by" in Oracle.of(inputs).judge(inputs, as_step(*run(provider, inputs))).complaint
+    assert Oracle.of(inputs).judge(inputs, as_step(*run(provider, inputs))).complaint == ""
 
 
 def test_ligers_layout_is_made_once_and_dies_with_the_inputs(device: torch.device) -> None:

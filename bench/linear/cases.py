@@ -83,7 +83,7 @@ class LinearCase(BatchCase):
     ) -> LinearCase:
         """A case of exactly ``tokens`` positions."""
         responses = responses_of(tokens, MOST_RESPONSES)
-        return cls(shape, responses, tokens // responses, dtype, objective, inactive, chunk_bytes)
+        return cls(shape, responses, tokens // responses, dtype, objective, inactive, chunk_bytes=chunk_bytes)
 
     @property
     def active(self) -> int:
@@ -99,9 +99,13 @@ class LinearCase(BatchCase):
         """The same with another share of inactive rows."""
         return replace(self, inactive=inactive)
 
-    def flops(self, rows: int) -> int:
-        """Of the three GEMMs over ``rows`` rows: the least that both gradients take."""
-        return 6 * rows * self.shape.entries
+    def flops(self, rows: int) -> int | None:
+        """Of the GEMMs over ``rows`` rows: one for the loss, two more for the gradients.
+
+        None for the gradients alone: what is left of them depends on what the forward has done already.
+        """
+        gemms = {"forward": 1, "both": 3, "gradient": None}[self.mode]
+        return None if gemms is None else 2 * gemms * rows * self.shape.entries
 
     def memory(self, device_type: str) -> LinearMemory:
         """What ``hpo_fused.linear_memory`` predicts."""

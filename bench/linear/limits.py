@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from hpo_fused.bench.report import number
+from hpo_fused.bench.labels import number
+from hpo_fused.bench.results import MemoryRow
 from hpo_fused.bench.sheet import Sheet
 
 from .memory import BUDGET, SEVEN_B
-from .results import GEMMS, LinearResult, LinearRow, MemoryRow
+from .results import GEMMS, LinearResult, LinearRow
 
 MIB, GIB = 1 << 20, 1 << 30
 # Of time, as ratios within one run.

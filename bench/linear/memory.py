@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from hpo_fused.bench.measure import peak_extra_bytes
+from hpo_fused.bench.results import MemoryRow, Prediction
 from hpo_fused.bench.trial import Progress, Step, does_not_fit, record_failure, synchronize
 
 from .cases import HEADS, HeadShape, LinearCase
 from .draw import draw, draw_weight
 from .providers import LinearProvider
-from .results import MemoryRow, Prediction
 from .run import LinearTrial
 
 TOKENS, BUDGET, SEVEN_B = "tokens", "budget", "7b"
@@ -93,9 +93,11 @@ class MemoryBench:
         provider.prepare(case, device)
         called = (provider.name, case.shape)
         if provider.slow_start and (called not in self._called or provider.largest is not None):
+            trial.before()
             trial.step()  # compiles, which takes memory of its own
             synchronize(device)
             self._called.add(called)
+        trial.before()
         kept: list[Step] = []
         row.peak_extra_bytes = peak_extra_bytes(lambda: kept.append(trial.step()), device)
         row.gradient_bytes = kept.pop().gradient_bytes()

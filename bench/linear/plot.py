@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hpo_fused.bench.report import environment_line
+from hpo_fused.bench.results import MemoryRow
 
 from .memory import TOKENS
-from .results import GEMMS, LinearResult, LinearRow, MemoryRow
+from .results import GEMMS, LinearResult, LinearRow
 
 MIB, GIB = 1 << 20, 1 << 30
 INK, MUTED, GRID, SURFACE = "#0b0b0b", "#6f6e69", "#e4e3df", "#fcfcfb"

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 
 from hpo_fused.bench.accuracy import error
-from hpo_fused.bench.report import busy_warning, environment_line, number
+from hpo_fused.bench.labels import number
+from hpo_fused.bench.report import busy_warning, environment_line
+from hpo_fused.bench.results import MemoryRow
 from hpo_fused.bench.sheet import Sheet
 
 from . import limits
@@ -14,7 +16,7 @@ from .check import PROBE_LIMIT, ROW_LIMIT
 from .exact import BLOCKS, COLUMNS, ROWS
 from .memory import BUDGET, SEVEN_B, TOKENS
 from .providers.cross_entropy import ROWS as CROSS_ENTROPY_ROWS
-from .results import LinearErrors, LinearResult, LinearRow, MemoryRow, RowErrors
+from .results import LinearErrors, LinearResult, LinearRow, RowErrors
 
 MIB = 1 << 20
 TIMES = (

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from hpo_fused.bench.results import Measurement, ResultFile, Status, median_ratio
+from hpo_fused.bench.results import Measurement, MemoryRow, ResultFile, median_ratio
 
 from .cases import HeadShape, LinearCase
 
@@ -57,7 +57,8 @@ class LinearRow(Measurement):
     """A provider on hidden states with some share of inactive rows.
 
     Attributes:
-        tflop_per_s: 6 n H V over the median, n the rows that this provider puts through its GEMMs.
+        tflop_per_s: 6 n H V (2 n H V without gradients) over the median, n the rows that this provider puts through
+            its GEMMs; None for the gradients alone.
         share_of_gemms: median over rounds of the bare GEMMs' time / this time, in the same round.
         ratio_to_full: median over rounds of this time / the same provider's with no inactive row.
         errors: None for what is not checked.
@@ -73,53 +74,6 @@ class LinearRow(Measurement):
     def is_floor(self) -> bool:
         """Whether this is the bare GEMMs."""
         return self.provider == GEMMS
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """``hpo_fused.linear_memory``, bytes."""
-
-    gradients: int
-    accumulator: int
-    chunk: int
-    working: int
-    peak: int
-
-    @property
-    def extra(self) -> int:
-        """Peak beyond the gradients and the accumulator, at most."""
-        return self.chunk + self.working
-
-
-@dataclass
-class MemoryRow:
-    """Peak memory of one provider on one case.
-
-    Attributes:
-        series: what it belongs to: "tokens" (against their number, default settings), "budget" (with a fixed one) or
-            "7b" (the head of a 7B model).
-        case, provider, status, note, peak_extra_bytes, gradient_bytes: as in :class:`LinearRow`; a row that was
-            "predicted" has no peak.
-        device: "cpu" or "cuda", where it runs or would run.
-        prediction: for this package's providers.
-    """
-
-    series: str
-    case: LinearCase
-    provider: str
-    device: str
-    status: Status = "ok"
-    note: str = ""
-    peak_extra_bytes: int | None = None
-    gradient_bytes: int = 0
-    prediction: Prediction | None = None
-
-    @property
-    def beyond(self) -> int | None:
-        """Measured peak beyond the gradients and the float32 accumulator; None where one of these is unknown."""
-        if self.peak_extra_bytes is None or self.prediction is None:
-            return None
-        return max(self.peak_extra_bytes - self.gradient_bytes - self.prediction.accumulator, 0)
 
 
 def _case(content: dict[str, Any]) -> LinearCase:
@@ -149,13 +103,7 @@ class LinearResult(ResultFile):
             })
             for row in content["rows"]
         ]  # fmt: skip
-        memory = [
-            MemoryRow(**{
-                **row, "case": _case(row["case"]),
-                "prediction": row["prediction"] and Prediction(**row["prediction"]),
-            })
-            for row in content["memory"]
-        ]  # fmt: skip
+        memory = [MemoryRow.of_dict(row, _case(row["case"])) for row in content["memory"]]
         return cls(**{**content, "rows": rows, "memory": memory})
 
     def of_series(self, series: str) -> Iterator[MemoryRow]:
@@ -177,7 +125,9 @@ def summarise(rows: Sequence[LinearRow], ours: str | None, rows_of: dict[str, bo
         if median is None:
             continue
         inactive = row.case.inactive
-        row.tflop_per_s = row.case.flops(row.case.active if rows_of[row.provider] else row.case.tokens) / median / 1e12
+        flops = row.case.flops(row.case.active if rows_of[row.provider] else row.case.tokens)
+        row.tflop_per_s = None if flops is None else flops / median / 1e12
         row.ratio_to_ours = median_ratio(row.samples_s, samples.get((ours or "", inactive), []))
-        row.share_of_gemms = median_ratio(samples.get((GEMMS, inactive), []), row.samples_s)
+        if row.case.mode != "gradient":
+            row.share_of_gemms = median_ratio(samples.get((GEMMS, inactive), []), row.samples_s)
         row.ratio_to_full = median_ratio(row.samples_s, samples.get((row.provider, 0.0), []))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hpo_fused.bench.measure import Task
+from hpo_fused.bench.providers import Output
 from hpo_fused.bench.trial import (
     Progress,
     Settings,
@@ -26,19 +27,22 @@ from .providers import LinearProvider
 from .results import LinearRow, summarise
 
 
-@dataclass(frozen=True)
+@dataclass
 class LinearTrial:
     """A provider on a case's inputs, which nobody overwrites."""
 
     provider: LinearProvider
     inputs: LinearInputs
+    begun: Output | None = None
 
     def before(self) -> None:
-        """Nothing."""
+        """Go forward where the gradient alone is timed."""
+        self.begun = self.provider.begin(self.inputs) if self.inputs.case.mode == "gradient" else None
 
     def step(self) -> Step:
-        """Forward and backward, once."""
-        return self.provider.step(self.inputs)
+        """Forward, backward or both, once."""
+        begun, self.begun = self.begun, None
+        return self.provider.step(self.inputs, begun)
 
 
 def _first_call(trial: LinearTrial, exact: Exact, row: LinearRow, settings: Settings) -> None:
@@ -115,6 +119,6 @@ def run_linear(
     except Exception as error:
         record_out_of_memory(mine, error)
     finally:
-        mark_untimed(mine)
+        mark_untimed(mine, timed=settings.timed)
         ours = next((provider.name for provider in providers if provider.ours), None)
         summarise(list(mine.values()), ours, {provider.name: provider.skips_inactive for provider in providers})

@@ -18,10 +18,11 @@ class Unavailable(Exception):
 class Output(NamedTuple):
     """What every provider computes, so that all do the same work; log-probabilities and entropy are [B, T].
 
-    None for what an implementation does not give away; log-probabilities may be NaN where the advantage is zero.
+    None for what an implementation does not give away, and for the loss where log-probabilities were asked for;
+    log-probabilities of a loss may be NaN where the advantage is zero.
     """
 
-    loss: Tensor
+    loss: Tensor | None
     logprobs: Tensor | None
     entropy: Tensor | None
 
@@ -53,3 +54,7 @@ class Provider(ABC):
     @abstractmethod
     def forward(self, inputs: Inputs, logits: Tensor) -> Output:
         """Loss of ``inputs`` with ``logits`` in the place of ``inputs.logits``."""
+
+    def token_logprobs(self, inputs: Inputs, logits: Tensor) -> Output:
+        """Log-probabilities, attached to ``logits``, and entropies; :class:`Unavailable` where it has none."""
+        raise Unavailable("makes a loss, and gives no differentiable log-probabilities away")

@@ -51,3 +51,11 @@ class Fused(Provider):
             backend=self.backend,
         )
         return Output(out.loss, out.logprobs, out.entropy)
+
+    def token_logprobs(self, inputs: Inputs, logits: Tensor) -> Output:
+        if self.inplace:
+            raise Unavailable("hpo_fused.token_logprobs has no inplace")
+        values = hpo_fused.token_logprobs(
+            logits, inputs.tokens, mask=inputs.mask, softcap=inputs.case.shape.softcap, backend=self.backend
+        )
+        return Output(None, values.logprobs, values.entropy)

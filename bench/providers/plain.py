@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from itertools import count
 from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hpo_fused.bench.cases import Case, Inputs
-from hpo_fused.bench.plain import PlainOutput, plain_policy_loss
+from hpo_fused.bench.plain import plain_policy_loss, plain_token_logprobs
 
 from .base import Output, Provider, Unavailable
 
+Function = Callable[..., tuple[Any, ...]]
 _serial = count()
 
 
-def fresh_copy(function: Callable[..., PlainOutput]) -> Callable[..., PlainOutput]:
+def fresh_copy(function: Function) -> Function:
     """The same function with a code object of its own.
 
     Every case is compiled anew, and dynamo counts compilations by code object: past a small limit it would fall back
@@ -49,14 +50,18 @@ class Eager(Provider):
     name = "eager"
     summary = "plain PyTorch: float32 log_softmax, entropy, loss, autograd"
 
-    def function(self, inputs: Inputs) -> Callable[..., PlainOutput]:
-        """The loss as a function of tensors."""
-        return partial(plain_policy_loss, inputs.objective)
+    def ready(self, function: Function) -> Function:
+        """The function as this provider runs it."""
+        return function
 
     def forward(self, inputs: Inputs, logits: Tensor) -> Output:
         softcap = inputs.case.shape.softcap
-        out = self.function(inputs)(logits, inputs.tokens, inputs.advantages, inputs.old_logprobs, inputs.mask, softcap)
-        return Output(*out)
+        function = self.ready(plain_policy_loss)
+        args = (logits, inputs.tokens, inputs.advantages, inputs.old_logprobs, inputs.mask, softcap)
+        return Output(*function(inputs.objective, *args))
+
+    def token_logprobs(self, inputs: Inputs, logits: Tensor) -> Output:
+        return Output(None, *self.ready(plain_token_logprobs)(logits, inputs.tokens, inputs.case.shape.softcap))
 
 
 class Compiled(Eager):
@@ -68,16 +73,21 @@ class Compiled(Eager):
     memory_factor = 2.5
 
     def __init__(self) -> None:
-        self.compiled: Callable[..., PlainOutput] | None = None
+        self.compiled: Function | None = None
 
     def prepare(self, case: Case, device: torch.device) -> None:
         self.compiled = None
 
-    def function(self, inputs: Inputs) -> Callable[..., PlainOutput]:
+    def ready(self, function: Function) -> Function:
+        """Compiled once for each case, which needs one function only."""
         if self.compiled is None:
-            self.compiled = partial(torch.compile(fresh_copy(plain_policy_loss), dynamic=False), inputs.objective)
+            self.compiled = torch.compile(fresh_copy(function), dynamic=False)
         return self.compiled
 
     def forward(self, inputs: Inputs, logits: Tensor) -> Output:
         with compiler_missing():
             return super().forward(inputs, logits)
+
+    def token_logprobs(self, inputs: Inputs, logits: Tensor) -> Output:
+        with compiler_missing():
+            return super().token_logprobs(inputs, logits)

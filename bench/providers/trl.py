@@ -20,7 +20,17 @@ from .peers import capped, require, require_gpu
 VERSION = "1.16"
 
 
-class TrlEager(Provider):
+class _Logprobs(Provider):
+    """Log-probabilities by TRL, and the loss of them in eager PyTorch."""
+
+    def forward(self, inputs: Inputs, logits: Tensor) -> Output:
+        _, logprobs, entropy = self.token_logprobs(inputs, logits)
+        assert logprobs is not None
+        loss = plain_logprob_loss(inputs.objective, logprobs, inputs.advantages, inputs.old_logprobs, inputs.mask)
+        return Output(loss, logprobs.detach(), entropy)
+
+
+class TrlEager(_Logprobs):
     """``selective_log_softmax`` and ``entropy_from_logits`` in their PyTorch implementation.
 
     On a GPU both hand over to the Triton kernel, for arguments that it takes. It does not take several tokens per
@@ -38,18 +48,17 @@ class TrlEager(Provider):
         require("trl", VERSION)
         import trl.trainer.utils  # noqa: F401 - here, not in the first call, which is measured
 
-    def forward(self, inputs: Inputs, logits: Tensor) -> Output:
+    def token_logprobs(self, inputs: Inputs, logits: Tensor) -> Output:
         from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
         z = capped(logits.float(), inputs.case.shape.softcap)
         logprobs: Tensor = selective_log_softmax(z, inputs.tokens.unsqueeze(-1)).squeeze(-1)
         with torch.no_grad():
             entropy: Tensor = entropy_from_logits(z.unsqueeze(0)).squeeze(0)
-        loss = plain_logprob_loss(inputs.objective, logprobs, inputs.advantages, inputs.old_logprobs, inputs.mask)
-        return Output(loss, logprobs.detach(), entropy)
+        return Output(None, logprobs, entropy)
 
 
-class TrlTriton(Provider):
+class TrlTriton(_Logprobs):
     """``trl.kernels.selective_log_softmax_and_entropy``: two reads and one write of the logits."""
 
     name = "trl:triton"
@@ -67,9 +76,8 @@ class TrlTriton(Provider):
 
         self.kernel = selective_log_softmax_and_entropy
 
-    def forward(self, inputs: Inputs, logits: Tensor) -> Output:
+    def token_logprobs(self, inputs: Inputs, logits: Tensor) -> Output:
         assert self.kernel is not None, "prepare() first"
         z = capped(logits, inputs.case.shape.softcap)
         logprobs, entropy = self.kernel(z, inputs.tokens, row_mask=inputs.mask)
-        loss = plain_logprob_loss(inputs.objective, logprobs, inputs.advantages, inputs.old_logprobs, inputs.mask)
-        return Output(loss, logprobs.detach(), entropy.detach())
+        return Output(None, logprobs, entropy.detach())

@@ -45,9 +45,13 @@ class LinearProvider(ABC):
         """Rough peak beyond the inputs. Only used to skip a case that would not fit into main memory, where the
         alternative is being killed with every result."""
 
+    def begin(self, inputs: LinearInputs) -> Output | None:
+        """What goes before the gradient alone, not timed."""
+        return None
+
     @abstractmethod
-    def step(self, inputs: LinearInputs) -> Step:
-        """All of it, once."""
+    def step(self, inputs: LinearInputs, begun: Output | None = None) -> Step:
+        """What the case's mode asks for, once; ``begun`` is what :meth:`begin` returned for it."""
 
     def judge(self, oracle: LinearOracle, step: Step) -> LinearErrors | None:
         """How far a step is off; None where nothing can be said."""
@@ -61,9 +65,16 @@ class LossProvider(LinearProvider):
     def forward(self, inputs: LinearInputs) -> Output:
         """The loss, attached to hidden and weight."""
 
-    def step(self, inputs: LinearInputs) -> Step:
-        """Forward and backward, once."""
-        output = self.forward(inputs)
+    def begin(self, inputs: LinearInputs) -> Output:
+        return self.forward(inputs)
+
+    def step(self, inputs: LinearInputs, begun: Output | None = None) -> Step:
+        """Forward, backward or both, once."""
+        if inputs.case.mode == "forward":
+            with torch.no_grad():
+                return Step(self.forward(inputs), ())
+        output = begun or self.forward(inputs)
+        assert output.loss is not None
         scale = inputs.case.upstream
         upstream = None if scale == 1 else torch.full_like(output.loss, scale)
         return Step(output, torch.autograd.grad(output.loss, (inputs.hidden, inputs.weight), upstream))

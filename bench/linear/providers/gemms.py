@@ -18,6 +18,8 @@ from .base import LinearProvider
 class Gemms(LinearProvider):
     """Logits, dhidden and dweight of the active rows, on the chunks of ``linear_policy_loss`` and nothing else.
 
+    Of the three, the forward alone is the first and the gradient alone the others.
+
     Everything goes to memory in use before. The gradient of the logits is the logits: GEMMs do not look. dweight's
     parts of several chunks are not added up: each overwrites the last.
     """
@@ -45,7 +47,7 @@ class Gemms(LinearProvider):
             kept = self.buffers[name] = torch.zeros(rows * columns, dtype=like.dtype, device=like.device)
         return kept[: rows * columns].view(rows, columns)
 
-    def step(self, inputs: LinearInputs) -> Step:
+    def step(self, inputs: LinearInputs, begun: Output | None = None) -> Step:
         case, weight = inputs.case, inputs.weight.detach()
         vocabulary, size = weight.shape
         x = self.active.get(case.inactive)
@@ -58,7 +60,9 @@ class Gemms(LinearProvider):
         for part in plan.slices(len(x)):
             rows = x[part]
             chunk = logits[: len(rows)]
-            torch.mm(rows, weight.t(), out=chunk)
-            torch.mm(chunk, weight, out=of_hidden[part])
-            torch.mm(chunk.t(), rows, out=of_weight)
-        return Step(Output(x.new_zeros(()), None, None), (of_hidden, of_weight))
+            if case.mode != "gradient":
+                torch.mm(rows, weight.t(), out=chunk)
+            if case.mode != "forward":
+                torch.mm(chunk, weight, out=of_hidden[part])
+                torch.mm(chunk.t(), rows, out=of_weight)
+        return Step(Output(None, None, None), () if case.mode == "forward" else (of_hidden, of_weight))

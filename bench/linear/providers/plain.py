@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,7 +10,7 @@ from hpo_fused.bench.linear.cases import LinearCase
 from hpo_fused.bench.linear.draw import LinearInputs
 from hpo_fused.bench.plain import PlainOutput, plain_policy_loss
 from hpo_fused.bench.providers import Output
-from hpo_fused.bench.providers.plain import compiler_missing, fresh_copy
+from hpo_fused.bench.providers.plain import Function, compiler_missing, fresh_copy
 from hpo_fused.objective import Objective
 
 from .base import LossProvider
@@ -43,7 +41,7 @@ class Eager(LossProvider):
         logits = case.tokens * case.shape.vocabulary
         return self.copies * 4 * logits + 2 * case.logits_bytes + case.input_bytes
 
-    def function(self) -> Callable[..., PlainOutput]:
+    def function(self) -> Function:
         """The loss as a function of the objective and tensors."""
         return plain_linear_loss
 
@@ -65,12 +63,12 @@ class Compiled(Eager):
     largest = 1 << 29  # each number of tokens is compiled anew
 
     def __init__(self) -> None:
-        self.compiled: Callable[..., PlainOutput] | None = None
+        self.compiled: Function | None = None
 
     def prepare(self, case: LinearCase, device: torch.device) -> None:
         self.compiled = torch.compile(fresh_copy(plain_linear_loss), dynamic=False)
 
-    def function(self) -> Callable[..., PlainOutput]:
+    def function(self) -> Function:
         assert self.compiled is not None
         return self.compiled
 

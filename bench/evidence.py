@@ -1,0 +1,86 @@
+"""A result file of several parts: what one run measured of logits, of heads, of machine code, and its tests."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .linear.results import LinearResult
+from .results import SCHEMA_VERSION, Measurement, Result, ResultFile
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # in typing from Python 3.11 on
+
+
+@dataclass
+class Tests:
+    """The numerical-equivalence suite on this machine.
+
+    Attributes:
+        passed, failed, skipped: tests; errors count as failed.
+        seconds: how long they took.
+        note: why there are none, or not all; "" where nothing is missing.
+        failures: the names of those that failed.
+    """
+
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    note: str = ""
+    failures: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Evidence(ResultFile):
+    """Everything that one run of ``all``, or of another command on several operations, measured.
+
+    Attributes:
+        logits: cases of logits and log-probabilities; None where there were none.
+        linear: a part for each head, dtype, objective and mode.
+        kernels: what ``compile --json`` writes, or None.
+        tests: the equivalence suite's outcome, or None.
+        dropped: a line for each thing that was left out, and why.
+    """
+
+    command: str = "all"
+    logits: Result | None = None
+    linear: list[LinearResult] = field(default_factory=list)
+    kernels: dict[str, Any] | None = None
+    tests: Tests | None = None
+    dropped: list[str] = field(default_factory=list)
+
+    @property
+    def parts(self) -> list[Result | LinearResult]:
+        """Those with times or memory."""
+        return [*([] if self.logits is None else [self.logits]), *self.linear]
+
+    @property
+    def measurements(self) -> Sequence[Measurement]:
+        """Every row of every part."""
+        return [row for part in self.parts for row in part.measurements]
+
+    def to_json(self) -> str:
+        """The file's content; the environment, which all parts share, once."""
+        content = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
+        for part in [content["logits"] or {}, *content["linear"]]:
+            part.pop("environment", None)
+        return json.dumps(content, indent=1) + "\n"
+
+    @classmethod
+    def of_dict(cls, content: dict[str, Any]) -> Self:
+        """The inverse of :meth:`to_json`, the schema version apart."""
+        shared = {"environment": content["environment"]}
+        content["logits"] = content["logits"] and Result.of_dict({**shared, **content["logits"]})
+        content["linear"] = [LinearResult.of_dict({**shared, **part}) for part in content["linear"]]
+        content["tests"] = content["tests"] and Tests(**content["tests"])
+        return cls(**content)
+
+    @classmethod
+    def of_parts(cls, parts: Sequence[Result | LinearResult], **fields: Any) -> Self:
+        """An evidence of these."""
+        logits = next((part for part in parts if isinstance(part, Result)), None)
+        return cls(logits=logits, linear=[part for part in parts if isinstance(part, LinearResult)], **fields)
