@@ -10,6 +10,7 @@
 #                    there is no GPU; the index of CPU builds has a small one.
 #   GPU              nvidia, amd or none: overrides what was detected
 #   BENCH_ARGS       the benchmark's arguments (speed --quick)
+#   PYTEST_BENCHMARK_ARGS   further arguments to `make pytest-benchmark`, such as --bench-shape qwen3
 #   PYTEST_WORKERS   test processes (one for each core)
 #   PYTEST_ARGS      further arguments to pytest
 
@@ -17,6 +18,7 @@ PYTHON ?= python3
 TORCH_INDEX_URL ?=
 BENCH_ARGS ?= speed --quick
 PYTEST_ARGS ?=
+PYTEST_BENCHMARK_ARGS ?=
 
 ifndef PYTEST_WORKERS
 PYTEST_WORKERS := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
@@ -34,6 +36,7 @@ SYSTEM := $(shell uname -s)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEERS_STAMP := $(VENV)/.installed-peers
 CONSTRAINTS := $(VENV)/constraints.txt
 TYPED := $(VENV)/typed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -60,17 +63,20 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help bench test lint types clean distclean
+.PHONY: help bench pytest-benchmark test lint types clean distclean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 bench: $(STAMP) ## time the fused losses against today's alternatives, quick settings
 	$(BIN)/hpo-fused-bench $(BENCH_ARGS)
 
+pytest-benchmark: $(STAMP) ## the benchmark's cases and providers under pytest-benchmark, small by default
+	$(BIN)/pytest bench/suite $(PYTEST_BENCHMARK_ARGS)
+
 # One thread in each test process: workers that each take every core slow each other down. loadgroup keeps tests
 # that share an expensive fixture in one process.
-test: lint ## lint, types and tests
+test: lint $(PEERS_STAMP) ## lint, types and tests
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 lint: $(STAMP) ## style, formatting and types
@@ -95,6 +101,15 @@ distclean: clean ## remove .venv as well
 # The stamp is written under another name when the installation starts and renamed when it has succeeded: an
 # interrupted run leaves none, and a change to setup.py meanwhile is newer than it. A .venv made by hand, with a
 # PyTorch of the user's choice in it, is completed and not replaced; the constraint holds pip to that PyTorch.
+# What the benchmark compares with (TRL, Liger-Kernel), so that the suite can hold their adapters against them: half a
+# gigabyte more, which `make bench` does without. Not on ROCm, where Liger-Kernel's requirement would replace Triton.
+# Where they cannot be had their tests are skipped, and the next run tries again.
+$(PEERS_STAMP): $(STAMP)
+ifneq ($(GPU),amd)
+	@$(PIP) install -c $(CONSTRAINTS) -e '.[ci]' && touch $@ || \
+		echo "TRL and Liger-Kernel could not be installed: their adapters' tests will be skipped." >&2
+endif
+
 $(STAMP): setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 		echo "hpo_fused needs Python 3.10 or later; '$(PYTHON)' is not. Name one: make PYTHON=python3.12 ..." >&2; \

@@ -57,7 +57,7 @@ def _checked(result: Result) -> Iterator[tuple[str, list[Row]]]:
 def table(result: Result) -> Table | None:
     """The errors as a table that fits 80 columns; None where nothing was checked."""
     view = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, title=TITLE, title_justify="left", title_style="bold")
-    view.add_column("shape", overflow="fold", max_width=12)
+    view.add_column("shape", overflow="fold", min_width=7, max_width=12)
     view.add_column("provider", no_wrap=True)
     for heading in HEADINGS[2:]:
         view.add_column(heading, justify="left" if heading == "gradient" else "right", no_wrap=True)

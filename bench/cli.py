@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
 def main() -> int | None:
     """Run the command line. Returns 2 where typer or rich is missing: they belong to the extra ``bench``."""
+    # PyTorch's memory profiler warns on stderr, through the progress bar, about every release of what was there before.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         from .commands import app
     except ModuleNotFoundError as error:

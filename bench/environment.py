@@ -62,6 +62,40 @@ def _huge_pages() -> str | None:
         return None
 
 
+# What nvidia-smi calls them, and how they are recorded. The clocks are those of the moment, and the highest.
+NVIDIA_SMI = {
+    "driver_version": "driver",
+    "power.limit": "power_limit_w",
+    "clocks.current.sm": "clock_sm_mhz",
+    "clocks.max.sm": "clock_sm_max_mhz",
+    "clocks.current.memory": "clock_memory_mhz",
+    "clocks.max.memory": "clock_memory_max_mhz",
+}
+
+
+def nvidia_state(gpu: str) -> dict[str, Any]:
+    """Driver, power limit and clocks of one GPU, by index or UUID; None for what cannot be read."""
+    unknown = dict.fromkeys(NVIDIA_SMI.values())
+    command = ["nvidia-smi", f"--query-gpu={','.join(NVIDIA_SMI)}", "--format=csv,noheader,nounits", f"--id={gpu}"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+    except (OSError, subprocess.SubprocessError):
+        return unknown
+    values = [value.strip() for value in said.strip().split(",")]
+    if len(values) != len(unknown):
+        return unknown
+
+    def read(name: str, value: str) -> str | float | None:
+        if name == "driver":
+            return value
+        try:
+            return float(value)
+        except ValueError:  # [N/A], [Not Supported]
+            return None
+
+    return {name: read(name, value) for name, value in zip(unknown, values, strict=True)}
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, hardware and settings that the numbers depend on."""
     found: dict[str, Any] = {
@@ -89,4 +123,6 @@ def environment(device: torch.device) -> dict[str, Any]:
             "cuda": torch.version.cuda,
             "hip": torch.version.hip,
         }
+        uuid = getattr(properties, "uuid", None)  # an index would miss what CUDA_VISIBLE_DEVICES renumbers
+        found |= nvidia_state(f"GPU-{uuid}" if uuid else str(device.index or 0))
     return found

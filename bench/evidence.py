@@ -58,6 +58,17 @@ class Evidence(ResultFile):
         """Those with times or memory."""
         return [*([] if self.logits is None else [self.logits]), *self.linear]
 
+    def simplest(self) -> ResultFile:
+        """The only part, where there is but one and nothing else to tell."""
+        alone = len(self.parts) == 1 and not self.dropped and self.kernels is None and self.tests is None
+        return self.parts[0] if alone else self
+
+    def interrupt(self) -> None:
+        """It was cut short, and so was the part at work."""
+        self.interrupted = True
+        for part in self.parts[-1:]:
+            part.interrupted = True
+
     @property
     def measurements(self) -> Sequence[Measurement]:
         """Every row of every part."""

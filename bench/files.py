@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import report
+from . import all_report, report
 from .evidence import Evidence
 from .linear import report as linear_report
 from .linear.results import LinearResult
@@ -50,7 +50,9 @@ def parts(result: ResultFile) -> list[Result | LinearResult]:
 
 
 def markdown(result: ResultFile) -> str:
-    """Its tables and notes."""
+    """Its tables and notes; of everything the report."""
+    if isinstance(result, Evidence) and result.command == "all":
+        return all_report.markdown(result).rstrip("\n")
     texts = [linear_report.markdown(part) if isinstance(part, LinearResult) else report.markdown(part)
              for part in parts(result)]  # fmt: skip
     return "\n\n".join(texts)

@@ -2,46 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from rich import box
 from rich.table import Table
 
-from . import accuracy
-from .cases import Case
-from .labels import labels, number
+from . import accuracy, memory_report
+from .labels import describe, labels, number
 from .results import COPY, COPY_NEW, Result, ResultFile, Row, by_case
 
 MIB = 1 << 20
 BUSY = 0.1  # share of the CPUs in use by others from which a warning is printed
 # Where copying to new memory takes this many times longer, page faults are what is measured, and worth a hint.
 PAGE_FAULTS, PAGE_FAULT_BYTES = 2.0, 32 * MIB  # below, the C library keeps what it freed
-
-
-WORK = {
-    ("logits", "forward"): "forward alone",
-    ("logits", "gradient"): "gradient alone",
-    ("logprobs", "forward"): "log-probabilities and entropies, forward alone",
-    ("logprobs", "gradient"): "log-probabilities' gradient alone",
-    ("logprobs", "both"): "log-probabilities and entropies, forward and gradient",
-}
-
-
-def describe(case: Case) -> str:
-    """A case in a few words, for the line above its rows."""
-    words = [
-        f"{case.responses}×{case.length} = {case.tokens} tokens × {case.shape.vocabulary} {case.dtype} "
-        f"({number(case.logits_bytes / MIB)} MiB)",
-        *([case.objective] if case.op == "logits" else []),
-        *filter(None, [WORK.get((case.op, case.mode))]),
-    ]
-    if case.shape.softcap is not None:
-        words.append(f"softcap {case.shape.softcap:g}")
-    if case.inactive:
-        words.append(f"{case.inactive:.0%} inactive")
-    if case.ragged:
-        words.append("ragged")
-    return ", ".join(words)
 
 
 def _cells(row: Row) -> list[str]:
@@ -62,8 +35,8 @@ HEADINGS = ("shape", "provider", "median ms", "20–80 %", "time ÷ ours", "GB/s
 
 def table(result: Result) -> Table:
     """The result as a table that fits 80 columns; a section for each case."""
-    view = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), collapse_padding=True)
-    view.add_column("shape", overflow="fold", max_width=14)
+    view = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), collapse_padding=True, show_edge=False)
+    view.add_column("shape", overflow="fold", min_width=7, max_width=14)
     view.add_column("provider", no_wrap=True)
     for heading in HEADINGS[2:]:
         view.add_column(heading, justify="right", no_wrap=heading == "20–80 %")
@@ -77,17 +50,26 @@ def table(result: Result) -> Table:
     return view
 
 
+def _reasons(rows: Iterable[Row]) -> list[str]:
+    """A line for each reason why something was not timed."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.status != "ok":
+            reasons.setdefault((row.status, row.note), []).append(row.provider)
+    return [f"{', '.join(who)}: {status.replace('_', ' ')}: {note}" for (status, note), who in reasons.items()]
+
+
 def notes(result: Result) -> Iterator[str]:
     """What the table cannot say: the cases in full, whatever was not timed, and what the columns mean."""
     names = labels(row.case for row in result.rows)
-    for case, rows in by_case(result.rows):
-        yield f"{names[case]}: {describe(case)}"
-        reasons: dict[tuple[str, str], list[str]] = {}
-        for row in rows:
-            if row.status != "ok":
-                reasons.setdefault((row.status, row.note), []).append(row.provider)
-        for (status, note), who in reasons.items():
-            yield f"  {', '.join(who)}: {status.replace('_', ' ')}: {note}"
+    found = [(names[case], case, _reasons(rows)) for case, rows in by_case(result.rows)]
+    everywhere = [line for line in found[0][2] if all(line in lines for _, _, lines in found)] if len(found) > 1 else []
+    for name, case, lines in found:
+        yield f"{name}: {describe(case)}"
+        yield from (f"  {line}" for line in lines if line not in everywhere)
+    yield from everywhere
+    if not any(row.median_s for row in result.rows):
+        return
     gradients = {row.gradient_bytes for row in result.rows if row.gradient_bytes}
     sizes = " / ".join(number(size / MIB) for size in sorted(gradients)) or "–"
     modes = {row.case.mode for row in result.rows}
@@ -169,17 +151,28 @@ def environment_line(result: ResultFile) -> str:
     return f"{where}; torch {found['torch']}{triton}, python {found['python']}, hpo_fused {found['hpo_fused']}"
 
 
-def markdown(result: Result) -> str:
-    """The result as GitHub-flavoured markdown: times, then errors, each with what is needed to read them."""
+def times(result: Result) -> list[str]:
+    """Times and peak memory as GitHub-flavoured markdown, without notes."""
     lines = ["| " + " | ".join(HEADINGS) + " |", "|---|---|" + "---:|" * (len(HEADINGS) - 2)]
     names = labels(row.case for row in result.rows)
     for row in result.rows:
         cells = _cells(row) if row.median_s is not None else [row.status.replace("_", " "), *[""] * 5]
         provider = f"**{row.provider}**" if row.provider.startswith("hpo_fused") else row.provider
         lines.append("| " + " | ".join([names[row.case], provider, *cells]) + " |")
+    return lines
+
+
+def markdown(result: Result) -> str:
+    """The result as GitHub-flavoured markdown: times, then errors, each with what is needed to read them."""
     interrupted = ["Interrupted: rows or rounds are missing."] if result.interrupted else []
     warnings = filter(None, [busy_warning(result)])
     below = [environment_line(result) + ".", *interrupted, *warnings, *notes(result)]
-    lines += ["", *(f"- {line.strip()}" for line in below)]
+    lines = [*times(result), "", *(f"- {line.strip()}" for line in below)]
+    if not result.rows:
+        lines = [environment_line(result) + "."]
     errors = accuracy.markdown(result)
-    return "\n".join([*lines, "", errors] if errors else lines)
+    lines += ["", errors] if errors else []
+    for sheet in memory_report.sheets(result):
+        lines += ["", *sheet.markdown()]
+    lines += ["", *(f"- {line}" for line in memory_report.notes(result))] if result.memory else []
+    return "\n".join(lines)

@@ -50,7 +50,7 @@ class Bench:
 
     def __init__(self, provider: Provider, inputs: Inputs) -> None:
         self.provider, self.inputs = provider, inputs
-        self.storage = torch.empty_like(inputs.logits).detach() if provider.inplace else None
+        self.storage = provider.room(inputs) if provider.inplace else None
         self.anchor = torch.empty(0, device=inputs.logits.device, requires_grad=True)
         loss_scale = inputs.case.upstream
         if inputs.case.op == "logprobs":
@@ -87,7 +87,8 @@ class Bench:
         return of(self.inputs, logits), logits
 
 
-def _first_call(bench: Bench, oracle: Oracle, row: Row, device: torch.device) -> None:
+def check_first(bench: Bench, oracle: Oracle, row: Row, device: torch.device) -> None:
+    """The first call into ``row``: compiled, judged, its memory taken; raises what the provider raises."""
     inputs, provider = bench.inputs, bench.provider
     row.note = does_not_fit(provider.memory_factor * inputs.logits.numel() * 4, device)
     if row.note:
@@ -132,7 +133,7 @@ def run_case(
             row = mine[provider.name]
             try:
                 bench = Bench(provider, inputs)
-                _first_call(bench, oracle, row, device)
+                check_first(bench, oracle, row, device)
             except Exception as error:  # a provider's code: anything can come
                 record_failure(row, error)
             if row.status == "ok":

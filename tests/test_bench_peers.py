@@ -7,10 +7,13 @@ bfloat16 is left out.
 from __future__ import annotations
 
 import gc
+import importlib
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,11 +22,19 @@ import torch
 from torch import Tensor
 
 from hpo_fused import reference
-from hpo_fused.bench.cases import Case, Inputs, Shape, draw
+from hpo_fused.bench.cases import MODES, Case, Inputs, Mode, Op, Shape, draw
 from hpo_fused.bench.check import Oracle
+from hpo_fused.bench.linear import providers as of_heads
+from hpo_fused.bench.linear.cases import HeadShape, LinearCase
+from hpo_fused.bench.linear.check import LinearOracle
+from hpo_fused.bench.linear.draw import draw as draw_linear
+from hpo_fused.bench.linear.draw import draw_weight
+from hpo_fused.bench.linear.exact import Exact
+from hpo_fused.bench.linear.run import LinearTrial
 from hpo_fused.bench.logprob_loss import plain_logprob_loss
-from hpo_fused.bench.providers import Output, Provider, Unavailable, create, liger, linear_peers, peers
+from hpo_fused.bench.providers import PROVIDERS, Output, Provider, Unavailable, create, liger, linear_peers, peers
 from hpo_fused.bench.results import Errors
+from hpo_fused.bench.run import Bench, _produce
 from hpo_fused.bench.trial import Step
 from hpo_fused.objective import Clip, LogFidelity, Objective, SoftGate, TruncatedRatio
 
@@ -36,6 +47,14 @@ SUPPORTED = [
     for preset in PRESETS
     if name != "liger:triton" or preset not in LIGER_LACKS
 ]
+# Which operations an adapter has, and in which modes.
+OPS: dict[str, dict[Op, tuple[Mode, ...]]] = {
+    "trl:eager": {"logits": MODES, "logprobs": MODES},
+    "trl:triton": {"logits": MODES, "logprobs": MODES},
+    "liger:triton": {"logits": MODES},
+    "liger:logprobs": {"logprobs": ("forward",)},
+}
+INSTALLED = {"trl": "trl", "liger": "liger_kernel", "cce": "cut_cross_entropy"}  # by the name's first part
 ROUNDED = ["fp16", "bf16"] if torch.cuda.is_available() else ["fp16"]
 CPU = torch.device("cpu")
 
@@ -48,7 +67,7 @@ def tiny_case(**changes: Any) -> Case:
 
 def prepared(name: str, case: Case, device: torch.device) -> Provider:
     """The provider, ready for the case; skips the test where it is not installed."""
-    pytest.importorskip(DISTRIBUTIONS[name])
+    pytest.importorskip(INSTALLED[name.partition(":")[0]])
     provider = create(name)
     provider.prepare(case, device)
     return provider
@@ -179,30 +198,171 @@ def test_ligers_layout_is_made_once_and_dies_with_the_inputs(device: torch.devic
     assert len(provider.storages) == 0
 
 
+@pytest.mark.parametrize("changes", [{}, {"ragged": False, "shape": Shape("capped", 97, 30.0)}])
+@pytest.mark.parametrize(
+    ("name", "op", "mode"),
+    [(name, op, mode) for name, ops in OPS.items() for op, modes in ops.items() for mode in modes],
+)
+def test_every_mode_of_every_operation(
+    name: str, op: Op, mode: Mode, changes: dict[str, Any], device: torch.device
+) -> None:
+    case = tiny_case(objective="ahpo", op=op, mode=mode, **changes)
+    inputs = draw(case, device, 0)
+    bench = Bench(prepared(name, case, device), inputs)
+    bench.before()
+    step = bench.step()
+    oracle = Oracle.of(inputs)
+    errors = oracle.judge(inputs, step)
+    assert errors.complaint == ""
+    assert len(step.gradients) == (mode != "forward")
+    assert (errors.target is None) == (mode == "forward")
+    assert (errors.loss is None) == (op == "logprobs")
+    assert (errors.logprob is None) == (name == "liger:triton")
+    told = step.output.loss if op == "logits" else step.output.logprobs
+    assert told is not None
+    wrong = step.output._replace(**{"loss" if op == "logits" else "logprobs": 1.01 * told + 0.01})
+    assert "off by" in oracle.judge(inputs, step._replace(output=wrong)).complaint
+
+
+@pytest.mark.parametrize(
+    ("name", "op", "mode", "reason"),
+    [
+        ("liger:logprobs", "logprobs", "gradient", "has no backward: mode forward only"),
+        ("liger:logprobs", "logprobs", "both", "has no backward: mode forward only"),
+        ("liger:logprobs", "logits", "forward", "makes no loss"),
+        ("liger:triton", "logprobs", "forward", "no differentiable log-probabilities"),
+    ],
+)
+def test_what_an_adapter_has_not_is_said_before_it_runs(
+    name: str, op: Op, mode: Mode, reason: str, device: torch.device
+) -> None:
+    with pytest.raises(Unavailable, match=reason):
+        prepared(name, tiny_case(objective="grpo", op=op, mode=mode), device)
+
+
+@pytest.mark.parametrize("name", PROVIDERS)
+def test_operations_are_told_by_the_methods(name: str) -> None:
+    ops = create(name).ops()
+    assert ops == tuple(OPS.get(name, {"logits": MODES, "logprobs": MODES}))
+    inputs = draw(tiny_case(), CPU, 0)
+    for op, method in (("logits", "forward"), ("logprobs", "token_logprobs")):
+        if op not in ops:
+            with pytest.raises(Unavailable):
+                getattr(create(name), method)(inputs, inputs.logits)
+
+
+@pytest.mark.parametrize("objective", ["grpo", "gspo"])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_ligers_gradient_in_the_logits_storage(objective: str, softcap: float | None, device: torch.device) -> None:
+    """In its own layout from the start: no copy, and the gradient where the logits were."""
+    case = tiny_case(objective=objective, shape=Shape("tiny", 97, softcap))
+    provider, inputs = prepared("liger:triton", case, device), draw(case, device, 0)
+    assert isinstance(provider, liger.LigerTriton)
+    plain, expected = run(provider, inputs)
+    provider = create("liger:triton", inplace=True)
+    assert isinstance(provider, liger.LigerTriton)
+    provider.prepare(case, device)
+    room = provider.room(inputs)
+    assert room.shape == inputs.logits.shape
+    anchor = torch.empty(0, device=device, requires_grad=True)
+    for _ in range(2):  # the second time over the first one's gradient
+        room.copy_(inputs.logits.detach())
+        logits = _produce(anchor, room)
+        output = provider.forward(inputs, logits)
+        assert len(provider.storages) == 0  # no copy of the logits was made
+        (gradient,) = torch.autograd.grad(output.loss, (logits,))
+        assert (gradient.data_ptr() == room.data_ptr()) == (softcap is None)
+        assert torch.equal(gradient, expected)
+        assert output.loss is not None
+        assert plain.loss is not None
+        assert torch.equal(output.loss.detach(), plain.loss.detach())
+        assert torch.equal(room, inputs.logits) == (softcap is not None)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # reasons
 
 
-@pytest.mark.parametrize("name", DISTRIBUTIONS)
-def test_absent_and_old_peers_say_what_to_install(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(distribution: str) -> str:
-        raise peers.metadata.PackageNotFoundError(distribution)
+PEERS = [*OPS, "trl:chunked", "liger:chunked", "cce"]
 
-    case = tiny_case(objective="grpo")
+
+def reason_of(name: str) -> str:
+    """Why a peer cannot run on a CPU, by what it says itself and by preparing it for a case; "" if it can."""
+    linear = name not in OPS
+    found = []
+    for act in ("available", "prepare"):
+        provider: Any = of_heads.create(name) if linear else create(name)
+        case = linear_case() if linear else tiny_case(objective="grpo", op=next(iter(OPS[name])), mode="forward")
+        try:
+            provider.available(CPU) if act == "available" else provider.prepare(case, CPU)
+        except Unavailable as reason:
+            found.append(str(reason))
+    assert len(found) in (0, 2)
+    assert len(set(found)) <= 1
+    return found[0] if found else ""
+
+
+def absent(distribution: str) -> str:
+    """In the place of ``importlib.metadata.version``."""
+    raise peers.metadata.PackageNotFoundError(distribution)
+
+
+def test_absent_peers_give_one_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a report has one line for all of them."""
     monkeypatch.setattr(peers.metadata, "version", absent)
-    with pytest.raises(Unavailable, match=r"is not installed \(pip install '(trl>=1.16|liger-kernel>=0.8)'\)"):
-        create(name).prepare(case, CPU)
+    assert {reason_of(name) for name in PEERS} == {"not installed (pip install 'hpo-fused[peers]')"}
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_old_peers_say_what_is_needed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = {"trl": "trl>=1.16", "liger": "liger-kernel>=0.8", "cce": "cut-cross-entropy>=25.1"}
     monkeypatch.setattr(peers.metadata, "version", lambda distribution: "0.7.9.post1")
-    with pytest.raises(Unavailable, match=r"needs (trl>=1.16|liger-kernel>=0.8), this is 0.7.9.post1"):
-        create(name).prepare(case, CPU)
+    assert reason_of(name) == f"needs {needed[name.partition(':')[0]]}, this is 0.7.9.post1"
 
 
-@pytest.mark.parametrize("name", ["trl:triton", "liger:triton"])
-def test_kernels_need_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reasons_are_one_line_of_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rich", reason="needs the bench extra")
+    from hpo_fused.bench import report
+    from hpo_fused.bench.linear import report as linear_report
+    from hpo_fused.bench.linear.results import LinearResult
+    from hpo_fused.bench.linear.run import run_linear
+    from hpo_fused.bench.results import MemoryRow, Result
+    from hpo_fused.bench.run import run_case
+    from hpo_fused.bench.trial import Settings
+
+    class Silent:
+        def stage(self, text: str, *, timing: bool = False) -> None: ...
+        def advance(self, cases: float) -> None: ...
+
+    monkeypatch.setattr(peers.metadata, "version", absent)
+    reason, untimed = "skipped: not installed (pip install 'hpo-fused[peers]')", Settings(CPU, 0, 0.0)
+    result = Result({}, {})
+    run_case(tiny_case(), [create("eager"), *map(create, OPS)], untimed, result.rows, Silent())
+    assert [line.strip() for line in report.notes(result) if "installed" in line] == [f"{', '.join(OPS)}: {reason}"]
+
+    linear = LinearResult({}, {}, "linear")
+    names = [name for name in PEERS if name not in OPS]
+    run_linear(linear_case(), [0.0], [*map(of_heads.create, names)], untimed, linear.rows, Silent())
+    for name in names:
+        row = MemoryRow("tokens", linear_case(), name, "cpu")
+        row.status, row.note = "skipped", linear.rows[0].note
+        linear.memory.append(row)
+    assert list(linear_report.remarks(linear)) == [f"{', '.join(names)}: {reason}"]
+    # Who was measured somewhere is named with the places where it was not.
+    linear.rows[0].status, linear.rows[0].note = "ok", ""
+    (line,) = (line for line in linear_report.remarks(linear) if "installed" in line)
+    assert line == f"liger:chunked, cce, memory of trl:chunked at 32 tokens: {reason}"
+
+
+def test_kernels_need_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers.metadata, "version", lambda distribution: "99.0")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(Unavailable, match="needs a GPU"):
-        create(name).prepare(tiny_case(objective="grpo"), CPU)
+    reasons = {reason_of(name) for name in ("trl:triton", "liger:triton", "liger:logprobs", "cce")}
+    (reason,) = reasons
+    assert reason.startswith("needs a GPU")
+    with pytest.raises(Unavailable) as ours:
+        create("hpo_fused:triton").available(CPU)
+    assert str(ours.value) == reason
 
 
 def test_ligers_longest_response(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -423,8 +583,75 @@ def test_cce(objective: str, softcap: float | None, device: torch.device, monkey
             assert math.isfinite(output.logprobs.sum().item())
 
 
-def test_cce_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers.metadata, "version", lambda distribution: "99.0")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(Unavailable, match="needs a GPU"):
+def test_cces_gradient_filter_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-in for its kernels knows none, so that no result would tell."""
+    package = pytest.importorskip("cut_cross_entropy")
+    function, filters = package.linear_cross_entropy, []
+
+    def recorded(*arguments: Any, filter_eps: Any = "high", **options: Any) -> Tensor:
+        filters.append(filter_eps)
+        return function(*arguments, **options, impl="torch_compile")
+
+    monkeypatch.setattr(package, "linear_cross_entropy", recorded)
+    with torch.compiler.set_stance("force_eager"):
         check_linear(linear_peers.cce, of_preset("grpo"), CPU)
+    assert filters == [None]
+
+
+def linear_case(mode: Mode = "both", dtype: str = "fp32", inactive: float = 0.0) -> LinearCase:
+    """A small LM head."""
+    return LinearCase(HeadShape("tiny", 48, 97), 8, 4, dtype, "grpo", inactive, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["trl:chunked", "liger:chunked", "cce"])
+def test_every_mode_of_linear_peers(
+    name: str, dtype: str, mode: Mode, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the benchmark runs and judges them; torch.compile, which Liger's loss and the stand-in for cce use, eager."""
+    package = pytest.importorskip(INSTALLED[name.partition(":")[0]])
+    if name == "cce" and device.type == "cpu":
+        function = partial(package.linear_cross_entropy, impl="torch_compile")
+        monkeypatch.setattr(package, "linear_cross_entropy", function)
+    case = linear_case(mode, dtype, 0.5)
+    problem = draw_linear(case, [0.5], device, 0, draw_weight(case.shape, case.torch_dtype, device, 0))
+    exact = Exact.of(problem, 0)
+    inputs = problem.inputs(0.5, exact.logprobs)
+    provider, oracle = of_heads.create(name), LinearOracle(inputs, exact)
+    provider.prepare(case, device)
+    trial = LinearTrial(provider, inputs)
+    with torch.compiler.set_stance("default" if device.type == "cuda" else "force_eager"):
+        trial.before()
+        step = trial.step()
+    errors = provider.judge(oracle, step)
+    assert errors is not None
+    assert errors.complaint == ""
+    assert len(step.gradients) == (0 if mode == "forward" else 2)
+    assert step.output.loss is not None
+    wrong = step._replace(output=step.output._replace(loss=1.01 * step.output.loss + 0.01))
+    told = provider.judge(oracle, wrong)
+    assert told is not None
+    assert "off by" in told.complaint
+    for which in range(len(step.gradients)):
+        gradients = list(step.gradients)
+        gradients[which] = 1.1 * gradients[which]
+        told = provider.judge(oracle, step._replace(gradients=tuple(gradients)))
+        assert told is not None
+        assert "gradient of" in told.complaint
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# side by side with this package
+
+
+@pytest.mark.parametrize("module", ["trl.trainer.grpo_trainer", "liger_kernel.transformers.grpo_loss"])
+def test_peers_can_be_imported_beside_us(module: str) -> None:
+    """transformers imports Hugging Face's distribution ``kernels``: the checkout's folder must not take its place."""
+    root = Path(__file__).parent.parent
+    if any(Path(entry or ".").resolve() == root for entry in sys.path):
+        pytest.skip("started as python -m pytest, which puts the checkout on Python's path")
+    pytest.importorskip(module.partition(".")[0])
+    importlib.import_module(module)
+    theirs = sys.modules.get("kernels")
+    assert theirs is None or not str(theirs.__file__).startswith(str(root))

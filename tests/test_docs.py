@@ -99,3 +99,29 @@ def test_readme_tables_are_the_commands_output() -> None:
     for name, text in blocks:
         file = Path(__file__).parent.parent / name
         assert text.strip() == files.markdown(files.read(file)).strip()
+
+
+def test_example_of_a_provider_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named module:Class on the command line, checked and timed on every operation and mode that it has."""
+    testing = pytest.importorskip("typer.testing", reason="needs the bench extra")
+    from hpo_fused.bench.commands import app
+    from hpo_fused.bench.results import Result
+
+    text = (Path(__file__).parent.parent / "docs" / "benchmark.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"<!-- provider -->\n```python\n(.*?)```", text, flags=re.DOTALL)
+    (tmp_path / "mine.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    command = [
+        "speed", "--op", "logits", "--op", "logprobs", "--mode", "forward", "--mode", "gradient", "--mode", "both",
+        "--shape", "custom:V=97", "--shape", "custom:V=97,softcap=20", "--tokens", "32", "--repeats", "3", "--device",
+        "cpu", "--provider", "eager", "--provider", "mine:Logsumexp", "--output", "r.json",
+    ]  # fmt: skip
+    done = testing.CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    mine = [row for row in Result.read(tmp_path / "r.json").rows if row.provider == "mine:Logsumexp"]
+    assert len(mine) == 12
+    for row in mine:
+        capped = row.case.shape.softcap is not None
+        assert (row.status, row.note) == (("skipped", "has no softcap") if capped else ("ok", ""))
+        assert len(row.samples_s) == (0 if capped else 3)

@@ -39,6 +39,9 @@ HEADS = {
     shape.name: shape
     for shape in (
         HeadShape("qwen2.5-0.5b", 896, 151936, None, "Qwen2.5 0.5B; small enough for a CPU"),
+        HeadShape("qwen3-0.6b", 1024, 151936, None, "Qwen3 0.6B"),
+        HeadShape("llama3.2-1b", 2048, 128256, None, "Llama 3.2 1B"),
+        HeadShape("gemma3-270m", 640, 262144, None, "Gemma 3 270M; no cap on its logits"),
         HeadShape("qwen2.5-7b", 3584, 152064, None, "Qwen2.5 7B; the usual size in RL papers"),
         HeadShape("qwen3-8b", 4096, 151936, None, "Qwen3 8B"),
         HeadShape("llama3-8b", 4096, 128256, None, "Llama 3 8B"),

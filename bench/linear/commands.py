@@ -1,4 +1,4 @@
-"""The commands ``linear``, ``memory`` and ``plot`` of ``hpo-fused-bench``."""
+"""The commands ``linear`` and ``plot`` of ``hpo-fused-bench``."""
 
 from __future__ import annotations
 
@@ -11,19 +11,17 @@ import torch
 import typer
 from rich.console import Console
 
-from hpo_fused.bench import files
-from hpo_fused.bench.arguments import INTERRUPTED, check_writable, device_of, one_of
+from hpo_fused.bench.arguments import check_writable, device_of, one_of
 from hpo_fused.bench.cases import DTYPES
 from hpo_fused.bench.display import Display
 from hpo_fused.bench.environment import environment
-from hpo_fused.bench.report import environment_line
+from hpo_fused.bench.show import finish
 from hpo_fused.bench.trial import Settings
 from hpo_fused.objective import Objective
 
-from . import limits, report
 from .cases import CUSTOM, DEFAULT_HEAD, LinearCase, parse_head
-from .memory import MemoryBench, against_tokens, default_tokens, seven_b
-from .providers import DEFAULT, PROVIDERS, LinearProvider, create
+from .memory import default_tokens, measure_memory
+from .providers import PROVIDERS, LinearProvider, create, defaults
 from .results import LinearResult
 from .run import run_linear
 
@@ -36,7 +34,7 @@ Shape = Annotated[
 ]  # fmt: skip
 Dtype = Annotated[str, typer.Option(help=f"Of hidden states and head: {', '.join(DTYPES)}.")]
 ObjectiveName = Annotated[str, typer.Option(help="A preset of hpo_fused.Objective.")]
-Providers = Annotated[list[str], typer.Option(help=f"Of {', '.join(PROVIDERS)}; repeatable.")]
+Providers = Annotated[list[str], typer.Option(help=f"Of {', '.join(PROVIDERS)}; repeatable. Default: see `providers`.")]
 ChunkMib = Annotated[
     float | None, typer.Option(min=0.0, help="Memory for a chunk's logits, MiB (hpo_fused's chunk_bytes).")
 ]
@@ -72,7 +70,7 @@ class _Run:
         one_of("objective", objective, Objective.presets())
         try:
             head = parse_head(shape or DEFAULT_HEAD[device.type])
-            providers = [create(name) for name in dict.fromkeys(provider)]
+            providers = [create(name) for name in dict.fromkeys(provider or defaults(device.type))]
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
         chunk_bytes = None if chunk_mib is None else int(chunk_mib * MIB)
@@ -90,38 +88,6 @@ class _Run:
         }  # fmt: skip
         return LinearResult(environment(self.device), {**common, **settings}, self.command)
 
-    def measure_memory(self, result: LinearResult, tokens: Sequence[int], display: Display, share: float) -> None:
-        """Everything about memory, into ``result``."""
-        bench = MemoryBench(self.device, self.seed, result.memory, display)
-        ours = [provider for provider in self.providers if provider.ours]
-        against_tokens(bench, self.case, tokens, self.providers, share * 0.7)
-        if ours:
-            seven_b(bench, self.case, ours[0], share * 0.3, measured=not self.quick)
-
-    def finish(self, result: LinearResult) -> None:
-        """Show the result and end the command."""
-        out = Console()
-        _show(result, out)
-        if self.output is not None:
-            out.print(f"Wrote {self.output}", highlight=False, soft_wrap=True)
-        if result.interrupted:
-            raise typer.Exit(INTERRUPTED)
-        if any(limits.wrong(result)) or (self.check and (limits.missed(result) or limits.undecided(result))):
-            raise typer.Exit(1)
-
-
-def _show(result: LinearResult, out: Console) -> None:
-    out.print(environment_line(result), style="dim", highlight=False)
-    for sheet, below in report.sections(result):
-        out.print()
-        out.print(sheet.table())
-        for line in below:
-            out.print(line, style="dim", highlight=False, markup=False)
-    out.print()
-    for line in report.remarks(result):
-        out.print(line, style="yellow", highlight=False, markup=False)
-    out.print(report.verdict(result), style="bold", highlight=False)
-
 
 def linear(
     shape: Shape = None,
@@ -131,7 +97,7 @@ def linear(
     inactive: Annotated[
         list[float], typer.Option(min=0.0, max=1.0, help="Share of responses with zero advantage; repeatable.")
     ] = DEFAULT_INACTIVE,
-    provider: Providers = DEFAULT,
+    provider: Providers = [],  # noqa: B006
     chunk_mib: ChunkMib = None,
     memory_tokens: Tokens = None,
     memory_: Annotated[bool, typer.Option("--memory/--no-memory", help="Measure memory, too.")] = True,
@@ -169,69 +135,11 @@ def linear(
         with Display(Console(stderr=True), 2 if memory_ else 1) as display:
             run_linear(run.case, fractions, run.providers, Settings(where, repeats, budget, seed), result.rows, display)
             if memory_:
-                run.measure_memory(result, sizes, display, 1.0)
+                timing = Settings(where, repeats, budget, seed)
+                measure_memory(result, run.case, sizes, run.providers, timing, display, 1.0, quick=quick)
     except KeyboardInterrupt:
         result.interrupted = True
     finally:
         if output is not None and (result.rows or result.memory):
             result.write(output)
-    run.finish(result)
-
-
-def memory(
-    shape: Shape = None,
-    tokens: Tokens = None,
-    dtype: Dtype = "bf16",
-    objective: ObjectiveName = "mhpo_ahpo",
-    provider: Providers = DEFAULT,
-    chunk_mib: ChunkMib = None,
-    device: DeviceName = "auto",
-    quick: Quick = False,
-    seed: Seed = 0,
-    check: Check = False,
-    output: Output = None,
-) -> None:
-    """Peak memory of the linear path against the number of tokens, beside what `hpo_fused.linear_memory` predicts.
-
-    And with a fixed chunk budget, and for the head of a 7B model with 16384 tokens: predicted, and measured as far as
-    this machine can.
-    """
-    where = device_of(device)
-    sizes = sorted(set(tokens or default_tokens(where.type, quick)))
-    run = _Run.of(
-        "memory", shape, max(sizes), dtype, objective, chunk_mib, provider, where, seed, quick, check, output
-    )  # fmt: skip
-    result = run.result(memory_tokens=sizes)
-    try:
-        with Display(Console(stderr=True), 1) as display:
-            run.measure_memory(result, sizes, display, 1.0)
-    except KeyboardInterrupt:
-        result.interrupted = True
-    finally:
-        if output is not None and result.memory:
-            result.write(output)
-    run.finish(result)
-
-
-def plot(
-    file: Annotated[Path, typer.Argument(help="What `linear --output` or `memory --output` wrote.")],
-    output: Annotated[Path, typer.Option(help="The picture: .png, .svg or .pdf.")],
-) -> None:
-    """Draw a result of `linear`: peak memory against tokens, and time against the share of inactive rows."""
-    try:
-        result = files.read(file)
-    except OSError as error:
-        raise typer.BadParameter(f"cannot read {file}: {error.strerror}") from None
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    if not isinstance(result, LinearResult):
-        raise typer.BadParameter(f"{file} is a result of {result.command}; expected one of linear or memory")
-    check_writable(output)
-    from .plot import PlotUnavailable, draw_figure
-
-    try:
-        draw_figure(result, output)
-    except PlotUnavailable as error:
-        typer.echo(f"hpo-fused-bench plot: {error}", err=True)
-        raise typer.Exit(2) from None
-    typer.echo(f"Wrote {output}")
+    finish(result, output, check=check)

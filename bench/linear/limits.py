@@ -50,6 +50,8 @@ def _ratio(result: LinearResult, provider: str) -> float | None:
 
 
 def _times(result: LinearResult) -> Iterator[Limit]:
+    if any(row.case.mode != "both" for row in result.rows):
+        return  # they are limits of a training step
     providers = {row.provider for row in result.rows}
     machine = "gpu" if "gpu" in result.environment else "cpu"
     floor = _ratio(result, GEMMS)

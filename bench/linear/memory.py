@@ -10,11 +10,12 @@ from torch import Tensor
 
 from hpo_fused.bench.measure import peak_extra_bytes
 from hpo_fused.bench.results import MemoryRow, Prediction
-from hpo_fused.bench.trial import Progress, Step, does_not_fit, record_failure, synchronize
+from hpo_fused.bench.trial import Progress, Settings, Step, does_not_fit, record_failure, synchronize
 
 from .cases import HEADS, HeadShape, LinearCase
 from .draw import draw, draw_weight
 from .providers import LinearProvider
+from .results import LinearResult
 from .run import LinearTrial
 
 TOKENS, BUDGET, SEVEN_B = "tokens", "budget", "7b"
@@ -136,6 +137,25 @@ def _of_tokens(case: LinearCase, tokens: int, chunk_bytes: int | None) -> Linear
 def _budget_tokens(tokens: Sequence[int]) -> tuple[int, ...]:
     """512, 1024, 2048 tokens; the largest three that were asked for where that is less."""
     return BUDGET_TOKENS if max(tokens) >= max(BUDGET_TOKENS) else tuple(sorted(tokens)[-3:])
+
+
+def measure_memory(
+    result: LinearResult,
+    case: LinearCase,
+    tokens: Sequence[int],
+    providers: Sequence[LinearProvider],
+    settings: Settings,
+    progress: Progress,
+    share: float,
+    *,
+    quick: bool,
+) -> None:
+    """All of it, into ``result``; ``quick``: the 7B model's head is predicted only."""
+    bench = MemoryBench(settings.device, settings.seed, result.memory, progress)
+    ours = [provider for provider in providers if provider.ours]
+    against_tokens(bench, case, tokens, providers, share * 0.7)
+    if ours:
+        seven_b(bench, case, ours[0], share * 0.3, measured=not quick)
 
 
 def seven_b_cases(case: LinearCase, device: torch.device) -> Iterator[LinearCase]:

@@ -6,33 +6,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hpo_fused.bench.plot_style import (
+    LEGEND,
+    MUTED,
+    SURFACE,
+    PlotUnavailable,
+    colour,
+    frame,
+    plain_number,
+    pyplot,
+    save,
+    size,
+)
 from hpo_fused.bench.report import environment_line
 from hpo_fused.bench.results import MemoryRow
 
+from .cases import LinearCase
 from .memory import TOKENS
-from .results import GEMMS, LinearResult, LinearRow
+from .results import LinearResult, LinearRow
 
 MIB, GIB = 1 << 20, 1 << 30
-INK, MUTED, GRID, SURFACE = "#0b0b0b", "#6f6e69", "#e4e3df", "#fcfcfb"
-# One colour for each provider, in every picture.
-COLOURS = {
-    "hpo_fused": "#2a78d6",
-    "eager": "#c43a39",
-    "compile": "#c9730a",
-    "linear_cross_entropy": "#1a8f68",
-    GEMMS: "#52514e",
-}
-OTHERS = ("#4a3aa7", "#c2588a", "#8a6d1d")
 GAP = 13.0  # points between labels
 DASHES = (0, (4, 3))
-LEGEND: dict[str, Any] = {
-    "frameon": True, "framealpha": 1, "facecolor": SURFACE, "edgecolor": "none", "fontsize": 9, "labelcolor": MUTED,
-    "handlelength": 2.4,
-}  # fmt: skip
-
-
-class PlotUnavailable(Exception):
-    """Nothing to draw, or nothing to draw with; the message says which."""
 
 
 class _Line(NamedTuple):
@@ -40,25 +35,6 @@ class _Line(NamedTuple):
     points: Sequence[tuple[float, float]]  # x, y
     dashed: bool = False
     spread: Sequence[tuple[float, float]] | None = None  # y's 20% and 80% quantiles
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        raise PlotUnavailable("needs matplotlib: pip install 'hpo-fused[bench]'") from error
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "hpo-fused"  # the same picture gives the same file
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _colour(name: str) -> str:
-    base = name.partition(" ")[0]
-    return COLOURS.get(base) or COLOURS.get(base.partition(":")[0]) or OTHERS[sum(map(ord, base)) % len(OTHERS)]
 
 
 def _memory_lines(rows: Sequence[MemoryRow]) -> list[_Line]:
@@ -94,26 +70,17 @@ def _spread_of(line: _Line) -> list[float]:
     return [high for _, high in line.spread or ()]
 
 
-def _number(value: float, _: object = None) -> str:
-    return f"{value:g}" if value < 1e6 else f"{value:.0f}"
-
-
-def _size(value: float, _: object = None) -> str:
-    """A number of MiB."""
-    return f"{value:g} MiB" if value < 1024 else f"{value / 1024:g} GiB"
-
-
 def _draw(axes: Any, line: _Line) -> None:
-    colour = _colour(line.name)
+    shade = colour(line.name)
     xs, ys = zip(*line.points, strict=True)
     markers = 0 if line.dashed else 5
     axes.plot(
-        xs, ys, color=colour, linewidth=1.4 if line.dashed else 2, linestyle=DASHES if line.dashed else "-",
+        xs, ys, color=shade, linewidth=1.4 if line.dashed else 2, linestyle=DASHES if line.dashed else "-",
         marker="o", markersize=markers, alpha=0.9 if line.dashed else 1, zorder=4 if line.name == "hpo_fused" else 3,
     )  # fmt: skip
     if line.spread:
         low, high = zip(*line.spread, strict=True)
-        axes.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0, zorder=2)
+        axes.fill_between(xs, low, high, color=shade, alpha=0.15, linewidth=0, zorder=2)
 
 
 def _label_ends(figure: Any, axes: Any, lines: Sequence[_Line]) -> None:
@@ -134,31 +101,23 @@ def _label_ends(figure: Any, axes: Any, lines: Sequence[_Line]) -> None:
             below = at + shift
         axes.annotate(
             line.name, (x, y), xytext=(7, shift), textcoords="offset points", va="center", ha="left",
-            color=_colour(line.name), fontsize=9.5, fontweight="bold" if line.name == "hpo_fused" else "normal",
+            color=colour(line.name), fontsize=9.5, fontweight="bold" if line.name == "hpo_fused" else "normal",
             annotation_clip=False,
         )  # fmt: skip
 
 
-def _frame(axes: Any, title: str, below: str) -> None:
-    axes.set_title(title, loc="left", fontsize=11, color=INK, pad=12, fontweight="bold")
-    axes.set_xlabel(below, color=MUTED, fontsize=9.5)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(MUTED)
-    axes.tick_params(colors=MUTED, labelsize=9.5, length=0, which="both")
-
-
-def _memory_panel(figure: Any, axes: Any, rows: Sequence[MemoryRow]) -> None:
+def memory_panel(figure: Any, axes: Any, rows: Sequence[MemoryRow]) -> None:
+    """Lines of peak memory against tokens, for rows of one shape, of logits or of a head."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     lines = _memory_lines(rows)
     case = rows[0].case
-    _frame(
+    hidden = f"H {case.shape.hidden}, " if isinstance(case, LinearCase) else ""
+    sizes = f"{hidden}V {case.shape.vocabulary}"
+    frame(
         axes,
         "Peak memory beyond the inputs",
-        f"tokens (H {case.shape.hidden}, V {case.shape.vocabulary}, {case.dtype})",
+        f"tokens ({sizes}, {case.dtype})",
     )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
@@ -166,18 +125,18 @@ def _memory_panel(figure: Any, axes: Any, rows: Sequence[MemoryRow]) -> None:
         _draw(axes, line)
     xs = sorted({x for line in lines for x, _ in line.points})
     axes.xaxis.set_major_locator(FixedLocator(xs))
-    axes.xaxis.set_major_formatter(FuncFormatter(_number))
+    axes.xaxis.set_major_formatter(FuncFormatter(plain_number))
     axes.xaxis.set_minor_locator(NullLocator())
     ys = [y for line in lines for _, y in line.points]
     ticks = [2.0**power for power in range(-4, 24) if min(ys) / 2 < 2.0**power < max(ys) * 2]
     axes.set_ylim(min(ys) / 1.3, max(ys) * 1.3)
     axes.yaxis.set_major_locator(FixedLocator([tick for tick in ticks if min(ys) / 1.3 <= tick <= max(ys) * 1.3]))
-    axes.yaxis.set_major_formatter(FuncFormatter(_size))
+    axes.yaxis.set_major_formatter(FuncFormatter(size))
     axes.yaxis.set_minor_locator(NullLocator())
     _label_ends(figure, axes, lines)
     predicted = next((line for line in lines if line.name.endswith("predicted")), None)
     if predicted is not None:
-        axes.plot([], [], color=_colour(predicted.name), linestyle=DASHES, label="hpo_fused.linear_memory's prediction")
+        axes.plot([], [], color=colour(predicted.name), linestyle=DASHES, label="hpo_fused.linear_memory's prediction")
         axes.legend(loc="upper left", borderaxespad=0.2, **LEGEND)
 
 
@@ -186,7 +145,7 @@ def _time_panel(figure: Any, axes: Any, rows: Sequence[LinearRow]) -> None:
 
     lines = _time_lines(rows)
     case = rows[0].case
-    _frame(
+    frame(
         axes, "Time of loss and both gradients, ms",
         f"% of rows without a learning signal ({case.tokens} tokens, H {case.shape.hidden}, V {case.shape.vocabulary})",
     )  # fmt: skip
@@ -199,7 +158,7 @@ def _time_panel(figure: Any, axes: Any, rows: Sequence[LinearRow]) -> None:
         axes.legend(loc="upper right", **LEGEND)
     axes.xaxis.set_major_locator(FixedLocator(sorted({x for line in lines for x, _ in line.points})))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}%"))
-    axes.yaxis.set_major_formatter(FuncFormatter(_number))
+    axes.yaxis.set_major_formatter(FuncFormatter(plain_number))
     _label_ends(figure, axes, lines)
 
 
@@ -209,31 +168,24 @@ def draw_figure(result: LinearResult, output: Path) -> None:
     Raises:
         PlotUnavailable: no matplotlib, nothing in the result to draw, or a format that there is not.
     """
-    pyplot = _pyplot()
+    plots = pyplot()
     memory = [row for row in result.of_series(TOKENS) if row.peak_extra_bytes is not None or row.prediction is not None]
     timed = [row for row in result.rows if row.median_s is not None]
     panels: list[tuple[Any, Any]] = []
     if memory:
-        panels.append((_memory_panel, memory))
+        panels.append((memory_panel, memory))
     if timed:
         panels.append((_time_panel, timed))
     if not panels:
         raise PlotUnavailable("the result holds neither times nor memory")
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(6.6 * len(panels), 4.5), facecolor=SURFACE, squeeze=False)
-    try:
+    figure, axes = plots.subplots(1, len(panels), figsize=(6.6 * len(panels), 4.5), facecolor=SURFACE, squeeze=False)
+
+    def draw() -> None:
         # Room for the names right of each panel, before they are placed.
         figure.subplots_adjust(
             left=0.09 / len(panels) + 0.01, right=1 - 0.24 / len(panels), wspace=0.56, top=0.88, bottom=0.2
         )
-        for (draw, rows), one in zip(panels, axes[0], strict=True):
-            one.set_facecolor(SURFACE)
-            draw(figure, one, rows)
-        figure.text(0.01, 0.025, environment_line(result), color=MUTED, fontsize=8)
-        metadata = {"Date": None} if output.suffix == ".svg" else None
-        figure.savefig(output, dpi=160, facecolor=SURFACE, metadata=metadata)
-    except ValueError as error:
-        if "not supported" not in str(error):
-            raise
-        raise PlotUnavailable(str(error).splitlines()[0]) from error
-    finally:
-        pyplot.close(figure)
+        for (panel, rows), one in zip(panels, axes[0], strict=True):
+            panel(figure, one, rows)
+
+    save(figure, output, draw, environment_line(result))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 
@@ -22,6 +23,12 @@ MIB = 1 << 20
 TIMES = (
     "in-\nactive", "provider", "ms", "20–80 %", "÷ ours", "TFLOP\n/s", "% of\ngemms", "peak\nMiB", "of it\ngrad.",
 )  # fmt: skip
+WORK = {
+    "both": "loss, log-probabilities, entropy and the gradients of hidden states and head",
+    "forward": "loss, log-probabilities and entropy, forward alone",
+    "gradient": "the gradients of hidden states and head alone, after a forward that is not timed",
+}
+GEMMS_OF = {"forward": "logits", "gradient": "dhidden and dweight", "both": "logits, dhidden and dweight"}
 ERRORS = (
     "in-\nactive",
     "provider",
@@ -142,16 +149,22 @@ def parts(result: LinearResult) -> Sheet:
 
 
 def _reasons(result: LinearResult) -> Iterator[str]:
-    reasons: dict[tuple[str, str], list[str]] = {}
+    """A line for each reason and all whom it stopped; where, unless they were skipped everywhere."""
+    memory_rows = [row for row in result.memory if row.status != "predicted"]
+    measured = Counter([*(row.provider for row in result.rows), *(row.provider for row in memory_rows)])
+    reasons: dict[tuple[str, str], dict[str, list[str]]] = {}
     for row in result.rows:
         if row.status != "ok":
-            names = reasons.setdefault((row.status, row.note), [])
-            names.append(f"{row.provider} at {_percent(row.case.inactive_share)}")
-    for memory_row in result.memory:
-        if memory_row.status not in ("ok", "predicted"):
-            names = reasons.setdefault((memory_row.status, memory_row.note), [])
-            names.append(f"memory of {memory_row.provider} at {memory_row.case.tokens} tokens")
-    for (status, note), names in reasons.items():
+            places = reasons.setdefault((row.status, row.note), {}).setdefault(row.provider, [])
+            places.append(f"{row.provider} at {_percent(row.case.inactive_share)}")
+    for memory_row in memory_rows:
+        if memory_row.status != "ok":
+            places = reasons.setdefault((memory_row.status, memory_row.note), {}).setdefault(memory_row.provider, [])
+            places.append(f"memory of {memory_row.provider} at {memory_row.case.tokens} tokens")
+    for (status, note), stopped in reasons.items():
+        names: list[str] = []
+        for name, places in stopped.items():
+            names += [name] if status == "skipped" and len(places) == measured[name] else places
         yield f"{', '.join(names)}: {status.replace('_', ' ')}: {note}"
 
 
@@ -163,8 +176,10 @@ def time_notes(result: LinearResult) -> Iterator[str]:
     softcap = "" if case.shape.softcap is None else f", softcap {case.shape.softcap:g}"
     yield (
         f"{case.shape.name}: {case.tokens} tokens × H {case.shape.hidden} × V {case.shape.vocabulary} {case.dtype}, "
-        f"{case.objective}{softcap}; loss, log-probabilities, entropy and the gradients of hidden states and head."
+        f"{case.objective}{softcap}; {WORK[case.mode]}."
     )
+    if case.mode == "gradient":
+        yield "who makes the gradients in its forward has next to nothing left to do."
     names = {row.provider for row in result.rows}
     once = [row.provider for row in result.rows if row.case.inactive == 0 and not row.is_ours and not row.is_floor]
     if len({row.case.inactive for row in result.rows}) > 1 and once:
@@ -179,9 +194,10 @@ def time_notes(result: LinearResult) -> Iterator[str]:
             )
         yield f"linear_cross_entropy: PyTorch's, plain cross entropy, which is less work than a policy loss; {chosen}."
     if "gemms" in names:
-        yield "gemms: logits, dhidden and dweight of the active rows in ours' chunks, to memory in use: the floor."
+        yield f"gemms: {GEMMS_OF[case.mode]} of the active rows in ours' chunks, to memory in use: the floor."
+    flops = "2 n H V" if case.mode == "forward" else "6 n H V"
     yield (
-        "ms: median. ÷ ours, % of gemms: medians of ratios within rounds. TFLOP/s: 6 n H V, n the rows computed, over "
+        f"ms: median. ÷ ours, % of gemms: medians of ratios within rounds. TFLOP/s: {flops}, n the rows computed, over "
         "the median."
     )
     yield "peak MiB: beyond the inputs, gradients included (which alone are the last column)."

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from hpo_fused.bench.measure import Task
 from hpo_fused.bench.providers import Output
 from hpo_fused.bench.trial import (
@@ -45,20 +47,21 @@ class LinearTrial:
         return self.provider.step(self.inputs, begun)
 
 
-def _first_call(trial: LinearTrial, exact: Exact, row: LinearRow, settings: Settings) -> None:
+def check_first(trial: LinearTrial, exact: Exact, row: LinearRow, device: torch.device) -> None:
+    """The first call into ``row``: compiled, judged, its memory taken; raises what the provider raises."""
     provider, inputs = trial.provider, trial.inputs
-    row.note = does_not_fit(provider.memory_bytes(inputs.case, settings.device), settings.device)
+    row.note = does_not_fit(provider.memory_bytes(inputs.case, device), device)
     if row.note:
         row.status = "out_of_memory"
         return
-    provider.prepare(inputs.case, settings.device)
+    provider.prepare(inputs.case, device)
     oracle = LinearOracle(inputs, exact)
 
     def judge(step: Step) -> str:
         row.errors = provider.judge(oracle, step)
         return row.errors.complaint if row.errors is not None else ""
 
-    first_call(trial, row, settings.device, judge)
+    first_call(trial, row, device, judge)
     if not provider.measures_memory:
         row.peak_extra_bytes, row.gradient_bytes, row.repeats = None, 0, None
 
@@ -109,7 +112,7 @@ def run_linear(
             progress.stage(f"{label}: {name}, first call and check{compiling}")
             trial = LinearTrial(provider, problem.inputs(row.case.inactive, exact.logprobs))
             try:
-                _first_call(trial, exact, row, settings)
+                check_first(trial, exact, row, device)
             except Exception as error:  # a provider's code: anything can come
                 record_failure(row, error)
             if row.status == "ok":

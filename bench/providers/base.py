@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hpo_fused.bench.cases import Case, Inputs
+from hpo_fused.bench.cases import Case, Inputs, Op
+
+# The same words for every provider, so that a report says it once.
+NEEDS_GPU = "needs a GPU; what Triton's interpreter takes on a CPU says nothing"
+
+LACKS: dict[Op, str] = {
+    "logits": "gives log-probabilities, and makes no loss",
+    "logprobs": "makes a loss, and gives no differentiable log-probabilities away",
+}
 
 
 class Unavailable(Exception):
@@ -27,34 +34,67 @@ class Output(NamedTuple):
     entropy: Tensor | None
 
 
-class Provider(ABC):
-    """One way to compute the loss.
+class Candidate:
+    """What providers of logits and of hidden states have in common.
 
     Attributes:
         name: how it is selected and reported.
         summary: one line on what it runs.
+        leaves_out: what of the work of this package's functions it does not do.
         slow_start: what the first call does besides running, for the progress line.
         ours: belongs to this package; the first such provider is what the others are compared with.
+        largest: bytes of logits up to which its memory is measured at several sizes; None: any.
+    """
+
+    name: str
+    summary: str = ""
+    leaves_out: str = ""
+    slow_start: str = ""
+    ours: bool = False
+    largest: int | None = None
+
+    def available(self, device: torch.device) -> str:
+        """The implementation and version that would run on the device.
+
+        Raises:
+            Unavailable: none can, whatever the case; with the reason.
+        """
+        return f"torch {torch.__version__}"
+
+
+class Provider(Candidate):
+    """One way to compute the loss of logits, log-probabilities of logits, or both.
+
+    Attributes:
         can_inplace, inplace: whether the gradient can take the logits' storage, and whether it shall.
         memory_factor: rough peak beyond the inputs, in float32 copies of the logits. Only used to skip a case that
             would not fit into main memory, where the alternative is being killed with every result.
     """
 
-    name: str
-    summary: str
-    slow_start: str = ""
-    ours: bool = False
     can_inplace: bool = False
     inplace: bool = False
     memory_factor: float = 3.5
 
-    def prepare(self, case: Case, device: torch.device) -> None:  # noqa: B027 - most have nothing to do
-        """Get ready for a case; raise :class:`Unavailable` with the reason where it cannot run."""
+    @classmethod
+    def ops(cls) -> tuple[Op, ...]:
+        """What it can make of logits."""
+        methods: dict[Op, str] = {"logits": "forward", "logprobs": "token_logprobs"}
+        return tuple(op for op, method in methods.items() if getattr(cls, method) is not getattr(Provider, method))
 
-    @abstractmethod
+    def prepare(self, case: Case, device: torch.device) -> None:
+        """Get ready for a case; raise :class:`Unavailable` with the reason where it cannot run."""
+        self.available(device)
+        if case.op not in self.ops():
+            raise Unavailable(LACKS[case.op])
+
+    def room(self, inputs: Inputs) -> Tensor:
+        """Memory [B, T, V] for logits that may be overwritten, in the layout that an ``inplace`` provider needs."""
+        return torch.empty_like(inputs.logits).detach()
+
     def forward(self, inputs: Inputs, logits: Tensor) -> Output:
-        """Loss of ``inputs`` with ``logits`` in the place of ``inputs.logits``."""
+        """Loss of ``inputs`` with ``logits`` in place of ``inputs.logits``; :class:`Unavailable` where it has none."""
+        raise Unavailable(LACKS["logits"])
 
     def token_logprobs(self, inputs: Inputs, logits: Tensor) -> Output:
         """Log-probabilities, attached to ``logits``, and entropies; :class:`Unavailable` where it has none."""
-        raise Unavailable("makes a loss, and gives no differentiable log-probabilities away")
+        raise Unavailable(LACKS["logprobs"])

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
 
 import hpo_fused
 from hpo_fused.backend import Backend, backend_for
-from hpo_fused.bench.cases import Case, Inputs
+from hpo_fused.bench.cases import Inputs
 
-from .base import Output, Provider, Unavailable
+from .base import NEEDS_GPU, Output, Provider, Unavailable
 
 
-def check_backend(backend: Backend, device: torch.device) -> None:
-    """Raises Unavailable, with the reason, where the backend cannot be timed on the device."""
+def backend_on(backend: Backend, device: torch.device) -> str:
+    """What ``backend`` means on the device, with its version; raises Unavailable where it cannot be timed there."""
     if backend == "triton" and device.type == "cpu":
-        raise Unavailable("needs a GPU; what Triton's interpreter takes on a CPU says nothing")
+        raise Unavailable(NEEDS_GPU)
     try:
-        backend_for(torch.empty(0, device=device), backend)
+        chosen = backend_for(torch.empty(0, device=device), backend)
     except ValueError as error:
         raise Unavailable(str(error)) from error
+    return f"{chosen} {importlib.import_module(chosen).__version__}"
 
 
 class Fused(Provider):
-    """``hpo_fused.policy_loss`` with the backend it chooses itself, or a given one."""
+    """``hpo_fused.policy_loss`` and ``token_logprobs`` with the backend it chooses itself, or a given one."""
 
     ours = True
     can_inplace = True
@@ -32,11 +35,11 @@ class Fused(Provider):
     def __init__(self, backend: Backend = "auto") -> None:
         self.backend = backend
         self.name = "hpo_fused" if backend == "auto" else f"hpo_fused:{backend}"
-        self.summary = f"hpo_fused.policy_loss, backend={backend!r}"
+        self.summary = f"hpo_fused.policy_loss, of logprobs token_logprobs; backend={backend!r}"
         self.slow_start = "compiling kernels"
 
-    def prepare(self, case: Case, device: torch.device) -> None:
-        check_backend(self.backend, device)
+    def available(self, device: torch.device) -> str:
+        return backend_on(self.backend, device)
 
     def forward(self, inputs: Inputs, logits: Tensor) -> Output:
         out = hpo_fused.policy_loss(

@@ -16,7 +16,8 @@ from hpo_fused.bench.logprob_loss import plain_logprob_loss, weighted_advantages
 from hpo_fused.objective import Objective
 
 from .base import Output, Unavailable
-from .peers import liger_shaping, require, require_gpu
+from .liger import VERSION as LIGER_VERSION
+from .peers import liger_shaping
 from .trl import VERSION
 
 TRL_COLUMNS = 32768  # of the vocabulary in one tile, as TRL's trainers choose
@@ -24,26 +25,40 @@ IGNORED = -100
 
 
 class LinearPeer(NamedTuple):
-    """What a table says of a peer."""
+    """What a table says of a peer, and what it takes to run it."""
 
     name: str
     summary: str
+    leaves_out: str
+    distribution: str
+    version: str
+    needs_gpu: bool = False
 
 
 TRL_CHUNKED = LinearPeer(
     "trl:chunked",
     "TRL >= 1.16's ChunkedLogProbFunction (4 GEMMs in tiles of 4096 x 32768; on a CPU two of them in float32), with "
-    "entropy, eager loss; leaves out masked rows on a GPU, zero advantages never",
+    "entropy, eager loss; skips masked rows on a GPU, rows of zero advantage never",
+    "",
+    "trl",
+    VERSION,
 )
 LIGER_CHUNKED = LinearPeer(
     "liger:chunked",
     "Liger-Kernel >= 0.8's LigerFusedLinearGRPOLoss (4 GEMMs, two of them in float32; a response at a time, gradients "
-    "in forward, weight's summed in its own dtype); no entropy, log-probabilities or softcap, clipping only",
+    "in forward whether or not asked for, weight's summed in its own dtype)",
+    "log-probabilities, entropy, softcap; objectives other than clipping ones",
+    "liger-kernel",
+    LIGER_VERSION,
 )
 CCE = LinearPeer(
     "cce",
-    "cut-cross-entropy's per-token cross entropy without gradient filtering, eager loss; no entropy; masked rows left "
-    "out, zero advantages not",
+    "cut-cross-entropy's per-token cross entropy without gradient filtering, eager loss; skips masked rows, rows of "
+    "zero advantage never",
+    "entropy",
+    "cut-cross-entropy",
+    "25.1",
+    needs_gpu=True,
 )
 
 
@@ -58,7 +73,6 @@ def trl_chunked(
     softcap: float | None,
 ) -> Output:
     """``trl.kernels.ChunkedLogProbFunction`` as GRPOTrainer's fused LM head calls it; any objective in eager torch."""
-    require("trl", VERSION)
     from trl.kernels import ChunkedLogProbFunction
 
     # Like TRL's fused LM head: Triton devices score the unmasked positions only.
@@ -95,7 +109,6 @@ def liger_chunked(
     compiled: bool = True,
 ) -> Output:
     """``liger_kernel.chunked_loss.LigerFusedLinearGRPOLoss``; ``compiled``: its loss (not its GEMMs), as by default."""
-    require("liger-kernel", "0.8")
     if softcap is not None:
         raise Unavailable("Liger-Kernel's chunked GRPO loss has no softcap")
     options = liger_shaping(objective)
@@ -138,8 +151,6 @@ def cce(
     Its gradient filter, "high" by its own default, is off: it drops blocks of the gradient that are small, so that the
     result is not the objective's gradient.
     """
-    require("cut-cross-entropy", "25.1")
-    require_gpu(hidden.device)
     from cut_cross_entropy import linear_cross_entropy
 
     targets = tokens if mask is None else tokens.masked_fill(~mask, IGNORED)

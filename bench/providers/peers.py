@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hpo_fused.objective import Clip, Objective, SoftGate, TruncatedRatio
 
-from .base import Unavailable
+from .base import NEEDS_GPU, Unavailable
 
 LIGER_OBJECTIVES = "grpo, dapo, dr_grpo, gspo, sapo, cispo, hpo, ahpo"  # the last two by weighted advantages
 
@@ -25,20 +25,26 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def require(distribution: str, version: str) -> None:
-    """Raise :class:`Unavailable` unless a distribution is installed in that version or a later one."""
+def require(distribution: str, version: str) -> str:
+    """The name and installed version of a distribution.
+
+    Raises:
+        Unavailable: not installed, or older than ``version``.
+    """
     try:
         installed = metadata.version(distribution)
     except metadata.PackageNotFoundError:
-        raise Unavailable(f"{distribution} is not installed (pip install '{distribution}>={version}')") from None
+        # The same words for all of them, so that a report says it once.
+        raise Unavailable("not installed (pip install 'hpo-fused[peers]')") from None
     if _numbers(installed) < _numbers(version):
         raise Unavailable(f"needs {distribution}>={version}, this is {installed}")
+    return f"{distribution} {installed}"
 
 
 def require_gpu(device: torch.device) -> None:
     """Raise :class:`Unavailable` where Triton kernels cannot run: on a CPU, unless under Triton's interpreter."""
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise Unavailable("needs a GPU")
+        raise Unavailable(NEEDS_GPU)
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:

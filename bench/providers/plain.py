@@ -71,11 +71,13 @@ class Compiled(Eager):
     summary = "torch.compile(dynamic=False) of the eager function"
     slow_start = "torch.compile can take a minute"
     memory_factor = 2.5
+    largest = 1 << 29  # each number of tokens is compiled anew
 
     def __init__(self) -> None:
         self.compiled: Function | None = None
 
     def prepare(self, case: Case, device: torch.device) -> None:
+        super().prepare(case, device)
         self.compiled = None
 
     def ready(self, function: Function) -> Function:

@@ -23,6 +23,9 @@ VERSION = "1.16"
 class _Logprobs(Provider):
     """Log-probabilities by TRL, and the loss of them in eager PyTorch."""
 
+    def available(self, device: torch.device) -> str:
+        return require("trl", VERSION)
+
     def forward(self, inputs: Inputs, logits: Tensor) -> Output:
         _, logprobs, entropy = self.token_logprobs(inputs, logits)
         assert logprobs is not None
@@ -45,7 +48,7 @@ class TrlEager(_Logprobs):
     memory_factor = 5.0
 
     def prepare(self, case: Case, device: torch.device) -> None:
-        require("trl", VERSION)
+        super().prepare(case, device)
         import trl.trainer.utils  # noqa: F401 - here, not in the first call, which is measured
 
     def token_logprobs(self, inputs: Inputs, logits: Tensor) -> Output:
@@ -69,9 +72,13 @@ class TrlTriton(_Logprobs):
     def __init__(self) -> None:
         self.kernel: Callable[..., tuple[Tensor, Tensor]] | None = None
 
-    def prepare(self, case: Case, device: torch.device) -> None:
-        require("trl", VERSION)
+    def available(self, device: torch.device) -> str:
+        version = super().available(device)
         require_gpu(device)
+        return version
+
+    def prepare(self, case: Case, device: torch.device) -> None:
+        super().prepare(case, device)
         from trl.kernels import selective_log_softmax_and_entropy
 
         self.kernel = selective_log_softmax_and_entropy

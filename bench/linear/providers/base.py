@@ -10,35 +10,26 @@ from hpo_fused.bench.linear.cases import LinearCase
 from hpo_fused.bench.linear.check import LinearOracle
 from hpo_fused.bench.linear.draw import LinearInputs
 from hpo_fused.bench.linear.results import LinearErrors
-from hpo_fused.bench.providers import Output
+from hpo_fused.bench.providers import Candidate, Output
 from hpo_fused.bench.trial import Step
 
 
-class LinearProvider(ABC):
+class LinearProvider(Candidate, ABC):
     """One way to compute loss and gradients.
 
     Attributes:
-        name: how it is selected and reported.
-        summary: one line on what it runs.
-        slow_start: what the first call does besides running, for the progress line.
-        ours: belongs to this package; the first such provider is what the others are compared with.
         skips_inactive: leaves rows without a learning signal out of its GEMMs, so that their share matters.
         measures_memory: whether its peak means something.
         leniency: times the limits of the gradients' errors, for who sums them in the dtype itself.
-        largest: bytes of logits up to which its memory is measured; None: any.
     """
 
-    name: str
-    summary: str
-    slow_start: str = ""
-    ours: bool = False
     skips_inactive: bool = False
     measures_memory: bool = True
     leniency: float = 1.0
-    largest: int | None = None
 
-    def prepare(self, case: LinearCase, device: torch.device) -> None:  # noqa: B027 - most have nothing to do
+    def prepare(self, case: LinearCase, device: torch.device) -> None:
         """Get ready for a case; raise ``Unavailable`` with the reason where it cannot run."""
+        self.available(device)
 
     @abstractmethod
     def memory_bytes(self, case: LinearCase, device: torch.device) -> float:

@@ -9,7 +9,7 @@ from hpo_fused.backend import Backend
 from hpo_fused.bench.linear.cases import LinearCase
 from hpo_fused.bench.linear.draw import LinearInputs
 from hpo_fused.bench.providers import Output
-from hpo_fused.bench.providers.fused import check_backend
+from hpo_fused.bench.providers.fused import backend_on
 
 from .base import LossProvider
 
@@ -26,8 +26,8 @@ class Fused(LossProvider):
         self.summary = f"hpo_fused.linear_policy_loss, backend={backend!r}"
         self.slow_start = "compiling kernels"
 
-    def prepare(self, case: LinearCase, device: torch.device) -> None:
-        check_backend(self.backend, device)
+    def available(self, device: torch.device) -> str:
+        return backend_on(self.backend, device)
 
     def memory_bytes(self, case: LinearCase, device: torch.device) -> float:
         return case.memory(device.type).peak

@@ -26,6 +26,7 @@ class Gemms(LinearProvider):
 
     name = GEMMS
     summary = "three bare GEMMs over the active rows in the same chunks, to memory in use before: the floor"
+    leaves_out = "everything but the GEMMs"
     skips_inactive = True
     measures_memory = False
 

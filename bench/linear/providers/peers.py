@@ -11,6 +11,7 @@ from hpo_fused.bench.linear.cases import LinearCase
 from hpo_fused.bench.linear.draw import LinearInputs
 from hpo_fused.bench.providers import Output
 from hpo_fused.bench.providers.linear_peers import LinearPeer
+from hpo_fused.bench.providers.peers import require, require_gpu
 from hpo_fused.objective import Objective
 
 from .base import LossProvider
@@ -40,7 +41,14 @@ class Peer(LossProvider):
     slow_start = "compiling kernels"
 
     def __init__(self, peer: LinearPeer, function: Function, leniency: float = 1.0) -> None:
-        self.name, self.summary, self.function, self.leniency = peer.name, peer.summary, function, leniency
+        self.name, self.summary, self.leaves_out = peer.name, peer.summary, peer.leaves_out
+        self.peer, self.function, self.leniency = peer, function, leniency
+
+    def available(self, device: torch.device) -> str:
+        version = require(self.peer.distribution, self.peer.version)
+        if self.peer.needs_gpu:
+            require_gpu(device)
+        return version
 
     def memory_bytes(self, case: LinearCase, device: torch.device) -> float:
         # Up to three float32 copies of the head's gradient or the head, and as many temporaries.

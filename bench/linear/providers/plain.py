@@ -66,6 +66,7 @@ class Compiled(Eager):
         self.compiled: Function | None = None
 
     def prepare(self, case: LinearCase, device: torch.device) -> None:
+        super().prepare(case, device)
         self.compiled = torch.compile(fresh_copy(plain_linear_loss), dynamic=False)
 
     def function(self) -> Function:
