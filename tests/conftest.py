@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,3 +30,14 @@ def device() -> torch.device:
 def backend(request: pytest.FixtureRequest) -> str:
     """Each backend that this machine can run."""
     return str(request.param)
+
+
+@pytest.fixture
+def invoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Runs the benchmark's command line from an empty directory, as a user would from theirs."""
+    testing = pytest.importorskip("typer.testing", reason="needs the bench extra")
+    from hpo_fused.bench.commands import app
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    return lambda *arguments: testing.CliRunner().invoke(app, list(arguments))

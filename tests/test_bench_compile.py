@@ -18,7 +18,6 @@ pytest.importorskip("rich", reason="needs the bench extra")
 testing = pytest.importorskip("typer.testing", reason="needs the bench extra")
 
 from hpo_fused.bench import compile_report, compile_table, gpus, occupancy, roofline, traffic  # noqa: E402
-from hpo_fused.bench.commands import app  # noqa: E402
 from hpo_fused.bench.compile_document import SCHEMA_VERSION, document  # noqa: E402
 from hpo_fused.bench.compile_limits import LIMITED_TARGETS, SWEEPS, broken_limits, instruction_limit  # noqa: E402
 from hpo_fused.bench.compile_plan import (  # noqa: E402
@@ -42,14 +41,6 @@ from hpo_fused.bench.traffic import USABLE, row_traffic  # noqa: E402
 
 Invoke = Callable[..., Any]
 LAUNCH = SimpleNamespace(lanes=1024, vec=8, unroll=4, rows_in_flight=132)
-
-
-@pytest.fixture
-def invoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Invoke:
-    """Runs the command line from an empty directory, as a user would from theirs."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "100")
-    return lambda *arguments: testing.CliRunner().invoke(app, list(arguments))
 
 
 def record(**changes: Any) -> dict[str, Any]:

@@ -18,7 +18,6 @@ testing = pytest.importorskip("typer.testing", reason="needs the bench extra")
 
 from hpo_fused.bench import accuracy, files, measure, memory_report, report, show  # noqa: E402
 from hpo_fused.bench.cases import Case, Inputs, Shape  # noqa: E402
-from hpo_fused.bench.commands import app  # noqa: E402
 from hpo_fused.bench.evidence import Evidence  # noqa: E402
 from hpo_fused.bench.evidence import Tests as Outcome  # noqa: E402
 from hpo_fused.bench.labels import labels  # noqa: E402
@@ -35,14 +34,6 @@ LOGITS, HEAD = "custom:V=97", "custom:H=16,V=97"
 TINY = ("--tokens", "24", "--device", "cpu")
 OURS_AND_EAGER = ("--provider", "hpo_fused:torch", "--provider", "eager")
 Invoke = Callable[..., Any]
-
-
-@pytest.fixture
-def invoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Invoke:
-    """Runs the command line from an empty directory, as a user would from theirs."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "100")
-    return lambda *arguments: testing.CliRunner().invoke(app, list(arguments))
 
 
 def axes(**changes: Any) -> Axes:
