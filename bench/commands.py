@@ -9,13 +9,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import files, matrix_command
+from . import all_report, files, matrix_command
+from .all_command import all_
 from .arguments import device_of
 from .cases import CUSTOM, SHAPES
 from .compare_command import compare
 from .compile_command import compile_
 from .curves import curves
 from .environment import environment
+from .evidence import Evidence
 from .linear import commands as linear_commands
 from .linear.cases import CUSTOM as CUSTOM_HEAD
 from .linear.cases import HEADS
@@ -31,6 +33,7 @@ app = typer.Typer(
 )
 
 
+app.command("all")(all_)
 app.command()(matrix_command.speed)
 app.command()(matrix_command.accuracy)
 app.command()(matrix_command.memory)
@@ -43,15 +46,20 @@ app.command()(providers)
 
 
 @app.command("report")
-def report_(file: Annotated[Path, typer.Argument(help="What `speed`, `linear` or `memory` wrote.")]) -> None:
-    """Print a result file as markdown tables."""
+def report_(
+    file: Annotated[Path, typer.Argument(help="What any command wrote with --output.")],
+    summary: Annotated[bool, typer.Option("--summary", help="Only the short table, of a result of `all`.")] = False,
+) -> None:
+    """Print a result file as markdown."""
     try:
         result = files.read(file)
     except OSError as error:
         raise typer.BadParameter(f"cannot read {file}: {error.strerror}") from None
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    typer.echo(files.markdown(result))
+    if summary and not isinstance(result, Evidence):
+        raise typer.BadParameter(f"--summary is for results of all, {file} is one of {result.command}")
+    typer.echo(all_report.short(result) if summary and isinstance(result, Evidence) else files.markdown(result))
 
 
 @app.command()

@@ -94,11 +94,13 @@ def test_readme_names_every_preset() -> None:
 
 def test_readme_tables_are_the_commands_output() -> None:
     files = pytest.importorskip("hpo_fused.bench.files", reason="needs the bench extra")
-    blocks = re.findall(r"<!-- report (\S+) -->\n(.*?)\n<!-- end of report -->", README, flags=re.DOTALL)
+    from hpo_fused.bench import all_report
+
+    blocks = re.findall(r"<!-- report (\S+)( --summary)? -->\n(.*?)\n<!-- end of report -->", README, flags=re.DOTALL)
     assert blocks
-    for name, text in blocks:
-        file = Path(__file__).parent.parent / name
-        assert text.strip() == files.markdown(files.read(file)).strip()
+    for name, summary, text in blocks:
+        result = files.read(Path(__file__).parent.parent / name)
+        assert text.strip() == (all_report.short if summary else files.markdown)(result).strip()
 
 
 def test_example_of_a_provider_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
