@@ -197,13 +197,13 @@ def sweep_statistics(
         peak, total, moment = _absorb(peak, total, moment, tiles, scale, UNROLL, MOMENT)
     if steps * (LANES * UNROLL) < groups:
         raw = _load_step(body, steps, groups, LANES, VEC, UNROLL, True, POLICY)
-        tiles = ()
         for i in tl.static_range(UNROLL):
-            v, _ = _squash(raw[i], transform, SOFTCAP)
-            if SOFTCAP:  # a padded -inf has become -1, the smallest legitimate value
-                v = tl.where(_group_mask(steps, i, groups, LANES, UNROLL), v, float("-inf"))
-            tiles = tiles + (_without_target(v, steps, i, y_element, LANES, VEC, UNROLL),)  # type: ignore[assignment]
-        peak, total, moment = _absorb(peak, total, moment, tiles, scale, UNROLL, MOMENT)
+            if (steps * UNROLL + i) * LANES < groups:  # a tile beyond the row costs its (masked) load and this branch
+                v, _ = _squash(raw[i], transform, SOFTCAP)
+                if SOFTCAP:  # a padded -inf has become -1, the smallest legitimate value
+                    v = tl.where(_group_mask(steps, i, groups, LANES, UNROLL), v, float("-inf"))
+                v = _without_target(v, steps, i, y_element, LANES, VEC, UNROLL)
+                peak, total, moment = _absorb(peak, total, moment, (v,), scale, 1, MOMENT)
 
     return peak, total, moment
 
@@ -285,10 +285,11 @@ def row_gradient(
     if steps * (LANES * UNROLL) < groups:
         raw = _load_step(body, steps, groups, LANES, VEC, UNROLL, True, POLICY)
         for i in tl.static_range(UNROLL):
-            base, offsets = _tile(steps, i, LANES, VEC, UNROLL)
-            g = _gradient(raw[i], transform, peak, common, tilt, SOFTCAP, TILT)
-            mask = _group_mask(steps, i, groups, LANES, UNROLL)
-            tl.store(out_body + base + offsets, round_to(g, dtype), mask=mask, eviction_policy=POLICY)
+            if (steps * UNROLL + i) * LANES < groups:
+                base, offsets = _tile(steps, i, LANES, VEC, UNROLL)
+                g = _gradient(raw[i], transform, peak, common, tilt, SOFTCAP, TILT)
+                mask = _group_mask(steps, i, groups, LANES, UNROLL)
+                tl.store(out_body + base + offsets, round_to(g, dtype), mask=mask, eviction_policy=POLICY)
     for index in range(steps):
         step = steps - 1 - index
         raw = _load_step(body, step, groups, LANES, VEC, UNROLL, False, POLICY)
