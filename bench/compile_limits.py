@@ -9,13 +9,17 @@ from typing import Any
 SWEEPS = {
     "fused_policy_loss": ("gradient", "statistics"),
     "token_statistics": ("statistics",),
+    "combine_statistics": (),  # reads the row's edge and other programs' sums
     "token_gradient": ("gradient",),
     "scale_gradient": ("gradient",),
 }
 ACCESS_BYTES = 16
 # Special-function operations per element, all sweeps together, without softcap (whose tanh takes two more a sweep):
 # one exp2 per sweep, and the rescaling of a thread's sums once per step.
-MUFU_LIMIT = {"fused_policy_loss": 2.3, "token_statistics": 1.15, "token_gradient": 1.15, "scale_gradient": 0.0}
+MUFU_LIMIT = {
+    "fused_policy_loss": 2.3, "token_statistics": 1.15, "combine_statistics": 0.0, "token_gradient": 1.15,
+    "scale_gradient": 0.0,
+}  # fmt: skip
 # Instructions per element over both sweeps of the fused kernel, without softcap: in bfloat16 an H200 has issue slots
 # for about 30 at full bandwidth.
 INSTRUCTION_LIMIT, INSTRUCTION_LIMIT_ENTROPY = 18.0, 22.0

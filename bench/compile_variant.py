@@ -18,7 +18,7 @@ from hpo_fused.kernels.fused_policy_loss import fused_policy_loss_kernel
 from hpo_fused.kernels.launch import LaunchConfiguration, Machine, configure, default_parameters
 from hpo_fused.kernels.scale_gradient import scale_gradient_kernel
 from hpo_fused.kernels.token_gradient import token_gradient_kernel
-from hpo_fused.kernels.token_statistics import token_statistics_kernel
+from hpo_fused.kernels.token_statistics import combine_statistics_kernel, token_statistics_kernel
 from hpo_fused.rows import RowStatistics, TokenTerms
 
 from .compile_plan import ITEMSIZE, VOCABULARY, Variant
@@ -90,14 +90,15 @@ def _arguments(variant: Variant) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     transform = {"transform": ("fp32",) * 3}
     if variant.kernel == "scale_gradient":
         return scale_gradient_kernel, {"gradient": logits, "factor": f32, **lengths}, {}
-    if variant.kernel == "token_statistics":
+    if variant.kernel in ("token_statistics", "combine_statistics"):
         types = {"logits": logits, "tokens": "*i64", "compute": "*i1"}
         types["statistics"] = RowStatistics(f32, f32, f32, f32 if variant.entropy else None)
-        return (
-            token_statistics_kernel,
-            {**types, **transform, **lengths},
-            {"SOFTCAP": variant.softcap, "ENTROPY": variant.entropy},
-        )
+        switches = {"SOFTCAP": variant.softcap, "ENTROPY": variant.entropy}
+        if variant.kernel == "combine_statistics":
+            types |= {"partials": f32, "slots": "i32"}
+            return combine_statistics_kernel, {**types, **transform, **lengths}, switches
+        types |= {"partials": f32 if variant.shared else None, "parts": "i32", "slots": "i32"}
+        return token_statistics_kernel, {**types, **transform, **lengths}, switches
     if variant.kernel == "token_gradient":
         types = {
             "logits": logits,
@@ -111,7 +112,7 @@ def _arguments(variant: Variant) -> tuple[Any, dict[str, Any], dict[str, Any]]:
             "TILT": variant.entropy_term,
             "ALIGNED_OUT": variant.aligned_out,
         }
-        return token_gradient_kernel, {**types, **transform, **lengths, **out_strides}, switches
+        return token_gradient_kernel, {**types, **transform, **lengths, **out_strides, "parts": "i32"}, switches
     types = {
         "logits": logits,
         "out": logits if variant.gradient else None,
@@ -220,5 +221,5 @@ def compile_variant(variant: Variant, target: str, registers_at_most: int | None
         programs_per_processor=math.ceil(launch.rows_in_flight / gpu.processors), registers=registers, spills=spills,
         shared_bytes=shared, widest_load=max(loads, default=0), widest_store=max(stores, default=0),
         instructions=len(code), occupancy=occupancy(target, launch.num_warps, registers, shared),
-        loops=tuple(main_loops(code, launch.vec)),
+        loops=tuple(main_loops(code, launch.vec, partial_sums=variant.shared)),
     )  # fmt: skip

@@ -78,6 +78,14 @@ class LaunchConfiguration(NamedTuple):
     def grid(self, rows: int) -> tuple[int]:
         return (min(rows, self.rows_in_flight),)
 
+    def steps(self, V: int) -> int:
+        """That a row of ``V`` elements takes at most."""
+        return -(-(V // self.vec) // (self.lanes * self.unroll))
+
+    def parts(self, rows: int, V: int) -> int:
+        """Programs that can share a row of a call with ``rows`` rows, in whole steps, all in flight."""
+        return max(1, min(self.rows_in_flight // rows, self.steps(V)))
+
 
 # Loads that a thread has outstanding, and the same in variants that need more registers or arithmetic per element
 # (narrow): the most that spill nothing, counted by ``hpo-fused-bench compile``. sm_120: 4 spills 40 bytes with an
@@ -116,7 +124,7 @@ def default_parameters(
     fits_two = not reread or 2 * machine.processors * row_bytes <= cache_bytes
     threads = 512 if fits_two else 1024
     unroll = _UNROLL.get(machine.architecture, _UNROLL_UNKNOWN)[narrow]
-    # The last tile is partly idle: small vocabularies get smaller programs, and more of them, so that it is one of four.
+    # The last tile is partly idle. Small vocabularies get smaller programs, and more of them, so that a row has four.
     while threads > 128 and 4 * threads * VECTOR_BYTES > row_bytes:
         threads //= 2
     if threads * unroll * VECTOR_BYTES > row_bytes:

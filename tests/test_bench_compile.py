@@ -186,6 +186,19 @@ def test_narrow_accesses_of_a_loop_are_seen() -> None:
     assert (loop.role, loop.load_bytes, loop.store_bytes) == ("gradient", 16, 2)
 
 
+def test_a_remainder_loop_is_not_counted_beside_the_unrolled_one() -> None:
+    rest = ("LDG.E.128 R4, [R2.64]", "FFMA R1, R2, R3, R4", "FFMA R1, R2, R3, R4", "@P0 BRA 0")
+    unrolled = ("LDG.E.128 R4, [R2.64]", "LDG.E.128 R4, [R2.64]", "FFMA R1, R2, R3, R4", "@P0 BRA 4")
+    (loop,) = main_loops(code(*rest, *unrolled), vec=8)
+    assert (loop.elements, loop.counts["fp"]) == (16, pytest.approx(1 / 16, abs=1e-3))
+
+
+def test_stored_sums_are_no_gradient() -> None:
+    lines = code("LDG.E.128 R4, [R2.64]", "STG.E [R2.64], R4", "@P0 BRA 0")
+    assert [(loop.role, loop.store_bytes) for loop in main_loops(lines, vec=8)] == [("gradient", 4)]
+    assert [(loop.role, loop.store_bytes) for loop in main_loops(lines, 8, partial_sums=True)] == [("statistics", 0)]
+
+
 def test_amd_code_is_read() -> None:
     text = """
     kernel:
