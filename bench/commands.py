@@ -27,6 +27,7 @@ from .providers import DEFAULT, PROVIDERS, create
 from .results import Result
 from .run import run_case
 from .trial import Settings
+from .tune_command import tune
 
 app = typer.Typer(
     add_completion=False,
@@ -138,6 +139,7 @@ app.command()(linear_commands.memory)
 app.command()(linear_commands.plot)
 app.command("compile")(compile_)
 app.command()(curves)
+app.command()(tune)
 
 
 @app.command("report")

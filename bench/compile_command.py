@@ -72,6 +72,9 @@ def compile_(
     check: Annotated[bool, typer.Option("--check", help="Exit with 1 if a limit is broken, and say which.")] = False,
     json_: Annotated[Path | None, typer.Option("--json", help="Write everything to this JSON file.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print tables for documentation.")] = False,
+    summary: Annotated[
+        bool, typer.Option("--summary", help="Print only the predicted time over a copy's, as markdown.")
+    ] = False,
 ) -> None:
     """Compile the kernels, without a GPU: what their machine code costs, and what a roofline model makes of it.
 
@@ -94,7 +97,9 @@ def compile_(
     if json_ is not None:
         json_.write_text(json.dumps(result.as_dict(), indent=1) + "\n", encoding="utf-8")
     out = Console(highlight=False)
-    if markdown:
+    if summary and result.predictions:
+        typer.echo(compile_table.summary(result.predictions))
+    elif markdown:
         typer.echo(compile_table.markdown(result.records, result.predictions, result.covered))
     else:
         _show(result, out)

@@ -76,7 +76,6 @@ def covering_variants() -> list[Variant]:
             Variant("fused_policy_loss", dtype),
             Variant("fused_policy_loss", dtype, entropy=True, entropy_term=True, kl=True),
             Variant("token_statistics", dtype, entropy=True),
-            Variant("combine_statistics", dtype, entropy=True),
             Variant("token_gradient", dtype, entropy_term=True),
             Variant("scale_gradient", dtype),
         ]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import hpo_fused
+from hpo_fused.backend import kernels
 
 
 def cpu_name() -> str:
@@ -89,4 +90,6 @@ def environment(device: torch.device) -> dict[str, Any]:
             "cuda": torch.version.cuda,
             "hip": torch.version.hip,
         }
+        if kernels is not None:
+            found["launch_parameters"] = kernels.launch.origin(torch.cuda.current_device())
     return found

@@ -34,7 +34,9 @@ from __future__ import annotations
 
 import functools
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from ctypes import c_float
 from typing import NamedTuple
 
@@ -42,7 +44,7 @@ import torch
 from torch import Tensor
 
 from .elementary import INTERPRETED, LOG2E
-from .tuning import LaunchParameters, tuned_parameters
+from .tuning import LaunchParameters, forget_files, tuned_launches, tuned_parameters, tuning_file
 
 _MB = 1024 * 1024
 VECTOR_BYTES = 16
@@ -161,6 +163,38 @@ def _of_device(device_index: int, itemsize: int, V: int, reread: bool, narrow: b
     )
 
 
+_forced: ContextVar[LaunchParameters | None] = ContextVar("forced", default=None)
+
+
+@contextmanager
+def forced_parameters(parameters: LaunchParameters) -> Iterator[None]:
+    """Launch everything in this context with these parameters: for measuring them."""
+    token = _forced.set(parameters)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def forget_parameters() -> None:
+    """Read tuning files again at the next launch."""
+    _of_device.cache_clear()
+    forget_files()
+
+
+def origin(device_index: int) -> str:
+    """Where a device's launch parameters come from, in a line."""
+    found, name = machine(device_index), torch.cuda.get_device_name(device_index)
+    if tuned := tuned_launches(name):
+        return f"{tuning_file(name)} ({tuned} entries), else the shipped table"
+    if found.known:
+        return f"shipped table for {found.architecture}"
+    return (
+        f"conservative settings: no machine code for {found.architecture} was looked at; `hpo-fused-bench tune` "
+        "measures what suits this GPU"
+    )
+
+
 def launch_configuration(tensor: Tensor, *, reread: bool = True, narrow: bool = False) -> LaunchConfiguration:
     """The launch for the rows of ``tensor``, [B, T, V]: what ``hpo-fused-bench tune`` found here, else the default."""
     itemsize, V = tensor.element_size(), tensor.shape[-1]
@@ -171,6 +205,8 @@ def launch_configuration(tensor: Tensor, *, reread: bool = True, narrow: bool = 
         while lanes < 4096 and lanes * vec < V:
             lanes *= 2
         return LaunchConfiguration(1, lanes, vec, 1, 4, {})
+    if (forced := _forced.get()) is not None:
+        return configure(machine(tensor.device.index), itemsize, forced)
     return _of_device(tensor.device.index, itemsize, V, reread, narrow)
 
 

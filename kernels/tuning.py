@@ -26,9 +26,9 @@ import triton
 
 SCHEMA_VERSION = 1
 DIRECTORY_VARIABLE = "HPO_FUSED_CACHE_DIR"
-# What a launch can be given: powers of two, at least an NVIDIA warp each way and at most what a GPU can hold.
+# What a launch can be given.
 THREADS = (128, 256, 512, 1024)
-UNROLLS = (1, 2, 3, 4)
+UNROLLS = (1, 2, 4)
 
 
 class LaunchParameters(NamedTuple):
@@ -130,6 +130,16 @@ def _read(path: Path, gpu: str) -> dict[Launches, LaunchParameters]:
             stacklevel=2,
         )
         return {}
+
+
+def forget_files() -> None:
+    """Read them again when they are next needed."""
+    _read.cache_clear()
+
+
+def tuned_launches(gpu: str) -> int:
+    """How many entries there are for GPUs of that name."""
+    return len(_read(tuning_file(gpu), gpu))
 
 
 def tuned_parameters(gpu: str, itemsize: int, V: int, reread: bool, narrow: bool) -> LaunchParameters | None:

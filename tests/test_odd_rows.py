@@ -1,6 +1,6 @@
 """Rows that start anywhere: not a byte beside them is read or written, and 64 bits reach the last of them.
 
-Under the interpreter every address that a kernel touches is looked at; on a GPU canaries beside the rows tell of writes.
+Under the interpreter every address that a kernel touches is looked at; on a GPU canaries tell of writes.
 """
 
 from __future__ import annotations
