@@ -15,6 +15,7 @@ from . import accuracy, files, report
 from .arguments import INTERRUPTED, check_writable, device_of, one_of
 from .cases import CUSTOM, DEFAULT_SHAPES, DTYPES, SHAPES, Case, parse_shape
 from .compile_command import compile_
+from .counters_command import counters
 from .curves import curves
 from .display import Display
 from .environment import environment
@@ -140,6 +141,7 @@ app.command()(linear_commands.plot)
 app.command("compile")(compile_)
 app.command()(curves)
 app.command()(tune)
+app.command()(counters)
 
 
 @app.command("report")

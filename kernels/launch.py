@@ -154,7 +154,10 @@ def configure(machine: Machine, itemsize: int, parameters: LaunchParameters) -> 
 
 
 @functools.cache
-def _of_device(device_index: int, itemsize: int, V: int, reread: bool, narrow: bool) -> LaunchConfiguration:
+def of_device(
+    device_index: int, itemsize: int, V: int, reread: bool = True, narrow: bool = False
+) -> LaunchConfiguration:
+    """The launch for such rows on a device: what was tuned there, else the default."""
     found = machine(device_index)
     name = torch.cuda.get_device_name(device_index)
     parameters = tuned_parameters(name, itemsize, V, reread, narrow)
@@ -178,7 +181,7 @@ def forced_parameters(parameters: LaunchParameters) -> Iterator[None]:
 
 def forget_parameters() -> None:
     """Read tuning files again at the next launch."""
-    _of_device.cache_clear()
+    of_device.cache_clear()
     forget_files()
 
 
@@ -207,7 +210,7 @@ def launch_configuration(tensor: Tensor, *, reread: bool = True, narrow: bool = 
         return LaunchConfiguration(1, lanes, vec, 1, 4, {})
     if (forced := _forced.get()) is not None:
         return configure(machine(tensor.device.index), itemsize, forced)
-    return _of_device(tensor.device.index, itemsize, V, reread, narrow)
+    return of_device(tensor.device.index, itemsize, V, reread, narrow)
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
