@@ -63,7 +63,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help bench pytest-benchmark test lint types clean distclean
+.PHONY: help bench pytest-benchmark test lint types sanitize clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -90,6 +90,15 @@ types: $(STAMP) ## types alone
 	@rm -rf $(TYPED) && mkdir -p $(TYPED)/hpo_fused
 	@ln -s "$(CURDIR)"/hpo_fused/* "$(CURDIR)/kernels" "$(CURDIR)/bench" $(TYPED)/hpo_fused/
 	cd $(TYPED) && ../bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p hpo_fused
+
+# Allocations of their own size, not PyTorch's pooled ones, so that memcheck sees what lies beside a tensor. racecheck
+# looks at shared memory, which the reductions between the sweeps use.
+SANITIZED := tests/test_odd_rows.py tests/test_row_sharing.py
+sanitize: $(STAMP) ## compute-sanitizer on the small-shape kernel tests (NVIDIA GPU and CUDA toolkit)
+	@command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not on the PATH; it comes with the CUDA toolkit" >&2; exit 2; }
+	for tool in memcheck racecheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --target-processes all --error-exitcode 1 \
+			$(BIN)/python -m pytest -q -p no:xdist $(SANITIZED) || exit 1; done
 
 clean: ## remove build products and caches, keep .venv
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks

@@ -15,6 +15,7 @@ from .arguments import device_of
 from .cases import CUSTOM, SHAPES
 from .compare_command import compare
 from .compile_command import compile_
+from .counters_command import counters
 from .curves import curves
 from .environment import environment
 from .evidence import Evidence
@@ -23,6 +24,7 @@ from .linear.cases import CUSTOM as CUSTOM_HEAD
 from .linear.cases import HEADS
 from .plot_command import plot
 from .providers_command import providers
+from .tune_command import tune
 
 app = typer.Typer(
     add_completion=False,
@@ -43,6 +45,8 @@ app.command("compile")(compile_)
 app.command()(curves)
 app.command()(compare)
 app.command()(providers)
+app.command()(tune)
+app.command()(counters)
 
 
 @app.command("report")

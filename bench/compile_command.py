@@ -53,8 +53,6 @@ def _show(result: CompileDocument, out: Console) -> None:
     out.print(result.covered, markup=False)
     for target, reason in result.unavailable.items():
         out.print(f"{target}: not covered, nothing compiles for it here: {reason}", style="yellow", markup=False)
-    for line in result.beyond:
-        out.print(f"{line} (no limit there yet)", style="yellow", markup=False, soft_wrap=True)
     for line in result.broken:
         out.print(line, style="red", markup=False, soft_wrap=True)
     verdict = f"{len(result.broken)} limits broken." if result.broken else f"{KEPT}."
@@ -74,15 +72,16 @@ def compile_(
     check: Annotated[bool, typer.Option("--check", help="Exit with 1 if a limit is broken, and say which.")] = False,
     json_: Annotated[Path | None, typer.Option("--json", help="Write everything to this JSON file.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print tables for documentation.")] = False,
+    summary: Annotated[
+        bool, typer.Option("--summary", help="Print only the predicted time over a copy's, as markdown.")
+    ] = False,
 ) -> None:
     """Compile the kernels, without a GPU: what their machine code costs, and what a roofline model makes of it.
 
     By default a covering set of variants and targets, with the settings of a launch at V = 151936. The limits: nothing
     spills; main loops access memory 16 bytes at a time; statistics and gradient sweep together take at most 2.3
-    special-function operations per element and, in bfloat16 on NVIDIA, 18 instructions (22 with the entropy), softcap
-    apart; the programs of a launch are resident together. They bind on sm_80, sm_90, sm_100 and gfx942, and on any
-    target that is asked for; elsewhere what goes beyond them is told. The exit status is 2 where a target that was
-    asked for cannot be compiled for.
+    special-function operations and 18 instructions per element (22 with the entropy), softcap apart; the programs of a
+    launch are resident together. The exit status is 2 where a target that was asked for cannot be compiled for.
     """
     targets = [one_of("target", name, TARGETS) for name in dict.fromkeys(target)] or TARGETS
     gpus = [GPUS[one_of("gpu", name, GPUS)] for name in dict.fromkeys(gpu)] or list(GPUS.values())
@@ -94,11 +93,13 @@ def compile_(
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
-    result = document(report, targets, only, every or bool(target), gpus, asked=target)
+    result = document(report, targets, only, every or bool(target), gpus)
     if json_ is not None:
         json_.write_text(json.dumps(result.as_dict(), indent=1) + "\n", encoding="utf-8")
     out = Console(highlight=False)
-    if markdown:
+    if summary and result.predictions:
+        typer.echo(compile_table.summary(result.predictions))
+    elif markdown:
         typer.echo(compile_table.markdown(result.records, result.predictions, result.covered))
     else:
         _show(result, out)

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from .cases import SHAPES
-from .compile_limits import LIMITED_TARGETS, broken_limits
+from .compile_limits import broken_limits
 from .compile_plan import CAPPED, DEFAULT, ITEMSIZE, Variant, coverage, plan
 from .compile_report import Report
 from .environment import environment
 from .gpus import GPUS, Gpu
 from .roofline import Prediction, predict
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 TOKENS = 8192
 MODEL = "prediction of bench/roofline.py from counted instructions; nothing was timed"
 
@@ -32,7 +32,6 @@ class CompileDocument:
         records: a ``CompiledKernel`` as a dict each.
         unavailable: target to reason, where nothing can be compiled here.
         broken: a line for each limit that does not hold, and each compilation that failed.
-        beyond: a line for each excess on a target that has no limits yet and was not asked for by name.
         predictions: of the named GPUs.
     """
 
@@ -41,7 +40,6 @@ class CompileDocument:
     records: list[dict[str, Any]]
     unavailable: dict[str, str] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
-    beyond: list[str] = field(default_factory=list)
     predictions: list[Prediction] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -92,18 +90,14 @@ def document(
     only: str = "",
     every: bool = False,
     gpus: Sequence[Gpu] = (),
-    asked: Sequence[str] = (),
 ) -> CompileDocument:
-    """Of ``report`` on ``plan(targets, only, every)``; ``asked``: targets that the limits bind on in any case."""
-    limited = [record for record in report.records if record["target"] in (*LIMITED_TARGETS, *asked)]
-    others = [record for record in report.records if record not in limited]
+    """Of ``report`` on ``plan(targets, only, every)``."""
     jobs = [job for job in plan(targets, only, every) if job.target not in report.unavailable]
     return CompileDocument(
         environment={**environment(torch.device("cpu")), "tools": report.tools},
         covered=coverage(jobs) if jobs else "Covered: nothing.",
         records=report.records,
         unavailable=report.unavailable,
-        broken=report.failures + broken_limits(limited),
-        beyond=broken_limits(others),
+        broken=report.failures + broken_limits(report.records),
         predictions=predictions(report.records, gpus),
     )

@@ -30,6 +30,7 @@ class Variant:
     kl: bool = False
     gradient: bool = True
     aligned_out: bool = True
+    shared: bool = False  # several programs share a row
 
     @property
     def name(self) -> str:
@@ -39,7 +40,8 @@ class Variant:
             parts.append(self.kind)
             parts += [] if self.old else ["on_policy"]
             parts += [] if self.gradient else ["loss_only"]
-        return "/".join(parts + ([] if self.aligned_out else ["unaligned_out"]))
+        parts += [] if self.aligned_out else ["unaligned_out"]
+        return "/".join(parts + (["shared"] if self.shared else []))
 
     @property
     def full_name(self) -> str:
@@ -60,6 +62,7 @@ CORE = (
     CAPPED,
     Variant("fused_policy_loss", "bf16", kind="truncated_ratio", entropy=True, aligned_out=False),
     Variant("token_statistics", "bf16", entropy=True, softcap=True),
+    Variant("combine_statistics", "bf16", entropy=True),
     Variant("token_gradient", "bf16", entropy_term=True),
     Variant("scale_gradient", "bf16"),
 )
@@ -81,6 +84,9 @@ def covering_variants() -> list[Variant]:
         Variant("fused_policy_loss", "bf16", kind="clip", entropy=True, old=False),
         Variant("fused_policy_loss", "bf16", kind="soft_gate", entropy=True),
         Variant("token_statistics", "bf16"),
+        Variant("token_statistics", "bf16", entropy=True, shared=True),
+        Variant("token_statistics", "bf16", entropy=True, softcap=True, shared=True),
+        Variant("combine_statistics", "bf16", softcap=True),
         Variant("token_gradient", "bf16"),
         Variant("token_gradient", "bf16", softcap=True),
     ]

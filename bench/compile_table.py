@@ -216,9 +216,38 @@ def markdown(records: Sequence[dict[str, Any]], predictions: Sequence[Prediction
     rows = [[f"{r['kernel']}/{r['variant']}", *(column.cell(r) for column in flat)] for r in shown]
     parts = ["\n".join(_markdown(headings, rows, left=2)), "\n".join(f"- {note}" for note in (covered, *notes()))]
     if predictions:
-        table = [[prediction.gpu, *_prediction_cells(prediction)] for prediction in predictions]
-        names = dict.fromkeys(prediction.gpu for prediction in predictions)
-        parts.append(MODEL_TITLE)
-        parts.append("\n".join(_markdown(["GPU", *PREDICTION_HEADINGS], table, left=2)))
-        parts.append("\n".join(f"- {note}" for note in (*map(describe_gpu, names), *prediction_notes(predictions))))
+        parts += [MODEL_TITLE, prediction_markdown(predictions)]
     return "\n\n".join(parts)
+
+
+def prediction_markdown(predictions: Sequence[Prediction]) -> str:
+    """Every prediction's table and notes, for the documentation."""
+    table = [[prediction.gpu, *_prediction_cells(prediction)] for prediction in predictions]
+    names = dict.fromkeys(prediction.gpu for prediction in predictions)
+    rows = "\n".join(_markdown(["GPU", *PREDICTION_HEADINGS], table, left=2))
+    return (
+        rows + "\n\n" + "\n".join(f"- {note}" for note in (*map(describe_gpu, names), *prediction_notes(predictions)))
+    )
+
+
+def summary(predictions: Sequence[Prediction]) -> str:
+    """Time over copy time of each GPU and vocabulary, for a reader in a hurry."""
+    shapes = dict.fromkeys((prediction.shape, prediction.vocabulary) for prediction in predictions)
+    found = {(prediction.gpu, prediction.shape): prediction for prediction in predictions}
+    headings = ["predicted time ÷ copy", *(f"{shape} ({V})" for shape, V in shapes)]
+    rows = [
+        [gpu]
+        + [
+            f"{one.time_over_copy:.2f} ({one.time_over_copy_no_reuse:.2f})"
+            if (one := found.get((gpu, shape)))
+            else NOTHING
+            for shape, _ in shapes
+        ]
+        for gpu in dict.fromkeys(prediction.gpu for prediction in predictions)
+    ]
+    note = (
+        f"A roofline model's predictions from counted instructions, not measurements: {predictions[0].tokens} tokens, "
+        "bf16, loss, entropy and gradient, over one read and one write of the logits at the same bandwidth. In "
+        "brackets: if the cache never served the second sweep. capped: with the model's softcap."
+    )
+    return "\n".join(_markdown(headings, rows)) + "\n\n" + note

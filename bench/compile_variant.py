@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,10 +15,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hpo_fused.kernels.fused_policy_loss import fused_policy_loss_kernel
-from hpo_fused.kernels.launch import LaunchConfiguration, Machine, configure
+from hpo_fused.kernels.launch import LaunchConfiguration, Machine, configure, default_parameters
 from hpo_fused.kernels.scale_gradient import scale_gradient_kernel
 from hpo_fused.kernels.token_gradient import token_gradient_kernel
-from hpo_fused.kernels.token_statistics import token_statistics_kernel
+from hpo_fused.kernels.token_statistics import combine_statistics_kernel, token_statistics_kernel
 from hpo_fused.rows import RowStatistics, TokenTerms
 
 from .compile_plan import ITEMSIZE, VOCABULARY, Variant
@@ -64,17 +65,18 @@ class CompiledKernel:
 
 def machine_of(gpu: Gpu) -> Machine:
     """What a launch on ``gpu`` depends on."""
-    backend, warp_size = ("hip", 64) if gpu.vendor == "amd" else ("cuda", 32)
-    return Machine(backend, gpu.processors, gpu.cache_bytes, warp_size)
+    return Machine(gpu.target, gpu.processors, gpu.cache_bytes, 64 if gpu.vendor == "amd" else 32)
 
 
 def launch_of(variant: Variant, gpu: Gpu, V: int) -> LaunchConfiguration:
     """The launch of ``variant`` on ``gpu`` for rows of ``V`` elements."""
-    return configure(
-        machine_of(gpu), ITEMSIZE[variant.dtype], V,
+    machine, itemsize = machine_of(gpu), ITEMSIZE[variant.dtype]
+    parameters = default_parameters(
+        machine, itemsize, V,
         reread=variant.kernel == "fused_policy_loss" and variant.gradient,
         narrow=variant.softcap or not variant.aligned_out,
     )  # fmt: skip
+    return configure(machine, itemsize, parameters)
 
 
 def _arguments(variant: Variant) -> tuple[Any, dict[str, Any], dict[str, Any]]:
@@ -88,14 +90,15 @@ def _arguments(variant: Variant) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     transform = {"transform": ("fp32",) * 3}
     if variant.kernel == "scale_gradient":
         return scale_gradient_kernel, {"gradient": logits, "factor": f32, **lengths}, {}
-    if variant.kernel == "token_statistics":
+    if variant.kernel in ("token_statistics", "combine_statistics"):
         types = {"logits": logits, "tokens": "*i64", "compute": "*i1"}
         types["statistics"] = RowStatistics(f32, f32, f32, f32 if variant.entropy else None)
-        return (
-            token_statistics_kernel,
-            {**types, **transform, **lengths},
-            {"SOFTCAP": variant.softcap, "ENTROPY": variant.entropy},
-        )
+        switches = {"SOFTCAP": variant.softcap, "ENTROPY": variant.entropy}
+        if variant.kernel == "combine_statistics":
+            types |= {"partials": f32, "slots": "i32"}
+            return combine_statistics_kernel, {**types, **transform, **lengths}, switches
+        types |= {"partials": f32 if variant.shared else None, "parts": "i32", "slots": "i32"}
+        return token_statistics_kernel, {**types, **transform, **lengths}, switches
     if variant.kernel == "token_gradient":
         types = {
             "logits": logits,
@@ -109,7 +112,7 @@ def _arguments(variant: Variant) -> tuple[Any, dict[str, Any], dict[str, Any]]:
             "TILT": variant.entropy_term,
             "ALIGNED_OUT": variant.aligned_out,
         }
-        return token_gradient_kernel, {**types, **transform, **lengths, **out_strides}, switches
+        return token_gradient_kernel, {**types, **transform, **lengths, **out_strides, "parts": "i32"}, switches
     types = {
         "logits": logits,
         "out": logits if variant.gradient else None,
@@ -215,8 +218,8 @@ def compile_variant(variant: Variant, target: str, registers_at_most: int | None
     return CompiledKernel(
         kernel=variant.kernel, variant=variant.name, dtype=variant.dtype, softcap=variant.softcap,
         entropy=variant.entropy, aligned_out=variant.aligned_out, target=target, num_warps=launch.num_warps,
-        programs_per_processor=launch.rows_in_flight // gpu.processors, registers=registers, spills=spills,
+        programs_per_processor=math.ceil(launch.rows_in_flight / gpu.processors), registers=registers, spills=spills,
         shared_bytes=shared, widest_load=max(loads, default=0), widest_store=max(stores, default=0),
         instructions=len(code), occupancy=occupancy(target, launch.num_warps, registers, shared),
-        loops=tuple(main_loops(code, launch.vec)),
+        loops=tuple(main_loops(code, launch.vec, partial_sums=variant.shared)),
     )  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import hpo_fused
+from hpo_fused.backend import kernels
 
 
 def cpu_name() -> str:
@@ -125,4 +126,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         }
         uuid = getattr(properties, "uuid", None)  # an index would miss what CUDA_VISIBLE_DEVICES renumbers
         found |= nvidia_state(f"GPU-{uuid}" if uuid else str(device.index or 0))
+        if kernels is not None:
+            found["launch_parameters"] = kernels.launch.origin(torch.cuda.current_device())
     return found

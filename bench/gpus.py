@@ -13,6 +13,7 @@ Rates per clock and processor are in results, one lane of one instruction being 
   read in quotations for 8.0 and 9.0; for B200 swarmsignal.net/flashattention-4-asymmetric-scaling, which has 16 per
   clock and SM, as on Hopper; for 12.0 assumed to be the same). AMD, a quarter of 64 (LLVM, SISchedule.td: "F16 or F32
   transcendental instructions (these are quarter rate)"; of CDNA 4 nothing else was found).
+* ``latency`` of a load from device memory under load, in seconds: what ``kernels/launch.py`` plans with, an assumption.
 * ``fp32``: the same table, 64 for 8.0 and 128 for 8.6 and later.
 """
 
@@ -34,6 +35,7 @@ class Gpu:
         clock_hz: the highest that the vendor names.
         cache_bytes: the last-level cache, which the second sweep's read should hit.
         bandwidth: of device memory, bytes per second; ``bandwidth_is``: whose figure.
+        latency: of a load from device memory, seconds.
         issue, special, fp32: results per clock and processor (see above).
         special_takes_issue: whether a special function keeps the vector unit from issuing meanwhile (AMD: yes).
         source: of the figures before.
@@ -47,6 +49,7 @@ class Gpu:
     bandwidth: float
     bandwidth_is: str
     source: str
+    latency: float = 0.8e-6
     issue: int = 128
     special: int = 16
     fp32: int = 128
@@ -66,7 +69,7 @@ GPUS = {
             "A100", "sm_80", 108, 1.41e9, 40 * MIB, 2.039e12, PEAK,
             "A100 80 GB SXM: 108 SMs, 1.41 GHz (hmc-tech.com/gpus/nvidia-a100-sxm-vs-nvidia-b200; 19.5 TFLOP/s = "
             "108 x 64 x 2 x 1.41 GHz); 40 MB (besthub.dev, B200 compared); 2.039 TB/s (acecloud.ai, NVIDIA's sheet)",
-            fp32=64,
+            latency=0.7e-6, fp32=64,
         ),
         Gpu(
             "H100", "sm_90", 132, 1.98e9, 50 * MIB, 3.35e12, PEAK,
@@ -83,6 +86,7 @@ GPUS = {
             "B200 SXM: 148 SMs (chipsandcheese.com/p/nvidias-b200-keeping-the-cuda-juggernaut); 1.98 GHz "
             "(hmc-tech.com/gpus/nvidia-b200-vs-nvidia-b100); 126 MB (besthub.dev and app.daily.dev on Blackwell; "
             "hmc-tech.com has 65.5 MB); DGX B200: 64 TB/s for 8 (acecloud.ai; hmc-tech.com has 7.7 TB/s)",
+            latency=0.9e-6,
         ),
         Gpu(
             "RTX 5090", "sm_120", 170, 2.407e9, 96 * MIB, 1.792e12, PEAK,
@@ -92,13 +96,13 @@ GPUS = {
             "MI300X", "gfx942", 304, 2.1e9, 256 * MIB, 5.3e12, PEAK,
             "304 CUs, 256 MB memory-side cache (rocm.docs.amd.com, AMD GPU specifications); 5.3 TB/s "
             "(chipsandcheese.com/p/testing-amds-giant-mi300x); 2.1 GHz from memory (163.4 TFLOP/s = 304 x 256 x that)",
-            issue=64, special=16, fp32=64, special_takes_issue=True,
+            latency=1e-6, issue=64, special=16, fp32=64, special_takes_issue=True,
         ),
         Gpu(
             "MI355X", "gfx950", 256, 2.4e9, 256 * MIB, 8.0e12, PEAK,
             "256 CUs, 256 MB memory-side cache (rocm.docs.amd.com, AMD GPU specifications); 2.4 GHz (wccftech.com on "
             "AMD's Hot Chips 2025 talk); 8 TB/s (gangliao.me/blog/2026/amd-gpu-architecture-deep-dive; boston.co.uk)",
-            issue=64, special=16, fp32=64, special_takes_issue=True,
+            latency=1e-6, issue=64, special=16, fp32=64, special_takes_issue=True,
         ),
     )
 }  # fmt: skip

@@ -101,11 +101,25 @@ def read_amdgcn(asm: Any) -> tuple[list[Instruction], int, int]:
     return code, count["vgpr_count"], spills
 
 
-def main_loops(code: list[Instruction], vec: int) -> Iterator[Loop]:
-    """Innermost loops around 16-byte loads; a block that a forward branch skips and that loads nothing is not counted.
+def main_loops(code: list[Instruction], vec: int, partial_sums: bool = False) -> list[Loop]:
+    """One innermost loop around 16-byte loads for each role, in the code's order.
+
+    Where the compiler unrolled a loop and left another for the remainder, the one of most elements.
+
+    Args:
+        code: of a kernel.
+        vec: elements in 16 bytes.
+        partial_sums: what a loop stores are sums, not a gradient.
+    """
+    found = list(_loops(code, vec, partial_sums))
+    longest = {loop.role: loop for loop in sorted(found, key=lambda loop: loop.elements)}
+    return [loop for loop in found if loop is longest[loop.role]]
+
+
+def _loops(code: list[Instruction], vec: int, partial_sums: bool) -> Iterator[Loop]:
+    """All of them; a block that a forward branch skips and that loads nothing is not counted.
 
     (That block is the one step that holds the sampled token.) Out-of-line blocks lie outside the loop's addresses.
-    ``vec``: elements in 16 bytes.
     """
     backward = [(i.jump, i.address) for i in code if i.jump is not None and i.jump <= i.address]
     for start, end in backward:
@@ -126,8 +140,8 @@ def main_loops(code: list[Instruction], vec: int) -> Iterator[Loop]:
         found = Counter(instruction_class(i.text) for i in steady)
         classes = AMD_CLASSES if is_amd(steady[0].text) else NVIDIA_CLASSES
         yield Loop(
-            role="gradient" if stores else "statistics", elements=elements,
+            role="gradient" if stores and not partial_sums else "statistics", elements=elements,
             instructions=round(len(steady) / elements, 3),
             counts={name: round(found[name] / elements, 3) for name in classes},
-            load_bytes=min(loads), store_bytes=min(stores, default=0),
+            load_bytes=min(loads), store_bytes=0 if partial_sums else min(stores, default=0),
         )  # fmt: skip

@@ -10,11 +10,14 @@ Per sweep and element, each resource takes its own time:
 
 A sweep takes as long as its slowest resource, a row the sum of its two sweeps: programs in step, no overlap between
 one row's gradient and the next one's statistics. Within a sweep everything overlaps, which is what the model is
-optimistic about; latency, the reduction between the sweeps, launch, L2 bandwidth and the masked step's comparisons are
-left out.
+optimistic about; the reduction between the sweeps, launch, L2 bandwidth and the masked step's comparisons are left out.
 
-Two losses are counted. A row is walked in whole steps, so that its last step computes on lanes without elements
-(``padding``); and the last round of rows leaves processors idle (``idle``).
+* latency (first sweep, whose loads come from memory): the bytes that all programs' loads have in flight arrive once in
+  the memory's latency (Little's law).
+
+Two losses are counted. A row is walked in whole tiles of LANES 16-byte groups, so that its last tile computes on lanes
+without elements (``padding``); processors are idle in the last round of rows, and where there are fewer rows in flight
+than processors (``idle``).
 """
 
 from __future__ import annotations
@@ -25,9 +28,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from .gpus import Gpu
+from .machine_code import VECTOR
 from .traffic import row_traffic
 
-RESOURCES = ("bandwidth", "issue", "special", "fp32")
+RESOURCES = ("bandwidth", "latency", "issue", "special", "fp32")
 
 
 class Launch(Protocol):
@@ -81,10 +85,10 @@ class Prediction:
 
 def padding(V: int, launch: Launch) -> float:
     """Elements' worth of arithmetic that a row takes, over its elements."""
-    step = launch.lanes * launch.vec * launch.unroll
+    tile = launch.lanes * launch.vec
     # An edge beside the whole groups takes each lane the time of one element.
     edge = launch.lanes if V % launch.vec else 0
-    return (math.ceil((V // launch.vec) * launch.vec / step) * step + edge) / V
+    return (math.ceil((V // launch.vec) * launch.vec / tile) * tile + edge) / V
 
 
 def arithmetic_seconds(gpu: Gpu, loop: Mapping[str, Any]) -> dict[str, float]:
@@ -109,7 +113,9 @@ def predict(
         raise ValueError(f"record: expected both sweeps of a fused kernel, got {sorted(loops)}")
     fill = padding(vocabulary, launch)
     rounds = tokens / launch.rows_in_flight
-    idle = math.ceil(rounds) / rounds
+    idle = math.ceil(rounds) / rounds * max(1.0, gpu.processors / launch.rows_in_flight)
+    in_flight = launch.rows_in_flight * launch.lanes * launch.unroll * VECTOR
+    latency = {"statistics": gpu.latency * itemsize / in_flight, "gradient": 0.0}
 
     def of_sweeps(no_reuse: bool) -> dict[str, dict[str, float]]:
         traffic = row_traffic(vocabulary, itemsize, launch.rows_in_flight, gpu.cache_bytes, no_reuse=no_reuse)
@@ -117,6 +123,7 @@ def predict(
         return {
             role: {
                 "bandwidth": moved[role] / (vocabulary * gpu.bandwidth),
+                "latency": latency[role],
                 **{name: fill * idle * s for name, s in arithmetic_seconds(gpu, loops[role]).items()},
             }
             for role in ("statistics", "gradient")

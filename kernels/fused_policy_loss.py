@@ -19,6 +19,7 @@ from .launch import launch_configuration, on_device_of, same_alignment, transfor
 from .surrogate import token_loss
 from .vocab_sweep import (
     checked_token,
+    edge_statistics,
     load_target,
     row_gradient,
     row_offset,
@@ -76,7 +77,10 @@ def fused_policy_loss_kernel(
         start = logits + row_offset(row, T, stride_b, stride_t)
         if tl.load(compute + row):
             y = checked_token(tl.load(tokens + row), V)
-            lanes = sweep_statistics(start, V, y, transform, LANES, VEC, UNROLL, SOFTCAP, ENTROPY, FIRST_READ)
+            lanes = sweep_statistics(
+                edge_statistics(start, V, y, transform, LANES, VEC, SOFTCAP, ENTROPY), start, V, y, transform,
+                None, None, None, 0, LANES, VEC, UNROLL, SOFTCAP, ENTROPY, FIRST_READ, False,
+            )  # fmt: skip
             # Asked for here, what the loss needs arrives while the lanes meet, and occupies no register before. In
             # place, the lanes' barriers also give every thread its copy of z_y before any thread overwrites it.
             z_y = load_target(start, y)
@@ -103,11 +107,11 @@ def fused_policy_loss_kernel(
             # NaN differs from 0: an undefined row gets a NaN gradient, never a silent 0.
             if (c != 0) | (h != 0):
                 row_gradient(
-                    start, destination, V, y, z_y, maximum, rest, entropy, c, h, transform,
+                    start, destination, V, y, z_y, maximum, rest, entropy, c, h, transform, None, None,
                     LANES, VEC, UNROLL, SOFTCAP, ENTROPY_TERM, ALIGNED_OUT, "evict_first",
                 )  # fmt: skip
             else:
-                zero_row(destination, V, LANES, VEC, UNROLL)
+                zero_row(destination, V, None, None, LANES, VEC, UNROLL)
 
 
 def fused_policy_loss(

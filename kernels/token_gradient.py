@@ -11,7 +11,7 @@ from hpo_fused.rows import LogitTransform, RowStatistics
 from .launch import launch_configuration, on_device_of, same_alignment, transform_constants
 from .vocab_sweep import checked_token, load_target, row_gradient, row_offset, zero_row
 
-_UNSPECIALIZED = ["N", "T", "V", "stride_b", "stride_t", "out_stride_b", "out_stride_t"]
+_UNSPECIALIZED = ["N", "T", "V", "parts", "stride_b", "stride_t", "out_stride_b", "out_stride_t"]
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -26,6 +26,7 @@ def token_gradient_kernel(
     N,
     T,
     V,
+    parts,  # programs that share a row
     stride_b,
     stride_t,
     out_stride_b,
@@ -37,7 +38,9 @@ def token_gradient_kernel(
     TILT: tl.constexpr,
     ALIGNED_OUT: tl.constexpr,
 ):
-    for row in range(tl.program_id(0), N, tl.num_programs(0)):
+    for item in range(tl.program_id(0), N * parts, tl.num_programs(0)):
+        row = item // parts
+        part = item - row * parts
         c = tl.load(logprob_coefficients + row)
         h = tl.full((), 0.0, tl.float32)
         entropy = h
@@ -53,11 +56,11 @@ def token_gradient_kernel(
             rest = tl.load(statistics.rest + row)
             tl.debug_barrier()  # in place: every thread has its copy of z_y before any overwrites it
             row_gradient(
-                start, destination, V, y, z_y, maximum, rest, entropy, c, h, transform,
+                start, destination, V, y, z_y, maximum, rest, entropy, c, h, transform, part, parts,
                 LANES, VEC, UNROLL, SOFTCAP, TILT, ALIGNED_OUT, "evict_first",
             )  # fmt: skip
         else:
-            zero_row(destination, V, LANES, VEC, UNROLL)
+            zero_row(destination, V, part, parts, LANES, VEC, UNROLL)
 
 
 def token_gradient(
@@ -69,7 +72,11 @@ def token_gradient(
     transform: LogitTransform,
     out: Tensor,
 ) -> None:
-    """Write to ``out``, which may be ``logits``, the gradient of a loss whose dloss/dlogp and dloss/dH are given."""
+    """Write to ``out``, which may be ``logits``, the gradient of a loss whose dloss/dlogp and dloss/dH are given.
+
+    Few rows are shared by several programs each (no entry depends on that), but not in place: a program might write
+    over the sampled token's logit before another has read it.
+    """
     B, T, V = logits.shape
     if B * T == 0:
         return
@@ -77,10 +84,12 @@ def token_gradient(
         raise ValueError("statistics: expected the rows' entropy beside entropy_coefficients, got None")
     softcap, aligned = transform.softcap is not None, same_alignment(logits, out)
     launch = launch_configuration(logits, reread=False, narrow=softcap or not aligned)
+    in_place = out.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
+    parts = 1 if in_place else launch.parts(B * T, V)
     with on_device_of(logits):
-        token_gradient_kernel[launch.grid(B * T)](
+        token_gradient_kernel[launch.grid(B * T * parts)](
             logits, out, tokens, statistics, logprob_coefficients, entropy_coefficients,
-            transform_constants(*transform), B * T, T, V,
+            transform_constants(*transform), B * T, T, V, parts,
             logits.stride(0), logits.stride(1), out.stride(0), out.stride(1),
             LANES=launch.lanes, VEC=launch.vec, UNROLL=launch.unroll,
             SOFTCAP=softcap, TILT=entropy_coefficients is not None,

@@ -124,26 +124,47 @@ def _squash(z, transform, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _absorb(peak, total, moment, tiles, scale, UNROLL: tl.constexpr, MOMENT: tl.constexpr):
+def _absorb(peak, total, moment, tiles, scale, UNROLL: tl.constexpr, MOMENT: tl.constexpr, FIRST: tl.constexpr = False):
     """Fold tiles of v into the lanes' running maximum, sum of exp2(u) and, for the entropy, sum of exp2(u) * u.
 
-    The maximum skips NaN, as the hardware's does; u then carries it into the sums.
+    The maximum skips NaN, as the hardware's does; u then carries it into the sums. ``FIRST``: the sums are still 0.
     """
     top = tl.max(tiles[0], axis=1)
     for i in tl.static_range(1, UNROLL):
         top = tl.maximum(top, tl.max(tiles[i], axis=1))
     raised = tl.maximum(peak, top * scale)
-    drop = peak - raised
-    decay = tl.exp2(drop)
-    if MOMENT:
-        moment = decay * (moment + drop * total)
-    total = decay * total
+    if not FIRST:
+        drop = peak - raised
+        decay = tl.exp2(drop)
+        if MOMENT:
+            moment = decay * (moment + drop * total)
+        total = decay * total
     for i in tl.static_range(UNROLL):
         u = multiply_subtract(tiles[i], scale, raised[:, None])
         e = tl.exp2(u)
         total += tl.sum(e, axis=1)
         if MOMENT:
             moment += tl.sum(e * tl.maximum(u, LOWEST), axis=1)
+    return raised, total, moment
+
+
+@triton.jit
+def merge_statistics(lanes, others, MOMENT: tl.constexpr):
+    """Of two disjoint shares of the row. Fused multiplications are written out, so that every kernel rounds alike.
+
+    One of the two keeps its maximum, so one exponential is enough for both factors.
+    """
+    peak, total, moment = lanes
+    other_peak, other_total, other_moment = others
+    raised = tl.maximum(peak, other_peak)
+    down, other_down = peak - raised, other_peak - raised
+    e = tl.exp2(down + other_down)  # one of them is 0
+    decay = tl.where(down < 0, e, 1.0)
+    other_decay = tl.where(down < 0, 1.0, e)
+    if MOMENT:
+        other_moment = other_decay * tl.fma(other_down, other_total, other_moment)
+        moment = tl.fma(decay, tl.fma(down, total, moment), other_moment)
+    total = tl.fma(decay, total, other_decay * other_total)
     return raised, total, moment
 
 
@@ -158,32 +179,85 @@ def target_terms(z_y, maximum, rest, transform, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def sweep_statistics(
-    row, V, y, transform,
-    LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
-    SOFTCAP: tl.constexpr, MOMENT: tl.constexpr, POLICY: tl.constexpr,
-):  # fmt: skip
-    """Each lane's maximum, sum and moment over its share of the row, the sampled token left out."""
-    scale = transform[0]
-    head, groups = _frame(row, V, VEC)
-    body = tl.multiple_of(row + head, 16)
-    peak = tl.full([LANES], LOWEST, tl.float32)
-    total = tl.zeros([LANES], tl.float32)
-    moment = tl.zeros([LANES], tl.float32)
+def _no_statistics(LANES: tl.constexpr):
+    """Of no elements."""
+    zeros = tl.zeros([LANES], tl.float32)
+    return tl.full([LANES], LOWEST, tl.float32), zeros, zeros
 
+
+@triton.jit
+def edge_statistics(
+    row, V, y, transform, LANES: tl.constexpr, VEC: tl.constexpr, SOFTCAP: tl.constexpr, MOMENT: tl.constexpr
+):
+    """Each lane's maximum, sum and moment over its share of the row's edge, the sampled token left out."""
+    head, groups = _frame(row, V, VEC)
+    peak, total, moment = _no_statistics(LANES)
     edge = V - groups * VEC
     if edge > 0:
         columns = _edge_columns(head, groups, LANES, VEC)
         mask = tl.arange(0, LANES) < edge
         v, _ = _squash(tl.load(row + columns, mask=mask, other=float("-inf")), transform, SOFTCAP)
         v = tl.where(mask & (columns != y), v, float("-inf"))
-        peak, total, moment = _absorb(peak, total, moment, (v[:, None],), scale, 1, MOMENT)
+        peak, total, moment = _absorb(peak, total, moment, (v[:, None],), transform[0], 1, MOMENT, True)
+    return peak, total, moment
 
+
+@triton.jit
+def _share(groups, part, parts, LANES: tl.constexpr, UNROLL: tl.constexpr):
+    """First whole step of the part-th of ``parts`` parts of a row (None: of all of it), the one after its last, and
+    whether the row's last, masked step is its own too."""
     steps = groups // (LANES * UNROLL)
+    if parts is None:
+        return 0, steps, steps * (LANES * UNROLL) < groups
+    else:
+        count = tl.cdiv(groups, LANES * UNROLL)
+        last = (part + 1) * count // parts
+        return part * count // parts, tl.minimum(last, steps), last > steps
+
+
+@triton.jit
+def lane_partials(partials, slot, LANES: tl.constexpr):
+    """Where a slot's maxima are; sums and moments follow, LANES entries each. 64 bits: slots count rows x steps."""
+    return partials + tl.cast(slot, tl.int64) * (3 * LANES) + tl.arange(0, LANES)
+
+
+@triton.jit
+def _add_step(lanes, step, partials, slot, LANES: tl.constexpr, MOMENT: tl.constexpr, own):
+    """Merge a step's own statistics into the lanes', or leave them in memory for ``combine_statistics_kernel``."""
+    if partials is None:
+        return merge_statistics(lanes, own, MOMENT)
+    else:
+        where = lane_partials(partials, slot + step, LANES)
+        tl.store(where, own[0])
+        tl.store(where + LANES, own[1])
+        if MOMENT:
+            tl.store(where + 2 * LANES, own[2])
+        return lanes
+
+
+@triton.jit
+def sweep_statistics(
+    lanes, row, V, y, transform, part, parts, partials, slot,
+    LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
+    SOFTCAP: tl.constexpr, MOMENT: tl.constexpr, POLICY: tl.constexpr, STEPWISE: tl.constexpr,
+):  # fmt: skip
+    """``lanes`` (the row's edge), and every lane's share of the part-th part's steps, the sampled token left out.
+    ``part``, ``parts`` None: all of the row.
+
+    ``STEPWISE``: every step has a maximum and sums of its own, which are merged in the steps' order: results are then
+    the same to the bit however many programs share the row. Else a running maximum, which takes fewer registers.
+    ``partials``: see ``_add_step``; the row's own start at ``slot``.
+    """
+    scale = transform[0]
+    head, groups = _frame(row, V, VEC)
+    body = tl.multiple_of(row + head, 16)
+    steps = groups // (LANES * UNROLL)
+    first, whole, tail = _share(groups, part, parts, LANES, UNROLL)
     y_element = y - head
     # An edge token before the first group must not select step 0: hence not the truncating division of a negative.
     y_step = tl.where(y_element < 0, -1, y_element // (LANES * VEC * UNROLL))
-    for step in range(steps):
+    peak, total, moment = lanes
+    for step in range(first, whole):
         raw = _load_step(body, step, groups, LANES, VEC, UNROLL, False, POLICY)
         tiles = ()
         for i in tl.static_range(UNROLL):
@@ -194,17 +268,43 @@ def sweep_statistics(
             for i in tl.static_range(UNROLL):
                 others = others + (_without_target(tiles[i], step, i, y_element, LANES, VEC, UNROLL),)  # type: ignore[assignment]
             tiles = others
-        peak, total, moment = _absorb(peak, total, moment, tiles, scale, UNROLL, MOMENT)
-    if steps * (LANES * UNROLL) < groups:
+        if STEPWISE:
+            start = _no_statistics(LANES)
+            own = _absorb(start[0], start[1], start[2], tiles, scale, UNROLL, MOMENT, True)
+            peak, total, moment = _add_step((peak, total, moment), step, partials, slot, LANES, MOMENT, own)
+        else:
+            peak, total, moment = _absorb(peak, total, moment, tiles, scale, UNROLL, MOMENT)
+    if tail:
         raw = _load_step(body, steps, groups, LANES, VEC, UNROLL, True, POLICY)
-        tiles = ()
+        kept = (peak, total, moment)
+        if STEPWISE:
+            peak, total, moment = _no_statistics(LANES)
         for i in tl.static_range(UNROLL):
-            v, _ = _squash(raw[i], transform, SOFTCAP)
-            if SOFTCAP:  # a padded -inf has become -1, the smallest legitimate value
-                v = tl.where(_group_mask(steps, i, groups, LANES, UNROLL), v, float("-inf"))
-            tiles = tiles + (_without_target(v, steps, i, y_element, LANES, VEC, UNROLL),)  # type: ignore[assignment]
-        peak, total, moment = _absorb(peak, total, moment, tiles, scale, UNROLL, MOMENT)
+            if (steps * UNROLL + i) * LANES < groups:  # a tile beyond the row costs its (masked) load and this branch
+                v, _ = _squash(raw[i], transform, SOFTCAP)
+                if SOFTCAP:  # a padded -inf has become -1, the smallest legitimate value
+                    v = tl.where(_group_mask(steps, i, groups, LANES, UNROLL), v, float("-inf"))
+                v = _without_target(v, steps, i, y_element, LANES, VEC, UNROLL)
+                peak, total, moment = _absorb(peak, total, moment, (v,), scale, 1, MOMENT)
+        if STEPWISE:
+            peak, total, moment = _add_step(kept, steps, partials, slot, LANES, MOMENT, (peak, total, moment))
+    return peak, total, moment
 
+
+@triton.jit
+def merge_partials(
+    lanes, partials, slot, row, V, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr, MOMENT: tl.constexpr
+):
+    """``lanes`` and all steps of the row, whose statistics other programs left in ``partials``, in the steps' order."""
+    _, groups = _frame(row, V, VEC)
+    peak, total, moment = lanes
+    for step in range(tl.cdiv(groups, LANES * UNROLL)):
+        where = lane_partials(partials, slot + step, LANES)
+        other_moment = moment
+        if MOMENT:
+            other_moment = tl.load(where + 2 * LANES)
+        own = (tl.load(where), tl.load(where + LANES), other_moment)
+        peak, total, moment = merge_statistics((peak, total, moment), own, MOMENT)
     return peak, total, moment
 
 
@@ -250,11 +350,12 @@ def _gradient(raw, transform, peak, common, tilt, SOFTCAP: tl.constexpr, TILT: t
 
 @triton.jit
 def row_gradient(
-    row, out, V, y, z_y, maximum, rest, entropy, c, h, transform,
+    row, out, V, y, z_y, maximum, rest, entropy, c, h, transform, part, parts,
     LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
     SOFTCAP: tl.constexpr, TILT: tl.constexpr, ALIGNED_OUT: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
-    """Write dloss/dz of the row to ``out``, which may be ``row`` itself.
+    """Write dloss/dz of the part-th of ``parts`` parts of the row to ``out``, which may be ``row`` where parts is 1.
+    None, None: all of the row.
 
     For j != y, g_j = p_j (h (E[z'] - z'_j) - c) dz'/dz = exp2(u_j) (common - tilt u_j) slope_j, with the row's
     constants folded: E[z'] - z'_j = (log S - H) - ln2 u_j relative to the maximum. The target gets its own value,
@@ -282,43 +383,62 @@ def row_gradient(
         target = target * slope_y
 
     steps = groups // (LANES * UNROLL)
-    if steps * (LANES * UNROLL) < groups:
+    first, whole, tail = _share(groups, part, parts, LANES, UNROLL)
+    if tail:
         raw = _load_step(body, steps, groups, LANES, VEC, UNROLL, True, POLICY)
         for i in tl.static_range(UNROLL):
-            base, offsets = _tile(steps, i, LANES, VEC, UNROLL)
-            g = _gradient(raw[i], transform, peak, common, tilt, SOFTCAP, TILT)
-            mask = _group_mask(steps, i, groups, LANES, UNROLL)
-            tl.store(out_body + base + offsets, round_to(g, dtype), mask=mask, eviction_policy=POLICY)
-    for index in range(steps):
-        step = steps - 1 - index
+            if (steps * UNROLL + i) * LANES < groups:
+                base, offsets = _tile(steps, i, LANES, VEC, UNROLL)
+                g = _gradient(raw[i], transform, peak, common, tilt, SOFTCAP, TILT)
+                mask = _group_mask(steps, i, groups, LANES, UNROLL)
+                tl.store(out_body + base + offsets, round_to(g, dtype), mask=mask, eviction_policy=POLICY)
+    for index in range(whole - first):
+        step = whole - 1 - index
         raw = _load_step(body, step, groups, LANES, VEC, UNROLL, False, POLICY)
         for i in tl.static_range(UNROLL):
             base, offsets = _tile(step, i, LANES, VEC, UNROLL)
             g = _gradient(raw[i], transform, peak, common, tilt, SOFTCAP, TILT)
             tl.store(out_body + base + offsets, round_to(g, dtype), eviction_policy=POLICY)
     edge = V - groups * VEC
-    if edge > 0:
+    with_edge = edge > 0
+    mine = y >= 0
+    if parts is not None:
+        with_edge = with_edge & (part == 0)
+        # The target is stored by the part that wrote it as any other element: another's barrier would order nothing.
+        y_group = (y - head) // VEC
+        y_step = y_group // (LANES * UNROLL)
+        at_edge = (y < head) | (y_group >= groups)
+        in_share = (y_step >= first) & ((y_step < whole) | (tail & (y_step == steps)))
+        mine = mine & tl.where(at_edge, part == 0, in_share)
+    if with_edge:
         columns = _edge_columns(head, groups, LANES, VEC)
         mask = tl.arange(0, LANES) < edge
         raw = tl.load(row + columns, mask=mask, other=float("-inf"))
         g = _gradient(raw, transform, peak, common, tilt, SOFTCAP, TILT)
         tl.store(out + columns, round_to(g, dtype), mask=mask)
-    tl.debug_barrier()  # orders the target's store after the sweep's, which wrote this element as any other
-    tl.store(out + y, round_to(target, dtype), mask=y >= 0)
+    tl.debug_barrier()  # orders the target's store after the sweep's
+    tl.store(out + y, round_to(target, dtype), mask=mine)
 
 
 @triton.jit
-def zero_row(out, V, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr):
+def zero_row(out, V, part, parts, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr):
     head, groups = _frame(out, V, VEC)
     body = tl.multiple_of(out + head, 16)
     zeros = tl.zeros([LANES, VEC], out.dtype.element_ty)
-    for step in range(tl.cdiv(groups, LANES * UNROLL)):
+    last = tl.cdiv(groups, LANES * UNROLL)
+    if parts is None:
+        first = 0
+    else:
+        first, last = part * last // parts, (part + 1) * last // parts
+    for step in range(first, last):
         for i in tl.static_range(UNROLL):
             base, offsets = _tile(step, i, LANES, VEC, UNROLL)
             mask = _group_mask(step, i, groups, LANES, UNROLL)
             tl.store(body + base + offsets, zeros, mask=mask, eviction_policy="evict_first")
     columns = _edge_columns(head, groups, LANES, VEC)
     mask = tl.arange(0, LANES) < V - groups * VEC
+    if parts is not None:
+        mask = mask & (part == 0)
     tl.store(out + columns, tl.zeros([LANES], out.dtype.element_ty), mask=mask)
 
 
