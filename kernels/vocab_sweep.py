@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from .elementary import LN2, LOG2E, log1p_unit, multiply_subtract, round_to, to_float32
+from .row_tiles import edge_columns, frame, group_mask, load_step, share_of_row, tile_offsets, without_target
 
 # Finite start of the running maximum and finite stand-in for a scaled -inf: no inf - inf and no 0 * inf can arise,
 # and a difference with any float32 is still finite.
@@ -47,64 +48,6 @@ def checked_token(token, V):
 def load_target(row, y):
     """The sampled token's logit; reads nothing outside the row."""
     return to_float32(tl.load(row + y, mask=y >= 0, other=float("nan")))
-
-
-@triton.jit
-def _frame(row, V, VEC: tl.constexpr):
-    """Elements before the first 16-byte boundary, and whole groups from there on."""
-    itemsize: tl.constexpr = row.dtype.element_ty.primitive_bitwidth // 8
-    misalignment = ((-row.to(tl.int64)) & (VEC * itemsize - 1)).to(tl.int32)
-    head = tl.minimum(misalignment // itemsize, V)
-    return head, (V - head) // VEC
-
-
-@triton.jit
-def _edge_columns(head, groups, LANES: tl.constexpr, VEC: tl.constexpr):
-    lane = tl.arange(0, LANES)
-    return tl.where(lane < head, lane, lane + groups * VEC)
-
-
-@triton.jit
-def _tile(step, i: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr):
-    """Offset of a tile from the first boundary, and the elements' offsets in it."""
-    lane = tl.arange(0, LANES)[:, None]
-    element = tl.arange(0, VEC)[None, :]
-    return (step * UNROLL + i) * (LANES * VEC), lane * VEC + element
-
-
-@triton.jit
-def _group_mask(step, i: tl.constexpr, groups, LANES: tl.constexpr, UNROLL: tl.constexpr):
-    """[LANES, 1]: constant along a group, so that masked accesses stay 16 bytes wide."""
-    return (step * UNROLL + i) * LANES + tl.arange(0, LANES)[:, None] < groups
-
-
-@triton.jit
-def _without_target(
-    tile, step, i: tl.constexpr, y_element, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr
-):
-    """-inf in place of the sampled token. Compares an element's index in its group, a literal, with one value per
-    lane: comparing columns would keep VEC of them in registers throughout the loop."""
-    base = (step * UNROLL + i) * (LANES * VEC)
-    distance = (y_element - base) - tl.arange(0, LANES)[:, None] * VEC
-    return tl.where(tl.arange(0, VEC)[None, :] == distance, float("-inf"), tile)
-
-
-@triton.jit
-def _load_step(
-    body, step, groups,
-    LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr, MASKED: tl.constexpr, POLICY: tl.constexpr,
-):  # fmt: skip
-    """The step's tiles as loaded, all issued before any is used."""
-    tiles = ()
-    for i in tl.static_range(UNROLL):
-        base, offsets = _tile(step, i, LANES, VEC, UNROLL)
-        if MASKED:
-            mask = _group_mask(step, i, groups, LANES, UNROLL)
-            tile = tl.load(body + base + offsets, mask=mask, other=float("-inf"), eviction_policy=POLICY)
-        else:
-            tile = tl.load(body + base + offsets, eviction_policy=POLICY)
-        tiles = tiles + (tile,)  # type: ignore[assignment]
-    return tiles
 
 
 @triton.jit
@@ -190,29 +133,16 @@ def edge_statistics(
     row, V, y, transform, LANES: tl.constexpr, VEC: tl.constexpr, SOFTCAP: tl.constexpr, MOMENT: tl.constexpr
 ):
     """Each lane's maximum, sum and moment over its share of the row's edge, the sampled token left out."""
-    head, groups = _frame(row, V, VEC)
+    head, groups = frame(row, V, VEC)
     peak, total, moment = _no_statistics(LANES)
     edge = V - groups * VEC
     if edge > 0:
-        columns = _edge_columns(head, groups, LANES, VEC)
+        columns = edge_columns(head, groups, LANES, VEC)
         mask = tl.arange(0, LANES) < edge
         v, _ = _squash(tl.load(row + columns, mask=mask, other=float("-inf")), transform, SOFTCAP)
         v = tl.where(mask & (columns != y), v, float("-inf"))
         peak, total, moment = _absorb(peak, total, moment, (v[:, None],), transform[0], 1, MOMENT, True)
     return peak, total, moment
-
-
-@triton.jit
-def _share(groups, part, parts, LANES: tl.constexpr, UNROLL: tl.constexpr):
-    """First whole step of the part-th of ``parts`` parts of a row (None: of all of it), the one after its last, and
-    whether the row's last, masked step is its own too."""
-    steps = groups // (LANES * UNROLL)
-    if parts is None:
-        return 0, steps, steps * (LANES * UNROLL) < groups
-    else:
-        count = tl.cdiv(groups, LANES * UNROLL)
-        last = (part + 1) * count // parts
-        return part * count // parts, tl.minimum(last, steps), last > steps
 
 
 @triton.jit
@@ -249,16 +179,16 @@ def sweep_statistics(
     ``partials``: see ``_add_step``; the row's own start at ``slot``.
     """
     scale = transform[0]
-    head, groups = _frame(row, V, VEC)
+    head, groups = frame(row, V, VEC)
     body = tl.multiple_of(row + head, 16)
     steps = groups // (LANES * UNROLL)
-    first, whole, tail = _share(groups, part, parts, LANES, UNROLL)
+    first, whole, tail = share_of_row(groups, part, parts, LANES, UNROLL)
     y_element = y - head
     # An edge token before the first group must not select step 0: hence not the truncating division of a negative.
     y_step = tl.where(y_element < 0, -1, y_element // (LANES * VEC * UNROLL))
     peak, total, moment = lanes
     for step in range(first, whole):
-        raw = _load_step(body, step, groups, LANES, VEC, UNROLL, False, POLICY)
+        raw = load_step(body, step, groups, LANES, VEC, UNROLL, False, POLICY)
         tiles = ()
         for i in tl.static_range(UNROLL):
             v, _ = _squash(raw[i], transform, SOFTCAP)
@@ -266,7 +196,7 @@ def sweep_statistics(
         if step == y_step:
             others = ()
             for i in tl.static_range(UNROLL):
-                others = others + (_without_target(tiles[i], step, i, y_element, LANES, VEC, UNROLL),)  # type: ignore[assignment]
+                others = others + (without_target(tiles[i], step, i, y_element, LANES, VEC, UNROLL),)  # type: ignore[assignment]
             tiles = others
         if STEPWISE:
             start = _no_statistics(LANES)
@@ -275,7 +205,7 @@ def sweep_statistics(
         else:
             peak, total, moment = _absorb(peak, total, moment, tiles, scale, UNROLL, MOMENT)
     if tail:
-        raw = _load_step(body, steps, groups, LANES, VEC, UNROLL, True, POLICY)
+        raw = load_step(body, steps, groups, LANES, VEC, UNROLL, True, POLICY)
         kept = (peak, total, moment)
         if STEPWISE:
             peak, total, moment = _no_statistics(LANES)
@@ -283,8 +213,8 @@ def sweep_statistics(
             if (steps * UNROLL + i) * LANES < groups:  # a tile beyond the row costs its (masked) load and this branch
                 v, _ = _squash(raw[i], transform, SOFTCAP)
                 if SOFTCAP:  # a padded -inf has become -1, the smallest legitimate value
-                    v = tl.where(_group_mask(steps, i, groups, LANES, UNROLL), v, float("-inf"))
-                v = _without_target(v, steps, i, y_element, LANES, VEC, UNROLL)
+                    v = tl.where(group_mask(steps, i, groups, LANES, UNROLL), v, float("-inf"))
+                v = without_target(v, steps, i, y_element, LANES, VEC, UNROLL)
                 peak, total, moment = _absorb(peak, total, moment, (v,), scale, 1, MOMENT)
         if STEPWISE:
             peak, total, moment = _add_step(kept, steps, partials, slot, LANES, MOMENT, (peak, total, moment))
@@ -296,7 +226,7 @@ def merge_partials(
     lanes, partials, slot, row, V, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr, MOMENT: tl.constexpr
 ):
     """``lanes`` and all steps of the row, whose statistics other programs left in ``partials``, in the steps' order."""
-    _, groups = _frame(row, V, VEC)
+    _, groups = frame(row, V, VEC)
     peak, total, moment = lanes
     for step in range(tl.cdiv(groups, LANES * UNROLL)):
         where = lane_partials(partials, slot + step, LANES)
@@ -362,7 +292,7 @@ def row_gradient(
     c (1 - p_y) with 1 - p_y = rest / S, in one scalar store after a barrier: no per-element comparison.
     The sweep walks backwards, since what was read last is nearest in the cache.
     """
-    head, groups = _frame(row, V, VEC)
+    head, groups = frame(row, V, VEC)
     body = tl.multiple_of(row + head, 16)
     out_body = out + head
     if ALIGNED_OUT:  # the rows' alignment; otherwise the compiler itself finds narrower, coalesced stores
@@ -383,20 +313,20 @@ def row_gradient(
         target = target * slope_y
 
     steps = groups // (LANES * UNROLL)
-    first, whole, tail = _share(groups, part, parts, LANES, UNROLL)
+    first, whole, tail = share_of_row(groups, part, parts, LANES, UNROLL)
     if tail:
-        raw = _load_step(body, steps, groups, LANES, VEC, UNROLL, True, POLICY)
+        raw = load_step(body, steps, groups, LANES, VEC, UNROLL, True, POLICY)
         for i in tl.static_range(UNROLL):
             if (steps * UNROLL + i) * LANES < groups:
-                base, offsets = _tile(steps, i, LANES, VEC, UNROLL)
+                base, offsets = tile_offsets(steps, i, LANES, VEC, UNROLL)
                 g = _gradient(raw[i], transform, peak, common, tilt, SOFTCAP, TILT)
-                mask = _group_mask(steps, i, groups, LANES, UNROLL)
+                mask = group_mask(steps, i, groups, LANES, UNROLL)
                 tl.store(out_body + base + offsets, round_to(g, dtype), mask=mask, eviction_policy=POLICY)
     for index in range(whole - first):
         step = whole - 1 - index
-        raw = _load_step(body, step, groups, LANES, VEC, UNROLL, False, POLICY)
+        raw = load_step(body, step, groups, LANES, VEC, UNROLL, False, POLICY)
         for i in tl.static_range(UNROLL):
-            base, offsets = _tile(step, i, LANES, VEC, UNROLL)
+            base, offsets = tile_offsets(step, i, LANES, VEC, UNROLL)
             g = _gradient(raw[i], transform, peak, common, tilt, SOFTCAP, TILT)
             tl.store(out_body + base + offsets, round_to(g, dtype), eviction_policy=POLICY)
     edge = V - groups * VEC
@@ -411,7 +341,7 @@ def row_gradient(
         in_share = (y_step >= first) & ((y_step < whole) | (tail & (y_step == steps)))
         mine = mine & tl.where(at_edge, part == 0, in_share)
     if with_edge:
-        columns = _edge_columns(head, groups, LANES, VEC)
+        columns = edge_columns(head, groups, LANES, VEC)
         mask = tl.arange(0, LANES) < edge
         raw = tl.load(row + columns, mask=mask, other=float("-inf"))
         g = _gradient(raw, transform, peak, common, tilt, SOFTCAP, TILT)
@@ -422,7 +352,7 @@ def row_gradient(
 
 @triton.jit
 def zero_row(out, V, part, parts, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr):
-    head, groups = _frame(out, V, VEC)
+    head, groups = frame(out, V, VEC)
     body = tl.multiple_of(out + head, 16)
     zeros = tl.zeros([LANES, VEC], out.dtype.element_ty)
     last = tl.cdiv(groups, LANES * UNROLL)
@@ -432,10 +362,10 @@ def zero_row(out, V, part, parts, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL
         first, last = part * last // parts, (part + 1) * last // parts
     for step in range(first, last):
         for i in tl.static_range(UNROLL):
-            base, offsets = _tile(step, i, LANES, VEC, UNROLL)
-            mask = _group_mask(step, i, groups, LANES, UNROLL)
+            base, offsets = tile_offsets(step, i, LANES, VEC, UNROLL)
+            mask = group_mask(step, i, groups, LANES, UNROLL)
             tl.store(body + base + offsets, zeros, mask=mask, eviction_policy="evict_first")
-    columns = _edge_columns(head, groups, LANES, VEC)
+    columns = edge_columns(head, groups, LANES, VEC)
     mask = tl.arange(0, LANES) < V - groups * VEC
     if parts is not None:
         mask = mask & (part == 0)
@@ -444,17 +374,17 @@ def zero_row(out, V, part, parts, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL
 
 @triton.jit
 def scale_row(row, V, factor, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr):
-    head, groups = _frame(row, V, VEC)
+    head, groups = frame(row, V, VEC)
     body = tl.multiple_of(row + head, 16)
     dtype: tl.constexpr = row.dtype.element_ty
     for step in range(tl.cdiv(groups, LANES * UNROLL)):
-        raw = _load_step(body, step, groups, LANES, VEC, UNROLL, True, "evict_first")
+        raw = load_step(body, step, groups, LANES, VEC, UNROLL, True, "evict_first")
         for i in tl.static_range(UNROLL):
-            base, offsets = _tile(step, i, LANES, VEC, UNROLL)
-            mask = _group_mask(step, i, groups, LANES, UNROLL)
+            base, offsets = tile_offsets(step, i, LANES, VEC, UNROLL)
+            mask = group_mask(step, i, groups, LANES, UNROLL)
             product = round_to(to_float32(raw[i]) * factor, dtype)
             tl.store(body + base + offsets, product, mask=mask, eviction_policy="evict_first")
-    columns = _edge_columns(head, groups, LANES, VEC)
+    columns = edge_columns(head, groups, LANES, VEC)
     mask = tl.arange(0, LANES) < V - groups * VEC
     edge = tl.load(row + columns, mask=mask, other=0.0)
     tl.store(row + columns, round_to(to_float32(edge) * factor, dtype), mask=mask)
