@@ -10,6 +10,7 @@
 #                    there is no GPU; the index of CPU builds has a small one.
 #   GPU              nvidia, amd or none: overrides what was detected
 #   BENCH_ARGS       the benchmark's arguments (speed --quick)
+#   EVIDENCE_ARGS    further arguments to `hpo-fused-bench all` (--budget 480)
 #   PYTEST_BENCHMARK_ARGS   further arguments to `make pytest-benchmark`, such as --bench-shape qwen3
 #   PYTEST_WORKERS   test processes (one for each core)
 #   PYTEST_ARGS      further arguments to pytest
@@ -17,6 +18,7 @@
 PYTHON ?= python3
 TORCH_INDEX_URL ?=
 BENCH_ARGS ?= speed --quick
+EVIDENCE_ARGS ?=
 PYTEST_ARGS ?=
 PYTEST_BENCHMARK_ARGS ?=
 
@@ -63,13 +65,16 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help bench pytest-benchmark test lint types sanitize clean distclean
+.PHONY: help bench evidence pytest-benchmark test lint types sanitize clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 bench: $(STAMP) ## time the fused losses against today's alternatives, quick settings
 	$(BIN)/hpo-fused-bench $(BENCH_ARGS)
+
+evidence: $(PEERS_STAMP) ## the whole evidence for this machine: a report with pictures in evidence/
+	$(BIN)/hpo-fused-bench all --output evidence $(EVIDENCE_ARGS)
 
 pytest-benchmark: $(STAMP) ## the benchmark's cases and providers under pytest-benchmark, small by default
 	$(BIN)/pytest bench/suite $(PYTEST_BENCHMARK_ARGS)

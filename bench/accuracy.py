@@ -11,8 +11,10 @@ from rich.table import Table
 from .check import OWN_GRADIENT_LIMIT, OWN_LOGPROB_LIMIT, ROWS
 from .labels import labels
 from .results import ColumnErrors, Result, Row, by_case
+from .sheet import folded
 
 TITLE = "Against float64"
+PROVIDER_WIDTH = 15  # leaves the shape its least width beside the numbers, at 80 columns
 HEADINGS = ("shape", "provider", "loss", "log p", "gradient", "worst", "median", "rounded", "beyond", "same")
 
 
@@ -63,9 +65,9 @@ def table(result: Result) -> Table | None:
         view.add_column(heading, justify="left" if heading == "gradient" else "right", no_wrap=True)
     for shape, rows in _checked(result):
         for index, row in enumerate(rows):
-            style = "bold" if row.provider.startswith("hpo_fused") else None
+            style = "bold" if row.is_ours else None
             cells = ("\n".join(column) for column in zip(*_lines(row), strict=True))
-            names = [shape if index == 0 else "", row.provider]
+            names = [shape if index == 0 else "", folded(row.provider, PROVIDER_WIDTH)]
             view.add_row(*names, *cells, style=style, end_section=index == len(rows) - 1)
     return view if view.row_count else None
 
@@ -94,7 +96,7 @@ def broken(result: Result) -> Iterator[str]:
         for row in rows:
             assert row.errors is not None
             misses = [row.errors.broken] if row.errors.broken else []
-            if row.repeats is False and row.provider.startswith("hpo_fused"):
+            if row.repeats is False and row.is_ours:
                 misses.append("a second call gave another result")
             if misses:
                 yield f"{shape}: {row.provider} misses its own limits: {', '.join(misses)}"
@@ -105,7 +107,7 @@ def markdown(result: Result) -> str:
     lines = []
     for shape, rows in _checked(result):
         for row in rows:
-            provider = f"**{row.provider}**" if row.provider.startswith("hpo_fused") else row.provider
+            provider = f"**{row.provider}**" if row.is_ours else row.provider
             lines += ["| " + " | ".join([shape, provider, *cells]) + " |" for cells in _lines(row)]
     if not lines:
         return ""

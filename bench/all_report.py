@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from . import accuracy, compile_table, limits, memory_report, report
 from .accuracy import error
-from .evidence import Evidence
+from .evidence import CLOCKS, Evidence
 from .labels import labels, number
 from .linear import limits as linear_limits
 from .linear import report as linear_report
@@ -20,7 +20,7 @@ from .sheet import Sheet
 MIB = 1 << 20
 SUMMARY = ("", "provider", "time\n÷ ours", "memory\n÷ ours", "log p\noff by", "gradient\noff by", "% of\nlimit")
 # Settings of the evidence that the report reads.
-COMMAND_LINE, PICTURES = "command_line", "pictures"
+COMMAND_LINE, PICTURES, KERNELS_ASKED = "command_line", "pictures", "kernels"
 
 
 def _main_cases(result: Result) -> Result:
@@ -66,20 +66,25 @@ def _share(row: Measurement) -> float | None:
     return row.share_of_copy if isinstance(row, Row) else row.share_of_gemms if isinstance(row, LinearRow) else None
 
 
+def _name(row: Measurement) -> str:
+    """The provider, marked where it does less work than the others."""
+    return f"{row.provider}*" if row.leaves_out else row.provider
+
+
 def _add(view: Sheet, title: str, rows: Sequence[Measurement]) -> None:
     ours = next((row.peak_extra_bytes for row in rows if row.is_ours), None)
     for row in rows:
         if row.status == "skipped":
             continue
         if row.status != "ok":
-            view.add(title, row.provider, row.status.replace("_", " "), ours=row.is_ours)
+            view.add(title, _name(row), row.status.replace("_", " "), ours=row.is_ours)
             continue
         logprob, gradient = _errors(row)
         share = _share(row)
         time = "–" if row.ratio_to_ours is None else f"{number(row.ratio_to_ours)}×"
         memory = _ratio(row.peak_extra_bytes, ours)
         percent = "–" if share is None else number(100 * share)
-        view.add(title, row.provider, time, memory, error(logprob), error(gradient), percent, ours=row.is_ours)
+        view.add(title, _name(row), time, memory, error(logprob), error(gradient), percent, ours=row.is_ours)
     view.end_section()
 
 
@@ -122,7 +127,7 @@ def against(evidence: Evidence) -> Iterator[str]:
         for row in rows:
             if not row.is_ours and row.ratio_to_ours is not None:
                 memory = row.peak_extra_bytes / peak if row.peak_extra_bytes is not None and peak else None
-                found.setdefault(row.provider, {}).setdefault(way, []).append((row.ratio_to_ours, memory))
+                found.setdefault(_name(row), {}).setdefault(way, []).append((row.ratio_to_ours, memory))
     for name, ways in found.items():
         said = []
         for way, pairs in ways.items():
@@ -132,8 +137,8 @@ def against(evidence: Evidence) -> Iterator[str]:
         yield f"{name}: {'; '.join(said)} of hpo_fused."
 
 
-def summary_notes() -> Iterator[str]:
-    """What its columns mean."""
+def summary_notes(evidence: Evidence) -> Iterator[str]:
+    """What its columns and marks mean."""
     yield (
         "time, memory ÷ ours: above 1× hpo_fused is faster, or smaller; forward and gradient, peak beyond the inputs."
     )
@@ -142,12 +147,15 @@ def summary_notes() -> Iterator[str]:
         "dtype (negative or 0: nothing); of the linear path, the worst row's relative error, rounding included."
     )
     yield "% of limit: speed reached, of copying the logits once, or of the three bare GEMMs of the linear path."
+    shown = (row for _, _, rows in _whole_steps(evidence) for row in rows if row.status != "skipped")
+    for name, missing in dict.fromkeys((_name(row), row.leaves_out) for row in shown if row.leaves_out):
+        yield f"{name} does less work: it leaves out {missing}."
 
 
 def short(evidence: Evidence) -> str:
     """The short table and what is needed to read it, as markdown."""
     lines = [*summary(evidence).markdown(), ""]
-    lines += _bullets([f"{report.environment_line(evidence)}.", *summary_notes()])
+    lines += _bullets([f"{report.environment_line(evidence)}.", *summary_notes(evidence)])
     return "\n".join(lines).rstrip()
 
 
@@ -165,12 +173,9 @@ def all_limits(evidence: Evidence) -> list[Limit]:
 
 def verdict(evidence: Evidence) -> list[str]:
     """A line for each of: the limits, the tests, the machine code."""
-    measured = [limit for limit in all_limits(evidence) if limit.met is not None]
-    lines = []
-    if measured:
-        missed = [limit for limit in measured if not limit.met]
-        lines.append(f"Limits: {len(measured) - len(missed)} of {len(measured)} met.")
-        lines += [f"Missed: {limit.what}: {limit.measured}, limit {limit.limit}." for limit in missed]
+    found = all_limits(evidence)
+    lines = [f"Limits: {limits.counts(found)}." if found else "Limits: none is stated for what was measured."]
+    lines += [f"Missed: {limit.what}: {limit.measured}, limit {limit.limit}." for limit in found if limit.met is False]
     lines.append(f"Equivalence tests: {tests_line(evidence)}.")
     if evidence.kernels is not None:
         broken = evidence.kernels["broken"]
@@ -210,6 +215,13 @@ def _of_linear(part: LinearResult) -> list[str]:
     return [f"### The linear path of {part.rows[0].case.shape.name}, {part.rows[0].case.tokens} tokens", ""]
 
 
+def _to_show(rows: Sequence[Row]) -> list[Row]:
+    """Of a case's rows those for a table of times: where nobody was timed, only what went wrong."""
+    if any(row.median_s is not None for row in rows):
+        return list(rows)
+    return [row for row in rows if row.status not in ("ok", "skipped")]
+
+
 def _faster(evidence: Evidence) -> Iterator[str]:
     yield from _pictures(evidence, "time", "linear-")
     if evidence.logits is not None:
@@ -217,8 +229,8 @@ def _faster(evidence: Evidence) -> Iterator[str]:
             ("### From logits", _main_cases(evidence.logits)),
             ("### The same in other ways", _others(evidence.logits)),
         ):
-            timed = replace(part, rows=[row for row in part.rows if row.median_s is not None or row.errors is None])
-            if any(row.median_s is not None for row in timed.rows):
+            timed = replace(part, rows=[row for _, rows in by_case(part.rows) for row in _to_show(rows)])
+            if timed.rows:
                 yield from (title, "", *report.times(timed), "", *_bullets(report.notes(timed)))
     for head in evidence.linear:
         if any(row.median_s is not None for row in head.rows):
@@ -298,7 +310,8 @@ def _far(evidence: Evidence) -> Iterator[str]:
 def _kernels(evidence: Evidence) -> Iterator[str]:
     kernels = evidence.kernels
     if kernels is None:
-        yield from _bullets(["Not compiled; see what was left out."])
+        asked = evidence.settings.get(KERNELS_ASKED, True)
+        yield from _bullets(["Not compiled; see what was left out." if asked else "Not asked for."])
         return
     yield from _bullets(
         [
@@ -322,6 +335,8 @@ def _where(evidence: Evidence) -> Iterator[str]:
     view = Sheet("", ("", "this machine"), 2)
     for key, value in evidence.environment.items():
         view.add(key, "–" if value is None else str(value))
+    for key, value in evidence.settings.get(CLOCKS, {}).items():
+        view.add(f"after timing: {key}", ", ".join(value) or "–" if isinstance(value, list) else str(value))
     yield from (*view.markdown(), "")
     yield from ("To repeat it:", "", "```sh", evidence.settings.get(COMMAND_LINE, "hpo-fused-bench all"), "```")
 
@@ -339,7 +354,7 @@ def markdown(evidence: Evidence) -> str:
     )
     short = summary(evidence)
     if short.rows:
-        lines += [*short.markdown(), "", *_bullets(summary_notes())]
+        lines += [*short.markdown(), "", *_bullets(summary_notes(evidence))]
     lines += _bullets([*against(evidence), *verdict(evidence)])
     questions = {
         "How much faster?": _faster(evidence),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -14,8 +15,9 @@ from .cases import SHAPES, Case, Shape
 from .compile_document import document
 from .compile_plan import TARGETS, plan
 from .compile_report import Report, ReportFailed, run_report
+from .environment import nvidia_clocks, nvidia_name
 from .equivalence import run_tests, test_files
-from .evidence import Evidence
+from .evidence import CLOCKS, Evidence, Tests
 from .gpus import GPUS
 from .labels import labels
 from .linear.cases import HEADS, HeadShape, LinearCase
@@ -43,7 +45,7 @@ MOST_ROUNDS = 1000
 # Of the budget, for the tests; and seconds that they are given at most.
 TESTS_SHARE, TESTS_MOST = 0.12, 120.0
 LIMITED = ["sm_90", "gfx942"]  # one target of each vendor, where there is no time for all
-KERNELS = "machine code"
+KERNELS, MEMORY = "machine code", "memory against tokens"
 
 One = TypeVar("One", bound=Candidate)
 
@@ -111,6 +113,11 @@ class Work:
         into: takes what is finished, however this ends.
         progress: each unit is worth 1 on it.
         budget: seconds of everything, of which tests get their share.
+
+    Attributes:
+        compiled, targets: the machine code so far, and for what.
+        clocks: what was read after each timing.
+        without: whose compilation was too slow for what.
     """
 
     choice: Choice
@@ -121,6 +128,8 @@ class Work:
     budget: float
     compiled: Report = field(default_factory=Report)
     targets: list[str] = field(default_factory=list)
+    clocks: list[tuple[float, list[str]]] = field(default_factory=list)
+    without: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def machine(self) -> Machine:
@@ -137,11 +146,27 @@ class Work:
     def _settings(self, seconds: float, least: int, repeats: int = MOST_ROUNDS) -> Settings:
         return Settings(self.device, repeats, seconds, self.seed, least)
 
-    def _quick_to_start(self, providers: Sequence[One]) -> list[One]:
-        """On a CPU without torch.compile: of what is measured once it would take most of the time."""
+    def _read_clock(self) -> None:
+        """Into the settings what the GPU's clock is right after a timing: before everything it is idle."""
+        read = nvidia_clocks(nvidia_name(self.device)) if self.device.type == "cuda" else None
+        if read is None:
+            return
+        self.clocks.append(read)
+        speeds = [speed for speed, _ in self.clocks]
+        self.into.settings[CLOCKS] = {
+            "sm_mhz_min": min(speeds), "sm_mhz_median": statistics.median(speeds),
+            "held_down_by": sorted({reason for _, reasons in self.clocks for reason in reasons}),
+        }  # fmt: skip
+
+    def _quick_to_start(self, providers: Sequence[One], of: str) -> list[One]:
+        """On a CPU without torch.compile: of what is measured once it would take most of the time. That is told."""
         if self.device.type == "cuda":
             return list(providers)
-        return [one for one in providers if one.name not in self.machine.compiling]
+        quick = [one for one in providers if one.name not in self.machine.compiling]
+        for one in _available(providers, self.device):
+            if one not in quick and of not in (places := self.without.setdefault(one.name, [])):
+                places.append(of)
+        return quick
 
     def _part(self, case: LinearCase, shares: Sequence[float]) -> LinearResult:
         of_head = {"tokens": case.tokens, "dtype": case.dtype, "objective": case.objective, "mode": case.mode}
@@ -157,9 +182,11 @@ class Work:
         """Errors, memory and times of one case of logits."""
 
         def run(seconds: float, least: int) -> Spent:
+            self.into.work_on(self.logits)
             rows = self.logits.rows
             before = len(rows)
             run_case(case, providers, self._settings(seconds, least), rows, self.progress)
+            self._read_clock()
             return _spent(rows[before:])
 
         there, machine = _available(providers, self.device), self.machine
@@ -169,6 +196,7 @@ class Work:
         """Errors of one case of logits alone."""
 
         def run(seconds: float, least: int) -> Spent:
+            self.into.work_on(self.logits)
             run_case(case, providers, self._settings(0.0, 0, repeats=0), self.logits.rows, self.progress)
             return Spent()
 
@@ -181,8 +209,11 @@ class Work:
         providers = self.choice.who.linear
 
         def run(seconds: float, least: int) -> Spent:
-            rows = self._part(case, shares).rows
+            part = self._part(case, shares)
+            self.into.work_on(part)
+            rows = part.rows
             run_linear(case, shares, providers, self._settings(seconds, least), rows, self.progress)
+            self._read_clock()
             return _spent(rows)
 
         there, machine = _available(providers, self.device), self.machine
@@ -194,19 +225,21 @@ class Work:
         choice, device, machine = self.choice, self.device, self.machine
         sizes = [size for size in MEMORY_TOKENS[device.type] if size < 2 * choice.tokens] or [choice.tokens]
         if choice.shapes and choice.who.logits:
-            shape, providers = choice.shapes[0], self._quick_to_start(choice.who.logits)
+            shape = choice.shapes[0]
             case = self._case(shape, max(sizes))
+            providers = self._quick_to_start(choice.who.able(case), MEMORY)
             there = _available(providers, device)
             fixed = machine.start + machine.draw * max(sizes) * shape.vocabulary / 1e9
             fixed += sum(3 * machine.round(self._case(shape, size), there) for size in sizes)
 
             def measure(seconds: float, least: int) -> Spent:
+                self.into.work_on(self.logits)
                 logits_memory(case, sizes, providers, device, self.seed, self.logits.memory, self.progress, 1.0)
                 return Spent()
 
-            yield Unit(f"memory against tokens, logits of {shape.name}", "memory", priority, fixed, measure)
+            yield Unit(f"{MEMORY}, logits of {shape.name}", "memory", priority, fixed, measure)
         if choice.heads and choice.who.linear:
-            head, heads = choice.heads[0], self._quick_to_start(choice.who.linear)
+            head, heads = choice.heads[0], self._quick_to_start(choice.who.linear, MEMORY)
             one = LinearCase.of_tokens(head, max(sizes), "bf16", "mhpo_ahpo", 0.0, None)
             ready = _available(heads, device)
             fixed = machine.start + machine.draw * head.entries / 1e9 / 4
@@ -216,12 +249,13 @@ class Work:
 
             def measure_head(seconds: float, least: int) -> Spent:
                 part = next((part for part in self.into.linear if _is_of(part, head)), None) or self._part(one, [0.0])
+                self.into.work_on(part)
                 settings = self._settings(0.0, 0, repeats=0)
                 on_gpu = device.type == "cuda"
                 measure_memory(part, one, sizes, heads, settings, self.progress, 1.0, quick=not on_gpu)
                 return Spent()
 
-            yield Unit(f"memory against tokens, linear path of {head.name}", "memory", priority, fixed, measure_head)
+            yield Unit(f"{MEMORY}, linear path of {head.name}", "memory", priority, fixed, measure_head)
 
     def tests(self, priority: int) -> Unit:
         """The equivalence suite, or why there is none."""
@@ -230,7 +264,9 @@ class Work:
         def run(_: float, least: int) -> Spent:
             where = "natively" if self.device.type == "cuda" else "in Triton's interpreter"
             self.progress.stage(f"equivalence tests, kernels {where}")
-            self.into.tests = run_tests(seconds, self.device)
+            self.into.work_on()
+            self.into.tests = Tests()
+            run_tests(seconds, self.device, into=self.into.tests)
             self.progress.advance(1.0)
             return Spent()
 
@@ -241,6 +277,7 @@ class Work:
         """The kernels' machine code for GPUs that need not be there."""
 
         def run(_: float, least: int) -> Spent:
+            self.into.work_on()
             title = f"compiling kernels for {', '.join(targets)}"
             self.progress.stage(title)
             told = 0.0
@@ -281,7 +318,8 @@ class Work:
         repeated: list[Unit] = []
         if who.logits:
             for index, shape in enumerate(choice.shapes):
-                unit = self.timed(f"logits of {shape.name}", min(index, 1), self._case(shape), who.logits)
+                case = self._case(shape)
+                unit = self.timed(f"logits of {shape.name}", min(index, 1), case, who.able(case))
                 (repeated if index else first).append(unit)
         if who.linear:
             for index, head in enumerate(choice.heads):
@@ -297,20 +335,28 @@ class Work:
         head = HEADS[LIMIT_HEAD]
         if choice.stated and who.linear:
             repeated.append(self.linear(5, head, LIMIT_HEAD_TOKENS, [0.0, INACTIVE]))
+        self.into.dropped += [
+            f"{name}: left out of {', '.join(places)}, where compiling takes most of the time"
+            for name, places in self.without.items()
+        ]
         return first + fixed + sorted(repeated, key=lambda unit: -unit.round)
 
     def _variants(self, shape: Shape, fixed: list[Unit]) -> Iterator[Unit]:
         """One shape in other ways: what has no rounds goes to ``fixed``."""
-        case = self._case(shape)
-        some = self._quick_to_start(self.choice.who.logits)
+        case, who = self._case(shape), self.choice.who
         few = self._case(shape, min(self.choice.tokens, CPU_HEAD_TOKENS), dtype="fp32")
+        some = self._quick_to_start(who.able(few), f"accuracy in fp32, {shape.name}")
         fixed.append(self.checked(f"accuracy in fp32, {shape.name}", 3, few, some))
-        ways: tuple[dict[str, Any], ...] = ({"inactive": INACTIVE}, {"mode": "forward"}, {"op": "logprobs"})
+        ways: tuple[dict[str, Any], ...] = (
+            {"inactive": INACTIVE}, {"mode": "forward"}, {"op": "logprobs"},
+            # What old and reference policies are asked for, and all that some have.
+            {"op": "logprobs", "mode": "forward"},
+        )  # fmt: skip
         for changes in ways:
             other = replace(case, **changes)
             name = labels([case, other])[other]
-            providers = [one for one in some if other.op in one.ops()]
-            yield self.timed(f"logits of {name}", 4, other, providers)
+            some = self._quick_to_start(who.able(other), f"logits of {name}")
+            yield self.timed(f"logits of {name}", 4, other, some)
 
 
 def _is_of(part: LinearResult, head: HeadShape) -> bool:

@@ -102,7 +102,8 @@ class Budget:
         clock: the time in seconds.
 
     Attributes:
-        left_out: units that were not run, and the seconds that each would have needed.
+        at_work: the unit that is being run, or that an exception ended.
+        left_out: units that were not begun, and the seconds that each would have needed.
         reduced: units done with fewer rounds than three, and how many.
         least_needed: seconds that units of priority 0 took, or should take, with one round each.
     """
@@ -111,6 +112,7 @@ class Budget:
     reserve: float = 0.0
     clock: Callable[[], float] = time.monotonic
     start: float | None = None
+    at_work: Unit | None = None
     left_out: list[tuple[Unit, float]] = field(default_factory=list)
     reduced: list[tuple[Unit, int]] = field(default_factory=list)
     least_needed: float = 0.0
@@ -129,10 +131,12 @@ class Budget:
                 unit = chosen[0]
                 rounds = self._share(unit, chosen, left, least)
                 begun = self.clock()
+                waiting.remove(unit)
+                self.at_work = unit
                 spent = unit.run(rounds, least)
+                self.at_work = None
                 wall = self.clock() - begun
                 self._costs.learn(unit, wall, spent)
-                waiting.remove(unit)
                 if unit.round > 0 and 0 < spent.rounds < ENOUGH:
                     self.reduced.append((unit, spent.rounds))
                 if unit.priority == 0:

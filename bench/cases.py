@@ -123,6 +123,11 @@ class BatchCase:
         return self.responses * self.length
 
     @property
+    def active(self) -> int:
+        """Rows of responses whose advantage is not zero, masked ones included."""
+        return (self.responses - round(self.inactive * self.responses)) * self.length
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         """The logits' dtype."""
         return DTYPES[self.dtype]
@@ -167,11 +172,17 @@ class Case(BatchCase):
 
     @property
     def least_bytes(self) -> int | None:
-        """Device-memory traffic that nobody can avoid: the logits read and, where there is a gradient, it written.
+        """Device-memory traffic that nobody can avoid: rows read and, where there is a gradient, all of it written.
 
-        None for the gradient alone: what is left of it depends on what the forward has done already.
+        A loss needs no logits of a response whose advantage is zero, but their gradient is zeros that are written;
+        log-probabilities need every row. None for the gradient alone: what is left of it depends on what the forward
+        has done already; and where responses are ragged: how many rows are not masked is drawn.
         """
-        return {"forward": self.logits_bytes, "both": 2 * self.logits_bytes, "gradient": None}[self.mode]
+        if self.mode == "gradient" or self.ragged:
+            return None
+        rows = self.tokens if self.op == "logprobs" else self.active
+        read = rows * self.shape.vocabulary * self.torch_dtype.itemsize
+        return read + (self.logits_bytes if self.mode == "both" else 0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from torch import Tensor
 from hpo_fused import reference
 from hpo_fused.objective import Objective
 
-from .cases import CHUNK_ELEMENTS, Inputs
+from .cases import CHUNK_ELEMENTS, Inputs, Mode
 from .results import ColumnErrors, Errors
 
 if TYPE_CHECKING:
@@ -71,6 +71,14 @@ def _column_errors(error: Tensor, rounding: Tensor, size: Tensor) -> ColumnError
     error, rounding = (values[rows] / size[rows] for values in (error, rounding))
     # NaN wins a maximum, and a median too.
     return ColumnErrors(*(v.item() for v in (error.max(), error.median(), rounding.max(), (error - rounding).max())))
+
+
+def missing(step: Step, mode: Mode, root: Tensor | None, name: str) -> list[str]:
+    """Complaints about what a step did not return: the ``root`` of its gradients, and these."""
+    return [
+        f"returned no {name}" if root is None else "",
+        "returned no gradient" if mode != "forward" and not step.gradients else "",
+    ]
 
 
 def off(what: str, error: float, limit: float) -> str:
@@ -182,7 +190,10 @@ class Oracle:
         if step.gradients:
             (gradient,) = step.gradients
             target, others, beyond = self._judge_gradient(inputs, gradient, shift)
+        # Who gives no log-probabilities of a loss away is not asked for them, and nobody for entropies.
+        asked = (output.logprobs, "log-probabilities") if case.op == "logprobs" else (output.loss, "loss")
         complaints = [
+            *missing(step, case.mode, *asked),
             off("loss", loss or 0.0, LOSS_LIMIT),
             off("gradient", beyond, GRADIENT_LIMIT[case.dtype]),
             off("log-probability", logprob or 0.0, LOGPROB_LIMIT),

@@ -70,17 +70,26 @@ def report_(
 def shapes() -> None:
     """List the named shapes, of logits and of the linear path."""
     out = Console(highlight=False)
-    view = Table("shape", "vocabulary", "softcap", "why", box=None, pad_edge=False)
+    view = _names("shape", "vocabulary", "softcap", "why")
     for shape in SHAPES.values():
         view.add_row(shape.name, str(shape.vocabulary), f"{shape.softcap or '–'}", shape.why)
     view.add_row(CUSTOM, "N", "C or –", "any other")
     out.print(view)
     out.print("\nlinear", style="bold")
-    view = Table("head", "hidden", "vocabulary", "softcap", "why", box=None, pad_edge=False)
+    view = _names("head", "hidden", "vocabulary", "softcap", "why")
     for head in HEADS.values():
         view.add_row(head.name, str(head.hidden), str(head.vocabulary), f"{head.softcap or '–'}", head.why)
     view.add_row(CUSTOM_HEAD, "N", "N", "C or –", "any other")
     out.print(view)
+
+
+def _names(*headings: str) -> Table:
+    """A table whose last column gives way where the terminal is narrow: what is typed stands in the others."""
+    view = Table(*headings, box=None, pad_edge=False)
+    for column in view.columns[:-1]:
+        column.no_wrap = True
+    view.columns[-1].overflow = "fold"
+    return view
 
 
 @app.command()

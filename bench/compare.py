@@ -29,17 +29,19 @@ class Key:
         provider: who ran it.
         variant: what else decides what was measured: "in place", "CUDA graph", a memory row's series and device, and
             which of several such rows it is, from the second on.
+        ours: whether the row says that its provider belongs to this package; not part of what is matched.
     """
 
     op: str
     case: Any
     provider: str
     variant: str = ""
+    ours: bool = field(default=False, compare=False)
 
     @property
     def is_ours(self) -> bool:
-        """Whether it is a row of a provider of this package."""
-        return self.provider.startswith("hpo_fused")
+        """Whether it is a row of a provider of this package; older files tell by the name alone."""
+        return self.ours or self.provider == "hpo_fused" or self.provider.startswith("hpo_fused:")
 
     @property
     def is_memory(self) -> bool:
@@ -121,6 +123,14 @@ class Change:
         """Whether the base says anything that the new file could fall short of."""
         return self.base.status == "ok"
 
+    @property
+    def is_compared(self) -> bool:
+        """Whether the new file says it as well, well or badly."""
+        if not self.is_judged or self.new.status in ("skipped", "predicted"):
+            return False
+        untold = (self.base.time and not self.new.time) or (self.base.peak is not None and self.new.peak is None)
+        return self.new.status != "ok" or not untold
+
 
 @dataclass
 class Comparison:
@@ -129,11 +139,13 @@ class Comparison:
     Attributes:
         changes: of the keys in both, in the base's order.
         only_base, only_new: the others' entries.
+        cut_short: whether the new file is of a run that was interrupted.
     """
 
     changes: list[Change] = field(default_factory=list)
     only_base: dict[Key, Entry] = field(default_factory=dict)
     only_new: dict[Key, Entry] = field(default_factory=dict)
+    cut_short: bool = False
 
     @property
     def regressions(self) -> list[Change]:
@@ -144,6 +156,19 @@ class Comparison:
     def judged(self) -> list[Change]:
         """This package's rows that could have regressed."""
         return [change for change in self.changes if change.key.is_ours and change.is_judged]
+
+    @property
+    def compared(self) -> list[Change]:
+        """Those of them that were."""
+        return [change for change in self.judged if change.is_compared]
+
+    @property
+    def cut_off(self) -> list[Key]:
+        """This package's rows that the base has and an interruption kept from the new file."""
+        if not self.cut_short:
+            return []
+        absent = [key for key, entry in self.only_base.items() if key.is_ours and entry.status == "ok"]
+        return absent + [change.key for change in self.judged if not change.is_compared]
 
 
 def _number(row: object, name: str, where: str, least: float) -> float | None:
@@ -179,7 +204,7 @@ def _of_part(part: Result | LinearResult) -> Iterable[tuple[Key, Entry]]:
     for row in part.measurements:
         # Others that can write the gradient over the logits are not told from those that cannot: they are context.
         variant = " ".join([*(in_place if row.is_ours else []), *graph])
-        key = Key(_op(row.case), _plain(row.case), row.provider, variant)
+        key = Key(_op(row.case), _plain(row.case), row.provider, variant, row.is_ours)
         where = f"{key.op}, {describe(key.case)}, {key.name}"
         peak = _number(row, "peak_extra_bytes", where, 0)
         errors = getattr(row, "errors", None)
@@ -264,17 +289,21 @@ def change_of(key: Key, base: Entry, new: Entry, threshold: float) -> Change:
     return Change(key, base, new, time_ratio, time, memory_ratio, memory, _lost(base, new), _lost(new, base))
 
 
-def compare(base: Mapping[Key, Entry], new: Mapping[Key, Entry], threshold: float) -> Comparison:
+def compare(
+    base: Mapping[Key, Entry], new: Mapping[Key, Entry], threshold: float, *, cut_short: bool = False
+) -> Comparison:
     """Match the entries of two files and judge those in both.
 
     Args:
         base, new: from :func:`entries`.
         threshold: share by which a time or a peak may grow, ≥ 0.
+        cut_short: whether the new one was interrupted.
     """
     return Comparison(
         [change_of(key, entry, new[key], threshold) for key, entry in base.items() if key in new],
         {key: entry for key, entry in base.items() if key not in new},
         {key: entry for key, entry in new.items() if key not in base},
+        cut_short,
     )
 
 

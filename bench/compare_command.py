@@ -39,6 +39,7 @@ TIMES = (
     "case", "provider", "A ms", "B ms", "B ÷ A", "÷ floor\nA", "÷ floor\nB", "peak\nB ÷ A",
 )  # fmt: skip
 PEAKS = ("case", "provider", "A MiB", "B MiB", "B ÷ A")
+_COMMANDS = f"{', '.join(files.COMMANDS[:-1])} or {files.COMMANDS[-1]}"
 
 
 _Part = Result | LinearResult
@@ -48,9 +49,11 @@ class _Refused(Exception):
     """What makes a comparison impossible, a line each."""
 
 
-def _read(path: Path) -> Sequence[_Part]:
+def _read(path: Path) -> tuple[Sequence[_Part], bool]:
+    """A file's parts, and whether any of it was interrupted."""
     try:
-        parts = files.parts(files.read(path))
+        result = files.read(path)
+        parts = files.parts(result)
     except OSError as error:
         raise _Refused(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:
@@ -60,7 +63,7 @@ def _read(path: Path) -> Sequence[_Part]:
             compare_machines.check(part)
     except ValueError as error:
         raise _Refused(f"{path}: {error}") from None
-    return parts
+    return parts, result.interrupted or any(part.interrupted for part in parts)
 
 
 def _text(values: Sequence[Any]) -> str:
@@ -202,7 +205,7 @@ def _only(file: str, found: Mapping[Key, Entry]) -> Iterator[str]:
         yield f"only in {file}: {op}, {describe(case)}: {', '.join(names)}"
 
 
-def _head(file: str, path: Path, parts: Sequence[_Part]) -> Iterator[str]:
+def _head(file: str, path: Path, parts: Sequence[_Part], interrupted: bool) -> Iterator[str]:
     """A file: where it comes from, and what makes its times doubtful."""
     for part in parts:
         found = part.environment
@@ -212,13 +215,31 @@ def _head(file: str, path: Path, parts: Sequence[_Part]) -> Iterator[str]:
             yield f"{file}: {part.command} was interrupted: rows or rounds are missing"
         if warning := busy_warning(part):
             yield f"{file}: {warning}"
+    if interrupted and not any(part.interrupted for part in parts):
+        yield f"{file}: was interrupted between its parts: some are missing"
 
 
 def verdict(comparison: Comparison) -> str:
-    """One line."""
-    rows = f"{len(comparison.judged)} row{'s' * (len(comparison.judged) != 1)} of hpo_fused"
+    """One line, about rows that were compared."""
+    compared, judged = len(comparison.compared), len(comparison.judged)
+    rows = f"{compared} row{'s' * (compared != 1)} of hpo_fused"
     count = len(comparison.regressions)
-    return f"{count} of {rows} regressed." if count else f"No regression in {rows}."
+    said = f"{count} of {rows} regressed" if count else f"No regression in {rows}"
+    return f"{said}." if compared == judged else f"{said}; {compared} of {judged} compared."
+
+
+def _refuse_too_little(comparison: Comparison, base: Path, new: Path) -> None:
+    """Raise where silence about regressions would say more than was compared."""
+    if not comparison.judged:
+        raise _Refused(f"{base} and {new} have no row of hpo_fused in common that is ok in {base}")
+    lines = [f"{_where(key)}: in {base}, and missing from {new}, which was interrupted" for key in comparison.cut_off]
+    compared, judged = len(comparison.compared), len(comparison.judged)
+    if not compared:
+        lines.append(f"0 of {judged} row{'s' * (judged != 1)} of hpo_fused compared: {new} has no result of it")
+    elif lines:
+        lines.append(f"{verdict(comparison)} That is not all of {base}: measure again.")
+    if lines:
+        raise _Refused("\n".join(lines))
 
 
 def _show(comparison: Comparison, threshold: float, out: Console) -> None:
@@ -236,7 +257,7 @@ def _show(comparison: Comparison, threshold: float, out: Console) -> None:
 
 
 def compare(
-    base: Annotated[Path, typer.Argument(metavar="A", help="The base: a result of speed, linear or memory.")],
+    base: Annotated[Path, typer.Argument(metavar="A", help=f"The base: a result of {_COMMANDS}.")],
     new: Annotated[Path, typer.Argument(metavar="B", help="The new one.")],
     threshold: Annotated[
         float, typer.Option(min=0.0, help="Share by which a time or a peak may grow before it is a regression.")
@@ -249,19 +270,20 @@ def compare(
 
     Rows are matched by what they measured. A time regressed where its median grew by more than the threshold and the
     20–80 % bands do not overlap, a peak where it grew by more than the threshold and 1 MiB. Exit status: 0 without a
-    regression of hpo_fused, 1 with one, 2 where the files cannot be compared.
+    regression of hpo_fused, 1 with one, 2 where the files cannot be compared: different machines, no row of hpo_fused
+    in both, or rows of the base that an interrupted new run lacks.
     """
     if not math.isfinite(threshold):
         raise typer.BadParameter(f"--threshold must be finite, got {threshold}")
     out = Console()
     try:
-        a, b = _read(base), _read(new)
+        (a, cut_a), (b, cut_b) = _read(base), _read(new)
         machines = _machines(base, new, a, b, allowed=different_machines)
-        comparison = compare_entries(_entries(base, a), _entries(new, b), threshold)
+        comparison = compare_entries(_entries(base, a), _entries(new, b), threshold, cut_short=cut_b)
         if not comparison.changes:
             raise _Refused(f"{base} and {new} have no row in common")
-        for file, path, parts in (("A", base, a), ("B", new, b)):
-            for line in _head(file, path, parts):
+        for file, path, parts, cut in (("A", base, a, cut_a), ("B", new, b, cut_b)):
+            for line in _head(file, path, parts, cut):
                 out.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
         for line in machines:
             out.print(f"different machines: {line}", style="yellow", highlight=False, markup=False, soft_wrap=True)
@@ -271,8 +293,8 @@ def compare(
             text = f"{command}'s {name}: {_text(old)} → {_text(now)}"
             out.print(text, highlight=False, markup=False, soft_wrap=True)
         _show(comparison, threshold, out)
-        if not comparison.judged:
-            raise _Refused(f"{base} and {new} have no row of hpo_fused in common that is ok in {base}")
+        if not comparison.regressions:
+            _refuse_too_little(comparison, base, new)
     except _Refused as error:
         for line in str(error).splitlines():
             typer.echo(f"hpo-fused-bench compare: {line}", err=True)

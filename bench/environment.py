@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -74,27 +75,62 @@ NVIDIA_SMI = {
 }
 
 
-def nvidia_state(gpu: str) -> dict[str, Any]:
-    """Driver, power limit and clocks of one GPU, by index or UUID; None for what cannot be read."""
-    unknown = dict.fromkeys(NVIDIA_SMI.values())
-    command = ["nvidia-smi", f"--query-gpu={','.join(NVIDIA_SMI)}", "--format=csv,noheader,nounits", f"--id={gpu}"]
+# Whose versions are recorded where they are installed: they are what is compared with.
+PEERS = ("trl", "liger-kernel", "cut-cross-entropy", "transformers")
+
+# Of a GPU at work: NVML's bits of what holds its clocks down (nvmlClocksEventReasons).
+CLOCK_LIMITS = {
+    0x1: "idle", 0x2: "application clocks", 0x4: "power cap", 0x8: "hardware slowdown", 0x10: "sync boost",
+    0x20: "thermal, software", 0x40: "thermal, hardware", 0x80: "power brake", 0x100: "display clocks",
+}  # fmt: skip
+
+
+def _nvidia_smi(gpu: str, fields: Sequence[str]) -> list[str] | None:
+    """What nvidia-smi says of these fields of one GPU; None where it is not there or knows one of them not."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", f"--id={gpu}"]
     try:
         said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
     except (OSError, subprocess.SubprocessError):
-        return unknown
+        return None
     values = [value.strip() for value in said.strip().split(",")]
-    if len(values) != len(unknown):
-        return unknown
+    return values if len(values) == len(fields) else None
 
-    def read(name: str, value: str) -> str | float | None:
-        if name == "driver":
-            return value
-        try:
-            return float(value)
-        except ValueError:  # [N/A], [Not Supported]
-            return None
 
-    return {name: read(name, value) for name, value in zip(unknown, values, strict=True)}
+def _float(value: str) -> float | None:
+    try:
+        return float(value)
+    except ValueError:  # [N/A], [Not Supported]
+        return None
+
+
+def nvidia_state(gpu: str) -> dict[str, Any]:
+    """Driver, power limit and clocks of one GPU, by index or UUID; None for what cannot be read."""
+    values = _nvidia_smi(gpu, list(NVIDIA_SMI))
+    if values is None:
+        return dict.fromkeys(NVIDIA_SMI.values())
+    return {
+        name: value if name == "driver" else _float(value)
+        for name, value in zip(NVIDIA_SMI.values(), values, strict=True)
+    }
+
+
+def nvidia_name(device: torch.device) -> str:
+    """What nvidia-smi knows the GPU by: an index would miss what CUDA_VISIBLE_DEVICES renumbers."""
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    return f"GPU-{uuid}" if uuid else str(device.index or 0)
+
+
+def nvidia_clocks(gpu: str) -> tuple[float, list[str]] | None:
+    """The clock of the multiprocessors now, MHz, and what holds it down; None where it cannot be read."""
+    for reasons in ("clocks_event_reasons.active", "clocks_throttle_reasons.active"):  # the newer name, the older one
+        values = _nvidia_smi(gpu, ["clocks.current.sm", reasons])
+        if values is not None and (clock := _float(values[0])) is not None:
+            try:
+                bits = int(values[1], 16)
+            except ValueError:
+                bits = 0
+            return clock, [name for bit, name in CLOCK_LIMITS.items() if bits & bit]
+    return None
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -115,6 +151,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "transparent_huge_pages": _huge_pages(),
         "thp_mem_alloc_enable": os.environ.get("THP_MEM_ALLOC_ENABLE"),
     }
+    found |= {name: installed for name in PEERS if (installed := _version(name)) is not None}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found |= {
@@ -124,8 +161,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             "cuda": torch.version.cuda,
             "hip": torch.version.hip,
         }
-        uuid = getattr(properties, "uuid", None)  # an index would miss what CUDA_VISIBLE_DEVICES renumbers
-        found |= nvidia_state(f"GPU-{uuid}" if uuid else str(device.index or 0))
+        found |= nvidia_state(nvidia_name(device))
         if kernels is not None:
             found["launch_parameters"] = kernels.launch.origin(torch.cuda.current_device())
     return found

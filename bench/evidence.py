@@ -14,6 +14,8 @@ from .results import SCHEMA_VERSION, Measurement, Result, ResultFile
 if TYPE_CHECKING:
     from typing_extensions import Self  # in typing from Python 3.11 on
 
+CLOCKS = "clocks_after_timing"  # of the settings: a GPU's, where its driver tells
+
 
 @dataclass
 class Tests:
@@ -53,6 +55,9 @@ class Evidence(ResultFile):
     tests: Tests | None = None
     dropped: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self._at_work: tuple[Result | LinearResult, ...] | None = None
+
     @property
     def parts(self) -> list[Result | LinearResult]:
         """Those with times or memory."""
@@ -63,10 +68,14 @@ class Evidence(ResultFile):
         alone = len(self.parts) == 1 and not self.dropped and self.kernels is None and self.tests is None
         return self.parts[0] if alone else self
 
+    def work_on(self, *parts: Result | LinearResult) -> None:
+        """What is measured from now on goes into these; none: what is done now belongs to no part."""
+        self._at_work = parts
+
     def interrupt(self) -> None:
-        """It was cut short, and so was the part at work."""
+        """It was cut short, and so was the part at work: the last one, where :meth:`work_on` was never told."""
         self.interrupted = True
-        for part in self.parts[-1:]:
+        for part in self.parts[-1:] if self._at_work is None else self._at_work:
             part.interrupted = True
 
     @property

@@ -19,6 +19,7 @@ BEST_PEER, OVER_COPY = 1.4, 1.15  # on a GPU
 BEYOND_GRADIENT = 64 * MIB  # on a CPU
 PLAIN = ("eager", "compile")
 WORDS = {True: "yes", False: "NO", None: "not measured"}
+PREDICTED = "predicted"  # how the linear path's limits call what was computed and not measured
 
 
 def _at_least(what: str, limit: float, value: float | None) -> Limit:
@@ -36,9 +37,9 @@ def _of_case(rows: Sequence[Row], machine: str) -> Iterator[Limit]:
     ours = next((row for row in rows if row.is_ours), None)
     if machine == "gpu":
         peers = {name: ratio for name, ratio in ratios.items() if name not in PLAIN and ratio is not None}
-        if peers:
-            best = min(peers, key=lambda name: peers[name])
-            yield _at_least(f"best peer's ({best}'s) time ÷ ours, {where}", BEST_PEER, peers[best])
+        best = min(peers, key=lambda name: peers[name], default=None)
+        name = "" if best is None else f" ({best}'s)"
+        yield _at_least(f"best peer's{name} time ÷ ours, {where}", BEST_PEER, None if best is None else peers[best])
         value = ours.time_over_copy if ours is not None else None
         met = None if value is None else value <= OVER_COPY
         yield Limit(
@@ -65,9 +66,51 @@ def limits(result: Result) -> list[Limit]:
     return found
 
 
+def is_predicted(limit: Limit) -> bool:
+    """Whether it is held against a prediction that was not measured here."""
+    return limit.what.endswith(f", {PREDICTED}")
+
+
+def _outcome(limit: Limit) -> str:
+    """Of a limit: met, missed (a prediction, too), predicted to be met, or not measured."""
+    if limit.met is None:
+        return "not measured"
+    if not limit.met:
+        return "missed"
+    return PREDICTED if is_predicted(limit) else "met"
+
+
+def counts(found: Sequence[Limit]) -> str:
+    """How many were met, missed, predicted to be met and not measured, in a line."""
+    outcomes = [_outcome(limit) for limit in found]
+    words = ("met", "missed", PREDICTED, "not measured")
+    return ", ".join(f"{outcomes.count(word)} {word}" for word in words if word == "met" or word in outcomes)
+
+
+def meets(found: Sequence[Limit]) -> str:
+    """What keeps a run from having shown that the limits are met, or "": the one rule behind every ``--check``.
+
+    A limit that is stated for what was run and was not measured is not met; a prediction is no measurement.
+    """
+    if not found:
+        return "no limit is stated for what was measured"
+    outcomes = {_outcome(limit) for limit in found}
+    if outcomes <= {"met", PREDICTED} and "met" in outcomes:
+        return ""
+    if outcomes == {PREDICTED}:
+        return f"no limit was measured ({counts(found)})"
+    reasons = [
+        f"{word}: {'; '.join(limit.what for limit in found if _outcome(limit) == word)}"
+        for word in ("missed", "not measured")
+        if word in outcomes
+    ]
+    return ". ".join(reasons)
+
+
 def sheet(found: Sequence[Limit]) -> Sheet:
     """Limits of any part as a table."""
     view = Sheet("", ("limit of hpo_fused", "limit", "measured", "met"))
     for limit in found:
-        view.add(limit.what, limit.limit, limit.measured, WORDS[limit.met])
+        said = PREDICTED if _outcome(limit) == PREDICTED else WORDS[limit.met]
+        view.add(limit.what, limit.limit, limit.measured, said)
     return view

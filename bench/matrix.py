@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from . import providers as of_logits
-from .cases import DEFAULT_SHAPES, Case, Mode, Shape, parse_shape
+from .cases import DEFAULT_SHAPES, BatchCase, Case, Mode, Shape, parse_shape
 from .environment import environment
 from .evidence import Evidence
 from .linear import providers as of_heads
@@ -181,20 +181,38 @@ class Contestants:
         return cls(list(logits.values()), list(heads.values()), absent, not names)
 
 
+def _titles(cases: Sequence[BatchCase]) -> dict[BatchCase, str]:
+    """What progress is told of: the shape, and as much as tells the work on it apart from the other cases."""
+
+    def operation(case: BatchCase) -> str:
+        return case.op if isinstance(case, Case) else "linear"
+
+    kinds: list[Callable[[BatchCase], str]] = [
+        operation,
+        lambda case: case.dtype,
+        lambda case: case.objective,
+        lambda case: f"{case.inactive:.0%}",
+        lambda case: case.mode,
+    ]
+    several = [kind for kind in kinds if len({kind(case) for case in cases}) > 1]
+    return {case: " ".join([case.shape.name, *(kind(case) for kind in several)]) for case in cases}
+
+
 def measure(axes: Axes, who: Contestants, settings: Settings, into: Evidence, progress: Progress) -> None:
     """Every case into ``into``, which holds what is finished however this ends."""
     cases, heads = axes.cases(), axes.heads(settings.device)
+    titles = _titles([*cases, *heads])
     into.dropped += who.absent
     if cases:
         into.logits = Result(into.environment, into.settings, into.command)
         for case in cases:
-            run_case(case, who.able(case), settings, into.logits.rows, progress)
+            run_case(case, who.able(case), settings, into.logits.rows, progress, titles[case])
     for head in heads:
         shares = axes.shares(head)
         of_head = {"tokens": head.tokens, "dtype": head.dtype, "objective": head.objective, "mode": head.mode}
         part = LinearResult(into.environment, {**into.settings, **of_head, "inactive": shares}, into.command)
         into.linear.append(part)
-        run_linear(head, shares, who.linear, settings, part.rows, progress)
+        run_linear(head, shares, who.linear, settings, part.rows, progress, titles[head])
 
 
 def measure_peaks(
@@ -209,21 +227,25 @@ def measure_peaks(
     quick: bool = False,
 ) -> None:
     """Peak memory of every case at each number of tokens, into ``into``."""
-    cases = axes.cases()
+    cases, heads = axes.cases(), axes.heads(settings.device)
+    titles = _titles([*cases, *heads])
     into.dropped += who.absent
     if cases:
         into.logits = Result(into.environment, into.settings, into.command)
     for case in cases:
         assert into.logits is not None
         rows = into.logits.memory
-        logits_memory(case, tokens, who.able(case), settings.device, settings.seed, rows, progress, 1.0)
-    for head in axes.heads(settings.device):
-        for share in axes.shares(head):
+        able, title = who.able(case), titles[case]
+        logits_memory(case, tokens, able, settings.device, settings.seed, rows, progress, 1.0, title)
+    for head in heads:
+        shares = axes.shares(head)
+        for share in shares:
             one = replace(head.at(share), chunk_bytes=chunk_bytes)
             of_case = {"dtype": one.dtype, "objective": one.objective, "mode": one.mode, "chunk_bytes": chunk_bytes}
             part = LinearResult(into.environment, {**into.settings, **of_case}, into.command)
             into.linear.append(part)
-            measure_memory(part, one, tokens, who.linear, settings, progress, 1.0, quick=quick)
+            title = titles[head] if len(shares) == 1 else f"{titles[head]} {share:.0%}"
+            measure_memory(part, one, tokens, who.linear, settings, progress, 1.0, quick=quick, label=title)
 
 
 def new_evidence(command: str, device: torch.device, **settings: object) -> Evidence:

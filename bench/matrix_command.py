@@ -218,6 +218,9 @@ def memory(
 ) -> None:
     """Peak memory against the number of tokens.
 
+    Every provider is held against a float64 oracle at the smallest of them; one that differs is not measured, and the
+    exit status is 1.
+
     Of the linear path also beside what `hpo_fused.linear_memory` predicts, with a fixed chunk budget, and for the head
     of a 7B model with 16384 tokens: predicted, and measured as far as this machine can.
     """

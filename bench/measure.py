@@ -71,12 +71,38 @@ class Task:
     before: Callable[[], object] = lambda: None
 
 
+class Synchronises(Exception):
+    """A run waits for the device, which nothing in a CUDA graph can."""
+
+
+def refuse_synchronising(task: Task) -> None:
+    """Run the task once; raise :class:`Synchronises` where PyTorch has to wait for the device meanwhile.
+
+    A capture in which the host waits ends in an error of CUDA's that says less, if it is an error at all.
+    """
+    task.before()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        task.run()
+    except RuntimeError as error:
+        if "synchronizing CUDA operation" in str(error):
+            raise Synchronises("synchronises with the host, so it cannot be captured") from error
+        raise
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
 def captured(task: Task) -> Task:
     """The task with its run, forward included, in a CUDA graph, of which the timed run is a replay; on CUDA only.
 
     Three runs before, on a stream of their own: allocator and libraries set up there what must not be captured. What a
     run returns lives as long as the graph.
+
+    Raises:
+        Synchronises: see :func:`refuse_synchronising`.
     """
+    refuse_synchronising(task)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

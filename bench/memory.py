@@ -8,12 +8,13 @@ from dataclasses import replace
 import torch
 
 from .cases import GROUP, Case, Inputs, draw, draw_advantages, responses_of
+from .check import Oracle
 from .linear.memory import TOKENS
-from .measure import is_out_of_memory, peak_extra_bytes
+from .measure import is_out_of_memory
 from .providers import Provider
 from .results import MemoryRow
 from .run import Bench
-from .trial import Progress, Step, does_not_fit, record_failure, synchronize
+from .trial import Progress, does_not_fit, peak_of, record_failure, release
 
 
 def _of_tokens(case: Case, tokens: int) -> Case:
@@ -51,11 +52,17 @@ def logits_memory(
     rows: list[MemoryRow],
     progress: Progress,
     share: float,
+    label: str = "",
 ) -> None:
     """A row for each number of tokens and provider; ``share`` is what all are worth on the progress bar.
 
-    One batch is drawn, at the largest size; the smaller ones are its first rows.
+    One batch is drawn, at the largest size; the smaller ones are its first rows. A provider's result is held against
+    float64 at the first size that it is measured at, usually the smallest; if it is wrong there, no size is measured.
+
+    Args:
+        label: what the progress is told of; the shape's name by default.
     """
+    release(device)
     sizes = [_of_tokens(case, count) for count in sorted(tokens)]
     part = share / (len(sizes) * len(providers) + 1)
     mine = {
@@ -64,7 +71,8 @@ def logits_memory(
         for provider in providers
     }
     rows.extend(mine.values())
-    label = f"{case.shape.name}: memory"
+    label = f"{label or case.shape.name}: memory"
+    verdicts: dict[str, str] = {}
     try:
         progress.stage(f"{label}, drawing inputs")
         if note := does_not_fit(2 * sizes[-1].logits_bytes, device):
@@ -73,10 +81,13 @@ def logits_memory(
         progress.advance(part)
         for size in sizes:
             here = _first(inputs, size, seed)
+            oracle = None
             for provider in providers:
                 progress.stage(f"{label}, {provider.name} at {size.tokens} tokens")
                 try:
-                    _measure(mine[size, provider.name], provider, here, device)
+                    if provider.name not in verdicts and oracle is None:
+                        oracle = Oracle.of(here)
+                    _measure(mine[size, provider.name], provider, here, device, oracle, verdicts)
                 except Exception as error:  # a provider's code: anything can come
                     record_failure(mine[size, provider.name], error)
                 progress.advance(part)
@@ -92,7 +103,15 @@ def logits_memory(
                 row.status, row.note = "skipped", "interrupted before it was measured"
 
 
-def _measure(row: MemoryRow, provider: Provider, inputs: Inputs, device: torch.device) -> None:
+def _measure(
+    row: MemoryRow,
+    provider: Provider,
+    inputs: Inputs,
+    device: torch.device,
+    oracle: Oracle | None,
+    verdicts: dict[str, str],
+) -> None:
+    """``verdicts``: complaints about those whose result was checked; of others by ``oracle``, into it."""
     case = inputs.case
     if provider.largest is not None and case.logits_bytes > provider.largest:
         size = provider.largest >> 20
@@ -103,10 +122,15 @@ def _measure(row: MemoryRow, provider: Provider, inputs: Inputs, device: torch.d
         return
     provider.prepare(case, device)
     bench = Bench(provider, inputs)
-    bench.before()
-    bench.step()  # compiles, which takes memory of its own
-    synchronize(device)
-    bench.before()
-    kept: list[Step] = []
-    row.peak_extra_bytes = peak_extra_bytes(lambda: kept.append(bench.step()), device)
-    row.gradient_bytes = kept.pop().gradient_bytes()
+    if not verdicts.get(provider.name):
+        bench.before()
+        step = bench.step()  # compiles, which takes memory of its own
+        if provider.name not in verdicts:
+            assert oracle is not None
+            verdicts[provider.name] = oracle.judge(inputs, step, ours=provider.ours).complaint
+        del step
+    if verdicts[provider.name]:
+        row.status, row.note = "wrong", verdicts[provider.name]
+        return
+    row.peak_extra_bytes, step = peak_of(bench, device)
+    row.gradient_bytes = step.gradient_bytes()

@@ -9,7 +9,8 @@ from rich.table import Table
 
 from . import accuracy, memory_report
 from .labels import describe, labels, number
-from .results import COPY, COPY_NEW, Result, ResultFile, Row, by_case
+from .results import COPY, COPY_NEW, Measurement, Result, ResultFile, Row, by_case
+from .sheet import NAME_WIDTH, folded, words_folded
 
 MIB = 1 << 20
 BUSY = 0.1  # share of the CPUs in use by others from which a warning is printed
@@ -31,22 +32,25 @@ def _cells(row: Row) -> list[str]:
 
 
 HEADINGS = ("shape", "provider", "median ms", "20–80 %", "time ÷ ours", "GB/s", "% of copy", "peak MiB")
+NARROW = ("median\nms", "20–80 %", "time\n÷ ours", "GB/s", "% of\ncopy", "peak\nMiB")  # on a terminal
 
 
 def table(result: Result) -> Table:
-    """The result as a table that fits 80 columns; a section for each case."""
+    """The result as a table that fits 80 columns without a digit cut off; a section for each case."""
     view = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), collapse_padding=True, show_edge=False)
     view.add_column("shape", overflow="fold", min_width=7, max_width=14)
     view.add_column("provider", no_wrap=True)
-    for heading in HEADINGS[2:]:
-        view.add_column(heading, justify="right", no_wrap=heading == "20–80 %")
+    for heading in NARROW:
+        view.add_column(heading, justify="right", no_wrap=True)
     names = labels(row.case for row in result.rows)
     for case, rows in by_case(result.rows):
         for index, row in enumerate(rows):
             shape = names[case] if index == 0 else ""
-            cells = _cells(row) if row.median_s is not None else [row.status.replace("_", " ")]
-            style = "bold" if row.provider.startswith("hpo_fused") else "dim" if row.is_copy else None
-            view.add_row(shape, row.provider, *cells, style=style, end_section=index == len(rows) - 1)
+            cells = _cells(row) if row.median_s is not None else [words_folded(row.status.replace("_", " "))]
+            style = "bold" if row.is_ours else "dim" if row.is_copy else None
+            view.add_row(
+                shape, folded(row.provider, NAME_WIDTH), *cells, style=style, end_section=index == len(rows) - 1
+            )
     return view
 
 
@@ -68,17 +72,24 @@ def notes(result: Result) -> Iterator[str]:
         yield f"{name}: {describe(case)}"
         yield from (f"  {line}" for line in lines if line not in everywhere)
     yield from everywhere
+    yield from left_out(result.rows)
     if not any(row.median_s for row in result.rows):
         return
     gradients = {row.gradient_bytes for row in result.rows if row.gradient_bytes}
     sizes = " / ".join(number(size / MIB) for size in sorted(gradients)) or "–"
     modes = {row.case.mode for row in result.rows}
+    read = "the logits"
+    if any(row.case.inactive and row.case.op == "logits" for row in result.rows):
+        read = "the logits of rows that have an advantage"
     yield (
-        "GB/s: one read and one write of the logits over the median time"
+        f"GB/s: one read of {read} and one write of the whole gradient over the median time"
         + (" (forward: the read alone; gradient: open)." if modes != {"both"} else ".")
     )
+    if any(row.case.ragged for row in result.rows):
+        yield "ragged: who skips padding reads less, so neither GB/s nor % of copy is told."
     if "gradient" in modes:
         yield "gradient: backward alone; who makes the gradient in its forward has next to nothing left to do there."
+        yield "peak MiB of the gradient: with its forward, whose results are held meanwhile."
     yield "% of copy: speed reached, of that of copying the logits to memory already in use."
     yield f"peak MiB: beyond the inputs, gradient included (which alone is {sizes} MiB)."
     if any(row.provider == COPY_NEW for row in result.rows):
@@ -86,6 +97,13 @@ def notes(result: Result) -> Iterator[str]:
     hint = page_fault_hint(result)
     if hint:
         yield hint
+
+
+def left_out(rows: Iterable[Measurement]) -> Iterator[str]:
+    """A line for each provider that was right, and does less than the functions of this package."""
+    yield from dict.fromkeys(
+        f"{row.provider} leaves out: {row.leaves_out}" for row in rows if row.status == "ok" and row.leaves_out
+    )
 
 
 def page_fault_hint(result: Result) -> str:
@@ -111,28 +129,42 @@ def _spread(values: list[float], unit: str) -> str:
     return "–".join(texts) + unit
 
 
+def _steps(result: Result) -> list[Row]:
+    """Rows of whole steps without inactive rows; where there are none, of the only kind of case there is, if it is one.
+
+    What is read and written, and by whom what is left out, differs from kind to kind: one number would mix them.
+    """
+
+    def kind(row: Row) -> tuple[str, str, float]:
+        return row.case.op, row.case.mode, row.case.inactive
+
+    whole = [row for row in result.rows if kind(row) == ("logits", "both", 0.0)]
+    return whole or (result.rows if len({kind(row) for row in result.rows}) == 1 else [])
+
+
 def verdict(result: Result) -> str:
-    """One line: how our first provider stands against the others, over all cases."""
-    base = next((r.provider for r in result.rows if r.provider.startswith("hpo_fused") and r.status == "ok"), None)
+    """One line: how our first provider that was timed stands against the others, over all cases of whole steps."""
+    rows = [row for row in _steps(result) if row.status == "ok" and row.median_s is not None]
+    if result.rows and not _steps(result):
+        return "No verdict: several kinds of cases, and no whole step without inactive rows."
+    base = next((row.provider for row in rows if row.is_ours), None)
+    if base is None:
+        return "No verdict: hpo_fused was not timed."
     ratios: dict[str, list[float]] = {}
     shares: list[float] = []
-    for row in result.rows:
-        if row.status != "ok" or row.time_over_copy is None or row.case.mode == "gradient":
-            continue
-        if row.provider == base and row.share_of_copy is not None:
-            shares.append(100 * row.share_of_copy)
+    for row in rows:
+        if row.provider == base:
+            shares += [] if row.share_of_copy is None else [100 * row.share_of_copy]
         elif not row.is_copy and row.ratio_to_ours is not None:
             ratios.setdefault(row.provider, []).append(row.ratio_to_ours)
-    if base is None or not shares:
-        return "No verdict: hpo_fused was not timed."
     words = []
     for name, values in ratios.items():
         if max(values) < 1:
             words.append(f"{_spread([1 / value for value in values], '×')} slower than {name}")
         else:
             words.append(f"{_spread(values, '×')} the speed of {name}")
-    words.append(f"{_spread(shares, '%')} of a bare copy's")
-    return f"{base}: {', '.join(words)}."
+    words += [f"{_spread(shares, '%')} of a bare copy's"] if shares else []
+    return f"{base}: {', '.join(words) or 'timed alone'}."
 
 
 def busy_warning(result: ResultFile) -> str:
@@ -157,7 +189,7 @@ def times(result: Result) -> list[str]:
     names = labels(row.case for row in result.rows)
     for row in result.rows:
         cells = _cells(row) if row.median_s is not None else [row.status.replace("_", " "), *[""] * 5]
-        provider = f"**{row.provider}**" if row.provider.startswith("hpo_fused") else row.provider
+        provider = f"**{row.provider}**" if row.is_ours else row.provider
         lines.append("| " + " | ".join([names[row.case], provider, *cells]) + " |")
     return lines
 

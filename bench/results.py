@@ -86,6 +86,9 @@ class Measurement:
         first_call_s: the first call, with whatever compilation it takes.
         repeats: whether a second call gave the same loss and gradients, bit for bit; None if there was none.
         others_cpu: share of the CPUs that other processes took while the case was timed; None on a GPU.
+        ours: whether the provider belongs to this package.
+        version: the implementation that ran, as the provider calls it; "" where it did not come to that.
+        leaves_out: what of the work of this package's functions the provider does not do, "" if nothing.
     """
 
     case: Any
@@ -102,11 +105,14 @@ class Measurement:
     first_call_s: float | None = None
     repeats: bool | None = None
     others_cpu: float | None = None
+    ours: bool = False
+    version: str = ""
+    leaves_out: str = ""
 
     @property
     def is_ours(self) -> bool:
-        """Whether this is a provider of this package."""
-        return self.provider.startswith("hpo_fused")
+        """Whether this is a provider of this package; older files tell by its name alone."""
+        return self.ours or self.provider == "hpo_fused" or self.provider.startswith("hpo_fused:")
 
     def take_quantiles(self) -> float | None:
         """Fill in quantiles from the samples and return the median; None where there is nothing to take."""
@@ -174,8 +180,8 @@ class Row(Measurement):
     """A provider of losses from logits.
 
     Attributes:
-        gb_per_s: the traffic that the case cannot avoid over the median, in 1e9 bytes per second; None where it is
-            open what that is.
+        gb_per_s: the traffic that nobody can avoid over the median, in 1e9 bytes per second; None where it is open what
+            that is.
         time_over_copy: median over rounds of this time / the copy's time.
         errors: against the float64 oracle; None for a copy, and where the first call gave no result.
     """
@@ -215,6 +221,13 @@ def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
         return (samples[0],) * 3
     fifths = statistics.quantiles(samples, n=5, method="inclusive")
     return fifths[0], statistics.median(samples), fifths[3]
+
+
+def first_of_ours(rows: Iterable[Measurement]) -> str | None:
+    """Whom the others are compared with: the first provider of this package that was timed, or else the first one."""
+    mine = [row for row in rows if row.is_ours]
+    timed = (row.provider for row in mine if row.status == "ok" and row.samples_s)
+    return next(timed, mine[0].provider if mine else None)
 
 
 def median_ratio(samples: Sequence[float], others: Sequence[float]) -> float | None:

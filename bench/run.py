@@ -12,7 +12,7 @@ from .cases import Case, Inputs, draw
 from .check import Oracle
 from .measure import Task
 from .providers import Output, Provider
-from .results import COPY, COPY_NEW, Row, summarise
+from .results import COPY, COPY_NEW, Row, first_of_ours, summarise
 from .trial import (
     Progress,
     Settings,
@@ -22,6 +22,7 @@ from .trial import (
     mark_untimed,
     record_failure,
     record_out_of_memory,
+    release,
     time_in_rounds,
 )
 
@@ -73,8 +74,9 @@ class Bench:
             with torch.no_grad():
                 return Step(self._forward()[0], ())
         (output, logits), self.begun = self.begun or self._forward(), None
-        root = output.loss if output.loss is not None else output.logprobs
-        assert root is not None
+        root = output.logprobs if self.inputs.case.op == "logprobs" else output.loss
+        if root is None:
+            return Step(output, ())  # which the check complains about
         gradients = torch.autograd.grad(root, (logits,), self.upstream)
         logprobs = None if output.logprobs is None else output.logprobs.detach()
         return Step(output._replace(logprobs=logprobs), gradients)
@@ -94,6 +96,7 @@ def check_first(bench: Bench, oracle: Oracle, row: Row, device: torch.device) ->
     if row.note:
         row.status = "out_of_memory"
         return
+    row.version = provider.available(device)
     provider.prepare(inputs.case, device)
 
     def judge(step: Step) -> str:
@@ -104,18 +107,22 @@ def check_first(bench: Bench, oracle: Oracle, row: Row, device: torch.device) ->
 
 
 def run_case(
-    case: Case, providers: Sequence[Provider], settings: Settings, rows: list[Row], progress: Progress
+    case: Case, providers: Sequence[Provider], settings: Settings, rows: list[Row], progress: Progress, label: str = ""
 ) -> None:
     """Measure ``case`` and append its rows, one for each provider and one for each copy, to ``rows``.
 
     Rows are complete and summarised however this ends: on Ctrl-C they hold the rounds that were finished.
+
+    Args:
+        label: what the progress is told of; the shape's name by default.
     """
-    device = settings.device
+    device, label = settings.device, label or case.shape.name
+    release(device)
     copies = ([COPY, COPY_NEW] if device.type == "cpu" else [COPY]) if settings.timed else []
-    mine = {name: Row(case, name) for name in [provider.name for provider in providers] + copies}
+    mine = {one.name: Row(case, one.name, ours=one.ours, leaves_out=one.leaves_out) for one in providers}
+    mine.update({name: Row(case, name) for name in copies})
     rows.extend(mine.values())
     share = 1 / (len(providers) + 2)  # of the progress bar: drawing, each first call, timing
-    label = case.shape.name
     try:
         progress.stage(f"{label}: drawing inputs")
         copied = len(copies) + sum(provider.inplace for provider in providers)
@@ -150,5 +157,4 @@ def run_case(
         record_out_of_memory(mine, error)
     finally:
         mark_untimed(mine, timed=settings.timed)
-        ours = next((provider.name for provider in providers if provider.ours), None)
-        summarise(list(mine.values()), ours)
+        summarise(list(mine.values()), first_of_ours(mine.values()))

@@ -16,6 +16,8 @@ from .linear import report as linear_report
 from .linear.results import LinearResult
 from .results import Result, ResultFile
 
+BAD = ("wrong", "failed")
+
 
 def _show_logits(result: Result, out: Console) -> None:
     if result.command == "speed":
@@ -67,18 +69,15 @@ def show(result: ResultFile, out: Console) -> None:
 
 
 def wrong(result: ResultFile) -> Iterator[str]:
-    """A line for each provider that was wrong or failed on logits, and for each of ours that misses its own limits."""
+    """A line for each provider that was wrong or failed, and for each of ours that misses its own limits."""
     for part in files.parts(result):
-        if isinstance(part, LinearResult):
-            yield from limits.wrong(part)
-            continue
         for row in part.rows:
-            if row.status in ("wrong", "failed"):
+            if row.status in BAD:
                 yield f"{row.case.shape.name}: {row.provider} {row.status}: {row.note}"
-        yield from accuracy.broken(part)
         for memory_row in part.memory:
-            if memory_row.status == "failed":
-                yield f"{memory_row.provider} at {memory_row.case.tokens} tokens failed: {memory_row.note}"
+            if memory_row.status in BAD:
+                yield f"{memory_row.provider} at {memory_row.case.tokens} tokens {memory_row.status}: {memory_row.note}"
+        yield from limits.wrong(part) if isinstance(part, LinearResult) else accuracy.broken(part)
 
 
 def finish(result: ResultFile, output: Path | None, *, check: bool = False) -> None:

@@ -15,6 +15,7 @@ from .check import fingerprint
 from .measure import (
     CpuUse,
     Failure,
+    Synchronises,
     Task,
     available_bytes,
     captured,
@@ -93,6 +94,17 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def release(device: torch.device) -> None:
+    """Give back what nobody holds any more, so that the next case has the whole of a GPU's memory.
+
+    PyTorch keeps what it freed in pieces of the sizes that were asked for; a case of another shape would find little of
+    it that fits. Collected first: tracebacks and compiled functions hold tensors in cycles.
+    """
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def does_not_fit(needed: float, device: torch.device) -> str:
     """A reason not to try on the CPU, or "". A GPU refuses by itself; Linux kills the process instead."""
     available = available_bytes() if device.type == "cpu" else None
@@ -119,6 +131,22 @@ def record_failure(row: Outcome, error: Exception) -> None:
         row.status, row.note = "failed", f"{type(error).__name__}: {message}"
 
 
+def peak_of(trial: Trial, device: torch.device) -> tuple[int | None, Step]:
+    """Peak memory beyond the inputs of one step, and the step.
+
+    What comes before it counts: where the gradient alone is timed its forward, which may make the gradient already,
+    and whose results are held while the gradient is taken. (Of other modes nothing before a step takes memory.)
+    """
+    kept: list[Step] = []
+
+    def run() -> None:
+        trial.before()
+        kept.append(trial.step())
+
+    peak = peak_extra_bytes(run, device)
+    return peak, kept.pop()
+
+
 def first_call(trial: Trial, row: Measurement, device: torch.device, judge: Callable[[Step], str]) -> None:
     """Compile, have the result judged, take the memory of a second call and compare its result.
 
@@ -135,11 +163,9 @@ def first_call(trial: Trial, row: Measurement, device: torch.device, judge: Call
     row.gradient_bytes = step.gradient_bytes()
     first = step.fingerprints()
     del step
-    trial.before()
-    kept: list[Step] = []
-    row.peak_extra_bytes = peak_extra_bytes(lambda: kept.append(trial.step()), device)
-    again = kept.pop().fingerprints()
-    row.repeats = all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    row.peak_extra_bytes, second = peak_of(trial, device)
+    again = second.fingerprints()
+    row.repeats = _equal(first, again)
 
 
 def time_in_rounds(
@@ -186,13 +212,46 @@ def time_in_rounds(
 
 
 def _captured(rows: Mapping[str, Measurement], tasks: Mapping[str, Task]) -> Iterator[tuple[str, Task]]:
-    """Tasks whose run replays a CUDA graph of itself; who cannot be captured says so in its row."""
+    """Tasks whose run replays a CUDA graph of itself and gives the same; who has none says so in its row."""
     for name, task in tasks.items():
+        row = rows[name]
+        if row.repeats is False:
+            row.status, row.note = "skipped", "does not repeat itself bit for bit, so a replay cannot be checked"
+            continue
         try:
-            yield name, captured(task)
+            expected = _fingerprints(task)
+            graph = captured(task)
+            replayed = _fingerprints(graph)
         except Exception as error:  # a provider's code: anything can come
-            record_failure(rows[name], error)
-            rows[name].note = f"cannot be captured in a CUDA graph: {rows[name].note}"
+            _record_uncaptured(row, error)
+            continue
+        if not _equal(expected, replayed):
+            row.status, row.note = "wrong", "the replay of its CUDA graph gives other bits than the step itself"
+            continue
+        yield name, graph
+
+
+def _record_uncaptured(row: Measurement, error: Exception) -> None:
+    """No failure: nobody promised that it can be captured."""
+    record_failure(row, error)
+    if isinstance(error, Synchronises):
+        row.status, row.note = "skipped", str(error)
+    elif row.status == "failed":
+        row.status, row.note = "skipped", f"cannot be captured in a CUDA graph: {row.note}"
+
+
+def _fingerprints(task: Task) -> list[Tensor]:
+    """Of what a run gives, a step or a copy, started from the inputs as they were."""
+    task.before()
+    result = task.run()
+    if isinstance(result, Step):
+        return result.fingerprints()
+    assert isinstance(result, Tensor)
+    return [fingerprint(result)]
+
+
+def _equal(first: list[Tensor], second: list[Tensor]) -> bool:
+    return len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def record_out_of_memory(rows: Mapping[str, Measurement], error: Exception) -> None:

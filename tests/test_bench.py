@@ -19,13 +19,14 @@ testing = pytest.importorskip("typer.testing", reason="needs the bench extra")
 from rich.console import Console  # noqa: E402
 
 from hpo_fused.bench import accuracy, cli, measure, report  # noqa: E402
-from hpo_fused.bench.cases import SHAPES, Inputs, Shape, draw  # noqa: E402
+from hpo_fused.bench.cases import SHAPES, Case, Inputs, Shape, draw  # noqa: E402
 from hpo_fused.bench.display import Display  # noqa: E402
 from hpo_fused.bench.labels import number  # noqa: E402
 from hpo_fused.bench.measure import Failure, Task, peak_extra_bytes, rounds  # noqa: E402
 from hpo_fused.bench.providers import PROVIDERS, Output, Provider, Unavailable  # noqa: E402
 from hpo_fused.bench.providers.plain import Eager  # noqa: E402
 from hpo_fused.bench.results import ColumnErrors, Errors, Result, Row, median_ratio, quantiles, summarise  # noqa: E402
+from hpo_fused.bench.sheet import NAME_WIDTH, folded  # noqa: E402
 
 from .bench_helpers import step, tiny_case  # noqa: E402
 
@@ -129,6 +130,19 @@ def test_peak_memory_sees_autograd_and_not_the_inputs() -> None:
     peak = peak_extra_bytes(lambda: step(inputs), CPU)
     assert peak is not None
     assert 2 * inputs.case.logits_bytes < peak < 4 * inputs.case.logits_bytes
+
+
+@pytest.mark.parametrize("name", ["hpo_fused:torch", "eager"])
+def test_peak_memory_of_the_gradient_holds_its_forward(invoke: Invoke, name: str) -> None:
+    """Or who makes the gradient in its forward would need none, and who saves a copy for it less than it holds."""
+    shape = ("--shape", "custom:V=4000", "--tokens", "512", "--repeats", "1", "--device", "cpu", "--provider", name)
+    done = invoke("speed", *shape, "--mode", "gradient", "--mode", "both", "--output", "r.json")
+    rows = {row.case.mode: row for row in Result.read(Path("r.json")).rows if row.provider == name}
+    peaks = [rows[mode].peak_extra_bytes for mode in ("gradient", "both")]
+    assert rows["gradient"].gradient_bytes == 512 * 4000 * 2
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.1)
+    assert (peaks[0] or 0) > rows["gradient"].gradient_bytes
+    assert "peak MiB of the gradient: with its forward" in done.stdout
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -399,6 +413,59 @@ def test_table_fits_the_terminal(invoke: Invoke, monkeypatch: pytest.MonkeyPatch
     assert len(row.split()) == 7  # nothing wrapped, nothing cut
     assert len(errors.split()) == 9
     assert "…" not in done.stdout
+
+
+LONG = "another_project:ItsOwnPolicyLoss"
+
+
+def test_no_digit_is_cut_at_80_columns_whatever_the_names() -> None:
+    """A long name is folded; of a number with its digits cut off nobody would know."""
+    assert len(LONG) == 32
+    case = Case(Shape("custom:V=151936,softcap=30", 151936, 30.0), 8, 128)
+    columns = ColumnErrors(1.1e-3, 2.2e-3, 3.3e-3, 4.4e-3)
+    errors = Errors(1.2e-10, 3.4e-11, columns, ColumnErrors(5.5e-3, 6.6e-3, 7.7e-3, 8.8e-3))
+    rows = [
+        Row(case, LONG, samples_s=[104.76, 104.98, 105.03], errors=errors, peak_extra_bytes=123456 << 20),
+        Row(case, LONG.upper(), status="out_of_memory"),
+        Row(case, "hpo_fused", samples_s=[0.1] * 3, errors=errors, repeats=True),
+        Row(case, "copy", samples_s=[0.05] * 3),
+    ]
+    summarise(rows, "hpo_fused")
+    result = Result({}, {}, rows=rows)
+    stream = StringIO()
+    errors_table = accuracy.table(result)
+    assert errors_table is not None
+    for view in (report.table(result), errors_table):
+        Console(file=stream, width=80).print(view)
+    text = stream.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    words = text.split()
+    cells = report._cells(rows[0])
+    for cell in cells:
+        assert cell in words
+    assert cells[:3] == ["104980", "104848–105010", "1050×"]
+    for line in accuracy._lines(rows[0]):
+        assert {cell for cell in line if cell} <= set(words)
+    for line in folded(LONG, NAME_WIDTH).split("\n"):
+        assert line in words
+        assert line.upper() in words
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("hpo_fused", ["hpo_fused"]),
+        ("hpo_fused:torch", ["hpo_", "fused:", "torch"]),
+        ("out of memory", ["out of", "memory"]),
+        ("linear_cross_entropy", ["linear_", "cross_", "entropy"]),
+        ("abcdefghijklmnopqrst", ["abcdefghijkl", "mnopqrst"]),
+        ("", [""]),
+    ],
+)
+def test_names_are_folded_where_they_are_composed(text: str, lines: list[str]) -> None:
+    assert folded(text, 9, 12).split("\n") == lines
+    assert folded(text, 40) == text
 
 
 def test_report_prints_markdown(invoke: Invoke) -> None:

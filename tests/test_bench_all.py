@@ -6,9 +6,11 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,15 +22,27 @@ testing = pytest.importorskip("typer.testing", reason="needs the bench extra")
 
 from rich.console import Console  # noqa: E402
 
-from hpo_fused.bench import all_command, all_report, all_units, environment, equivalence, files, limits  # noqa: E402
+from hpo_fused.bench import all_command, all_report, all_units, environment, equivalence, limits  # noqa: E402
 from hpo_fused.bench.budget import Budget, Spent, Unit  # noqa: E402
 from hpo_fused.bench.cases import SHAPES, Case  # noqa: E402
 from hpo_fused.bench.commands import app  # noqa: E402
 from hpo_fused.bench.evidence import Evidence  # noqa: E402
 from hpo_fused.bench.evidence import Tests as Outcome  # noqa: E402
-from hpo_fused.bench.linear.cases import HEADS  # noqa: E402
+from hpo_fused.bench.linear import limits as linear_limits  # noqa: E402
+from hpo_fused.bench.linear.cases import HEADS, LinearCase  # noqa: E402
+from hpo_fused.bench.linear.limits import Limit  # noqa: E402
+from hpo_fused.bench.linear.results import LinearResult  # noqa: E402
 from hpo_fused.bench.providers.plain import Eager  # noqa: E402
-from hpo_fused.bench.results import COPY, ColumnErrors, Errors, Result, Row, summarise  # noqa: E402
+from hpo_fused.bench.results import (  # noqa: E402
+    COPY,
+    ColumnErrors,
+    Errors,
+    MemoryRow,
+    Prediction,
+    Result,
+    Row,
+    summarise,
+)
 
 CPU = torch.device("cpu")
 TINY = (
@@ -158,7 +172,9 @@ def test_an_interruption_leaves_what_was_not_done() -> None:
     with pytest.raises(KeyboardInterrupt):
         budget.run([machine.unit("a", 0, 1), Unit("b", "logits", 0, 1, interrupt), machine.unit("c")])
     assert machine.names() == ["a"]
-    assert [unit.name for unit, _ in budget.left_out] == ["b", "c"]
+    assert budget.at_work is not None
+    assert budget.at_work.name == "b"
+    assert [unit.name for unit, _ in budget.left_out] == ["c"]
 
 
 @pytest.mark.parametrize(
@@ -176,21 +192,30 @@ def test_the_command_line_narrows(shapes: list[str], expected: list[str]) -> Non
     assert all(any(name in unit.name for name in shapes) for unit in units)
 
 
+def planned(device: str, monkeypatch: pytest.MonkeyPatch, providers: Sequence[str] = ()) -> tuple[list[Unit], Evidence]:
+    """The units of the defaults on such a device, as if it were there and everybody ran on it."""
+    monkeypatch.setattr(all_units, "_available", lambda providers, device: list(providers))
+    where = torch.device(device)
+    who = all_units.Contestants.of(providers, ["logits", "linear"], device)
+    choice = all_units.Choice.of(where, who, None, None, None, tests=True, kernels=True)
+    evidence = Evidence({}, {})
+    return all_units.Work(choice, where, 0, evidence, Silent(), 480.0).units(), evidence
+
+
+# Of the default budget, what everything should take with one round, with room for what the estimates do not know. On a
+# CPU, where all of these never run, the last units are for a longer budget.
+PLANNED = {"cpu": 2.5, "cuda": 1.0}
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_units_of_a_device(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the defaults promise: every family, both paths, inactive rows, modes, memory, tests, machine code."""
-    if device == "cuda":  # as if there were one
-        monkeypatch.setattr(all_units, "_available", lambda providers, device: list(providers))
-    where = torch.device(device)
-    who = all_units.Contestants.of([], ["logits", "linear"], "cpu")
-    choice = all_units.Choice.of(where, who, None, None, None, tests=True, kernels=True)
-    work = all_units.Work(choice, where, 0, Evidence({}, {}), Silent(), 480.0)
-    units = work.units()
+    units, evidence = planned(device, monkeypatch)
     names = [unit.name for unit in units]
     for family in ("qwen3", "llama3", "gemma"):
         assert any(name.startswith(f"logits of {family}") for name in names), family
         assert any(name.startswith(f"linear path of {family}") for name in names), family
-    for other in ("qwen3 75%", "qwen3 forward", "qwen3 log p"):
+    for other in ("qwen3 75%", "qwen3 forward", "qwen3 log p", "qwen3 log p forward"):
         assert f"logits of {other}" in names
     assert "equivalence tests" in names
     assert sum("memory against tokens" in name for name in names) == 2
@@ -203,7 +228,36 @@ def test_units_of_a_device(device: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert rounds == sorted(rounds, reverse=True)
     assert all(unit.fixed > 0 for unit in units)
     # What the default budget is made for, before the machine is known.
-    assert sum(unit.fixed + unit.round for unit in units) < 1.5 * all_command.BUDGET
+    assert sum(unit.fixed + unit.round for unit in units) < PLANNED[device] * all_command.BUDGET
+    slow = [line for line in evidence.dropped if line.startswith("compile: left out of memory against tokens, ")]
+    assert len(slow) == len(evidence.dropped) == (device == "cpu")
+    assert all("accuracy in fp32, qwen3, logits of qwen3 75%" in line for line in slow)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_each_case_is_run_by_those_who_have_it(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: dict[tuple[str, str], list[str]] = {}
+
+    def record(case: Case, providers: Sequence[Any], *_: Any) -> None:
+        ran[case.op, case.mode] = [one.name for one in providers]
+
+    monkeypatch.setattr(all_units, "run_case", record)
+    monkeypatch.setattr(all_units, "nvidia_name", lambda device: "GPU-1")
+    monkeypatch.setattr(all_units, "nvidia_clocks", lambda gpu: None)
+    units, _ = planned(device, monkeypatch)
+    for unit in units:
+        if unit.kind == "logits":
+            unit.run(0.0, 1)
+    assert list(ran) == [("logits", "both"), *list(ran)[1:]]
+    assert set(ran) == {("logits", "both"), ("logits", "forward"), ("logprobs", "both"), ("logprobs", "forward")}
+    for (op, _), names in ran.items():
+        assert ("liger:logprobs" in names) is (op == "logprobs")
+        assert ("liger:triton" in names) is (op == "logits")
+        assert {"hpo_fused", "eager"} <= set(names)
+    # Who was named is not left out, but told to be skipped.
+    units, _ = planned(device, monkeypatch, ["eager", "liger:logprobs"])
+    next(unit for unit in units if unit.kind == "logits").run(0.0, 1)
+    assert ran["logits", "both"] == ["eager", "liger:logprobs"]
 
 
 class Silent:
@@ -241,14 +295,43 @@ def test_files_and_exit_status(made: tuple[Path, Any]) -> None:
         assert (folder / name).read_text(encoding="utf-8").rstrip().endswith("</svg>")
     assert names == {"result.json", "report.md", *content["settings"]["pictures"]}
     assert content["tests"]["note"] == "not asked for"
+    assert content["settings"]["kernels"] is False
 
 
-def test_it_takes_its_budget(made: tuple[Path, Any]) -> None:
-    """At least most of it: rounds fill what is left. (Above it stands how busy the machine is.)"""
+def test_rounds_fill_the_budget(made: tuple[Path, Any]) -> None:
+    """At least most of it. (Above it stands how busy the machine is.)"""
     evidence = Evidence.read(made[0] / "result.json")
     assert evidence.settings["seconds"] > 0.8 * 12
     done = {row.provider for row in evidence.measurements if len(row.samples_s) >= 1}
     assert {"hpo_fused:torch", "eager", COPY, "gemms"} <= done
+
+
+@pytest.mark.parametrize("slower", [0.5, 1.0, 3.0])
+def test_it_takes_its_budget(invoke: Invoke, monkeypatch: pytest.MonkeyPatch, slower: float) -> None:
+    """Start, units and pictures together, on a clock that only these move; what is told is all of it."""
+    machine = Machine(slower)
+    units = [machine.unit(f"u{index}", index, 10, 0.5) for index in range(5)]
+    monkeypatch.setattr(all_command, "clock", lambda: machine.now)
+    monkeypatch.setattr(all_units.Work, "units", lambda self: units)
+
+    def draw(evidence: Evidence, folder: Path) -> Iterator[str]:
+        machine.now += 12.0
+        yield "a.svg"
+
+    monkeypatch.setattr(all_command, "_draw", draw)
+    device_of = all_command.device_of
+
+    def slow_start(name: str) -> torch.device:
+        machine.now += 60.0
+        return device_of(name)
+
+    monkeypatch.setattr(all_command, "device_of", slow_start)
+    begun = machine.now
+    done = invoke("all", "--budget", "300", "--output", "d", *TINY, *ALONE)
+    assert done.exit_code == 0, done.output
+    evidence = Evidence.read(Path("d/result.json"))
+    assert evidence.settings["seconds"] == machine.now - begun == pytest.approx(300, rel=0.1)
+    assert evidence.settings["pictures"] == ["a.svg"]
 
 
 def test_the_terminal_ends_with_the_short_table(made: tuple[Path, Any]) -> None:
@@ -283,6 +366,8 @@ def test_the_report_answers_the_questions(made: tuple[Path, Any]) -> None:
     assert "not asked for" in answers["Tests?"]
     again = answers["Where, and how again?"]
     assert "hpo-fused-bench all --budget=12 " in again
+    assert " --device=cpu " in again
+    assert answers["Machine code for GPUs?"].strip() == "- Not asked for."
     assert "'--shape=custom:H=48,V=300'" in again or "--shape=custom:H=48,V=300" in again
     tables = _tables(text)
     assert len(tables) >= 7
@@ -362,9 +447,50 @@ def test_ctrl_c_keeps_what_is_finished(invoke: Invoke, monkeypatch: pytest.Monke
     samples = {row.provider: len(row.samples_s) for row in evidence.logits.rows}
     assert (samples["hpo_fused:torch"] > 0) is (from_call > 0)
     told = "\n".join(evidence.dropped)
+    assert "logits of custom:V=300: interrupted" in evidence.dropped
     assert "linear path of custom:H=48,V=300, 64 tokens: not reached before the interruption" in told
+    assert evidence.logits.interrupted
+    # A head without a row says nothing.
+    assert ("off by" in done.stdout) is (from_call > 0)
     text = Path("d/report.md").read_text(encoding="utf-8")
     assert "- Interrupted: parts are missing." in text
+
+
+@pytest.mark.parametrize(
+    ("stop", "name", "parts"),
+    [
+        ("run_linear", "linear path of custom:H=48,V=300, 64 tokens", [False, True]),
+        ("logits_memory", "memory against tokens, logits of custom:V=300", [True, False]),
+        ("run_tests", "equivalence tests", [False, False]),
+    ],
+)
+def test_the_part_at_work_was_interrupted(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch, stop: str, name: str, parts: list[bool]
+) -> None:
+    def interrupt(*_: Any, into: Outcome | None = None, **__: Any) -> Any:
+        if into is not None:
+            into.passed, into.note = 2, "interrupted after 2 of 9 tests"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(all_units, stop, interrupt)
+    done = invoke("all", "--budget", "30", "--output", "d", *TINY, "--no-kernels")
+    assert done.exit_code == 130, done.output
+    evidence = Evidence.read(Path("d/result.json"))
+    assert evidence.interrupted
+    assert f"{name}: interrupted" in evidence.dropped
+    assert [line for line in evidence.dropped if line.startswith(f"{name}: not reached")] == []
+    assert [part.interrupted for part in evidence.parts] == parts
+    assert evidence.tests is not None
+    notes = {"run_linear": "not reached before the interruption", "run_tests": "interrupted after 2 of 9 tests"}
+    assert stop not in notes or evidence.tests.note == notes[stop]
+    if stop == "run_tests":
+        assert "2 passed, 0 failed, 0 skipped in 0 s (interrupted after 2 of 9 tests)" in " ".join(done.stdout.split())
+
+
+def test_without_being_told_the_last_part_is_at_work() -> None:
+    evidence = Evidence.of_parts([timed(), timed()], environment={}, settings={})
+    evidence.interrupt()
+    assert [part.interrupted for part in evidence.parts] == [True]
 
 
 def test_a_wrong_result_fails(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,7 +507,7 @@ def test_a_wrong_result_fails(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_failed_tests_and_missed_limits_decide_the_exit_status(
-    made: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    made: tuple[Path, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     def status(evidence: Evidence, check: bool) -> int:
         try:
@@ -391,10 +517,20 @@ def test_failed_tests_and_missed_limits_decide_the_exit_status(
         return 0
 
     evidence = Evidence.read(made[0] / "result.json")
+    (head,) = evidence.linear
     assert status(evidence, check=False) == 0
+    assert status(evidence, check=True) == 1  # one size of a fixed chunk budget tells nothing of growth
+    assert "--check: not measured: " in capsys.readouterr().out
+    whole = head.memory
+    head.memory = [row for row in whole if row.series != "budget"]
     assert status(evidence, check=True) == 0
+    head.memory = [row for row in whole if row.status == "predicted"]
+    assert head.memory
+    assert status(evidence, check=True) == 1
+    assert "--check: no limit was measured (0 met, 2 predicted)" in " ".join(capsys.readouterr().out.split())
     evidence.linear = []
-    assert status(evidence, check=True) == 1  # no limit of logits is stated for such a shape
+    assert status(evidence, check=True) == 1
+    assert "--check: no limit is stated for what was measured" in " ".join(capsys.readouterr().out.split())
     evidence.tests = Outcome(passed=3, failed=1, failures=["test_x"])
     assert status(evidence, check=False) == 1
     evidence.tests = Outcome(passed=3)
@@ -405,7 +541,9 @@ def test_failed_tests_and_missed_limits_decide_the_exit_status(
         assert status(evidence, check=False) == 0
     evidence.kernels = {"broken": ["sm_90 x: spills"], "records": [], "unavailable": {}, "beyond": []}
     evidence.logits = timed()
+    capsys.readouterr()
     assert status(evidence, check=True) == 1
+    assert "--check: machine code: 1 limits broken." in capsys.readouterr().out
 
 
 def test_unknown_names_and_unwritable_folders(invoke: Invoke) -> None:
@@ -461,8 +599,44 @@ def timed(
 def test_limits_of_logits(changes: dict[str, Any], missed: list[str]) -> None:
     found = limits.limits(timed(**changes))
     assert sorted(one.what.partition(",")[0] for one in found if one.met is False) == sorted(missed)
-    assert len(found) == (4 if "peer" in changes else 3)
-    assert all(one.met is not None for one in found)
+    assert len(found) == (4 if "gpu" in changes else 3)
+    open_ = [one.what.partition(",")[0] for one in found if one.met is None]
+    assert open_ == (["best peer's time ÷ ours"] if "gpu" in changes and "peer" not in changes else [])
+    assert (limits.meets(found) == "") is (not missed and not open_)
+
+
+def limit(what: str, met: bool | None) -> Limit:
+    return Limit(what, "≤ 1", "–" if met is None else "1", met)
+
+
+PREDICTED, MET, MISSED, OPEN = limit("a, predicted", True), limit("b", True), limit("c", False), limit("d", None)
+
+
+@pytest.mark.parametrize(
+    ("found", "counts", "complaint"),
+    [
+        ([], "0 met", "no limit is stated for what was measured"),
+        ([MET, MET], "2 met", ""),
+        ([MET, PREDICTED], "1 met, 1 predicted", ""),
+        ([PREDICTED], "0 met, 1 predicted", "no limit was measured (0 met, 1 predicted)"),
+        ([MET, OPEN], "1 met, 1 not measured", "not measured: d"),
+        ([MET, MISSED, OPEN], "1 met, 1 missed, 1 not measured", "missed: c. not measured: d"),
+        ([MET, limit("e, predicted", False)], "1 met, 1 missed", "missed: e, predicted"),
+    ],
+)
+def test_what_meets_the_limits(found: list[Limit], counts: str, complaint: str) -> None:
+    assert limits.counts(found) == counts
+    assert limits.meets(found) == complaint
+
+
+def test_predictions_are_recognised() -> None:
+    """By the words of the linear path's limits."""
+    case = LinearCase(HEADS["qwen2.5-0.5b"], 8, 16)
+    prediction = Prediction(1, 1, 1, 1, 4)
+    part = LinearResult({}, {}, memory=[MemoryRow("7b", case, "hpo_fused", "cpu", "predicted", prediction=prediction)])
+    (one,) = linear_limits.limits(part)
+    assert limits.is_predicted(one)
+    assert limits.sheet([one]).rows[0][0][-1] == "predicted"
 
 
 def test_limits_are_of_the_stated_size_only() -> None:
@@ -518,6 +692,104 @@ def test_outcomes_of_the_suite(tmp_path: Path) -> None:
     assert found.seconds > 0
 
 
+HANGS = """
+import os
+import pathlib
+import time
+import pytest
+
+@pytest.mark.parametrize("index", range(6))
+def test_right(index):
+    pass
+
+def test_hangs():
+    pathlib.Path({marker!r}).touch()
+    {action}
+"""
+
+
+def hanging(folder: Path, action: str = "time.sleep(120)") -> tuple[list[Path], Path]:
+    """A suite with a test that does not end by itself, and the file that is there once it runs."""
+    marker = folder / "marker"
+    (folder / "tests").mkdir()
+    text = HANGS.replace("{marker!r}", repr(str(marker))).replace("{action}", action)
+    (folder / "tests" / "test_equivalence.py").write_text(text)
+    return equivalence.test_files(folder), marker
+
+
+def test_a_hang_leaves_the_outcomes_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(equivalence, "GRACE", 1.0)
+    tests, marker = hanging(tmp_path)
+    monkeypatch.setattr(equivalence.time, "time", Impatient(marker))
+    found = equivalence.run_tests(60, CPU, tests)
+    assert marker.exists()
+    assert found.passed > 0
+    assert (found.failed, found.skipped) == (1, 0)
+    assert found.failures == ["tests/test_equivalence.py::test_hangs"]
+    assert found.note.startswith("tests/test_equivalence.py::test_hangs was still running 1 s after their time")
+    ran = found.passed + 1
+    assert (f"; {ran} of 7 tests, a mixed sample" in found.note) is (ran < 7)
+
+
+class Impatient:
+    """The time, an hour later once a file is there."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker, self.real = marker, time.time
+
+    def __call__(self) -> float:
+        return self.real() + 3600 * self.marker.exists()
+
+
+def test_a_crash_fails_the_test_that_was_running(tmp_path: Path) -> None:
+    tests, _ = hanging(tmp_path, "os._exit(7)")
+    found = equivalence.run_tests(60, CPU, tests)
+    assert found.passed > 0
+    assert found.failures == ["tests/test_equivalence.py::test_hangs"]
+    assert found.note.startswith("pytest ended with status 7 in tests/test_equivalence.py::test_hangs")
+
+
+def test_an_interruption_of_the_suite_keeps_outcomes(tmp_path: Path) -> None:
+    tests, marker = hanging(tmp_path)
+
+    def tick() -> None:
+        if marker.exists():
+            raise KeyboardInterrupt
+
+    into = Outcome()
+    with pytest.raises(KeyboardInterrupt):
+        equivalence.run_tests(60, CPU, tests, tick, into)
+    assert into.passed > 0
+    assert (into.failed, into.failures) == (0, [])
+    assert into.note.startswith(f"interrupted after {into.passed} of 7 tests")
+
+
+def test_on_a_gpu_the_suite_has_its_memory_and_that_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    emptied: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-abc")
+    (tmp_path / "tests").mkdir()
+    text = "import os\ndef test_it():\n    assert os.environ['CUDA_VISIBLE_DEVICES'] == 'GPU-abc'\n"
+    text += "    assert 'TRITON_INTERPRET' not in os.environ\n"
+    (tmp_path / "tests" / "test_equivalence.py").write_text(text)
+    found = equivalence.run_tests(60, torch.device("cuda", 1), equivalence.test_files(tmp_path))
+    assert (found.passed, found.failed, found.note) == (1, 0, "")
+    assert emptied == [True]
+
+
+def test_the_gpu_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {torch.device("cuda", 0): SimpleNamespace(uuid="u0"), torch.device("cuda", 1): SimpleNamespace()}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", known.__getitem__)
+    monkeypatch.setattr(torch.version, "hip", None)
+    first, second = known
+    assert equivalence.visible(first, {}) == {"CUDA_VISIBLE_DEVICES": "GPU-u0"}
+    assert equivalence.visible(second, {}) == {"CUDA_VISIBLE_DEVICES": "1"}
+    assert equivalence.visible(second, {"CUDA_VISIBLE_DEVICES": "3, MIG-7"}) == {"CUDA_VISIBLE_DEVICES": "MIG-7"}
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert equivalence.visible(second, {"HIP_VISIBLE_DEVICES": "2,4"}) == {"HIP_VISIBLE_DEVICES": "4"}
+    assert equivalence.visible(first, {}) == {"HIP_VISIBLE_DEVICES": "0"}
+
+
 def test_the_suite_ends_in_time_and_says_what_it_left(tmp_path: Path) -> None:
     ticks: list[int] = []
     found = equivalence.run_tests(4, CPU, suite(tmp_path, 40), tick=lambda: ticks.append(1))
@@ -533,7 +805,7 @@ def test_no_suite_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_equivalence.py").write_text("import nothing_like_this\n")
     broken = equivalence.run_tests(60, CPU, equivalence.test_files(tmp_path))
-    assert broken.failed == 1
+    assert (broken.failed, broken.failures) == (1, ["tests/test_equivalence.py"])
     monkeypatch.setattr(equivalence.importlib.util, "find_spec", lambda name: None)
     assert "pip install" in equivalence.run_tests(1, CPU, suite(tmp_path)).note
 
@@ -569,6 +841,50 @@ def test_gpu_state_is_read_or_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(environment.nvidia_state("0").values()) == {None}
 
 
+@pytest.mark.parametrize("name", ["clocks_event_reasons.active", "clocks_throttle_reasons.active"])
+def test_clocks_after_a_timing(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    said = iter(["1755, 0x0000000000000044\n", "1980, 0x0000000000000000\n", "1900, [N/A]\n"])
+
+    def answer(command: list[str], **_: Any) -> Any:
+        if name not in command[1]:
+            raise subprocess.CalledProcessError(2, command)
+        return subprocess.CompletedProcess(command, 0, next(said), "")
+
+    monkeypatch.setattr(environment.subprocess, "run", answer)
+    monkeypatch.setattr(all_units, "nvidia_name", lambda device: "GPU-1")
+    evidence = Evidence.of_parts([timed()], environment=timed().environment, settings={})
+    choice = all_command._choice(CPU, ["gpt2"], ["eager"], 8, tests=False, kernels=False)
+    work = all_units.Work(choice, torch.device("cuda"), 0, evidence, Silent(), 480.0)
+    for _ in range(3):
+        work._read_clock()
+    assert evidence.settings["clocks_after_timing"] == {
+        "sm_mhz_min": 1755.0, "sm_mhz_median": 1900.0, "held_down_by": ["power cap", "thermal, hardware"],
+    }  # fmt: skip
+    assert "| after timing: held_down_by | power cap, thermal, hardware |" in all_report.markdown(evidence)
+
+
+def test_no_clocks_without_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: Any, **__: Any) -> Any:
+        raise FileNotFoundError("nvidia-smi")
+
+    monkeypatch.setattr(environment.subprocess, "run", missing)
+    assert environment.nvidia_clocks("0") is None
+
+
+def test_versions_of_peers_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"trl": "1.16.0", "cut-cross-entropy": "25.9.3"}
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise environment.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(environment, "version", version)
+    found = environment.environment(CPU)
+    assert {name: found[name] for name in installed} == installed
+    assert not {"liger-kernel", "transformers"} & found.keys()
+
+
 def test_heads_of_the_models() -> None:
     """Sizes as in the models' published configurations."""
     sizes = {"qwen3-0.6b": (1024, 151936), "llama3.2-1b": (2048, 128256), "gemma3-270m": (640, 262144)}
@@ -587,9 +903,126 @@ def test_the_short_table_fits(width: int) -> None:
     assert "liger:triton" in stream.getvalue()
 
 
+def test_who_does_less_work_is_marked() -> None:
+    part = timed(peer=3.0)
+    next(row for row in part.rows if row.provider == "liger:triton").leaves_out = "entropy, log-probabilities"
+    evidence = Evidence.of_parts([part], environment=part.environment, settings={})
+    text = all_report.short(evidence)
+    assert "| liger:triton* | 3.00× |" in text
+    assert "- liger:triton* does less work: it leaves out entropy, log-probabilities." in text
+    assert "eager*" not in text
+    assert text.count("does less work") == 1
+    assert "- liger:triton*: from logits it takes 3.00× the time" in all_report.markdown(evidence)
+
+
+def test_times_hold_no_block_of_those_who_were_skipped() -> None:
+    part = timed()
+    small = dataclasses.replace(part.rows[0].case, dtype="fp32")
+    skipped = Row(small, "liger:triton", "skipped", "needs a GPU")
+    checked = Row(small, "eager", errors=part.rows[0].errors)
+    evidence = Evidence.of_parts([part], environment=part.environment, settings={})
+
+    def faster() -> str:
+        return all_report.markdown(evidence).split("## How much faster?")[1].split("\n## ")[0]
+
+    part.rows += [skipped, checked]
+    assert "The same in other ways" not in faster()
+    part.rows.append(Row(small, "compile", "failed", "no compiler"))
+    assert "| compile | failed |" in faster()
+    assert "compile: failed: no compiler" in faster()
+    assert "liger:triton" not in faster()
+
+
+def draws(*steps: Callable[[], str]) -> Callable[[Evidence, Path], Iterator[str]]:
+    """Instead of pictures."""
+
+    def draw(evidence: Evidence, folder: Path) -> Iterator[str]:
+        for step in steps:
+            yield step()
+
+    return draw
+
+
+def ready() -> Evidence:
+    return Evidence.of_parts([timed()], environment=timed().environment, settings={})
+
+
+def test_results_are_there_before_the_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([10.0, 15.0])
+
+    def look() -> str:
+        evidence = Evidence.read(tmp_path / "result.json")
+        assert (evidence.settings["pictures"], evidence.settings["seconds"]) == ([], 10.0)
+        assert "# hpo_fused on" in (tmp_path / "report.md").read_text(encoding="utf-8")
+        return "time.svg"
+
+    monkeypatch.setattr(all_command, "_draw", draws(look))
+    all_command._write(ready(), tmp_path, lambda: next(seconds))
+    evidence = Evidence.read(tmp_path / "result.json")
+    assert (evidence.settings["pictures"], evidence.settings["seconds"]) == (["time.svg"], 15.0)
+    assert "![time](time.svg)" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_picture_that_fails_is_told_and_the_others_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def draw(result: Result, output: Path, pictures: Sequence[str]) -> None:
+        output.write_text("half")
+        if pictures == ["memory"]:
+            raise ZeroDivisionError("no space")
+
+    monkeypatch.setattr(all_command, "draw_logits", draw)
+    evidence = ready()
+    all_command._write(evidence, tmp_path, lambda: 1.0)
+    assert evidence.dropped == ["picture memory.svg: ZeroDivisionError: no space"]
+    assert {path.stem for path in tmp_path.glob("*.svg")} == set(all_command.PICTURES) - {"memory"}
+    assert Evidence.read(tmp_path / "result.json").dropped == evidence.dropped
+
+
+def test_ctrl_c_while_drawing_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(result: Result, output: Path, pictures: Sequence[str]) -> None:
+        output.write_text("half")
+        if pictures != list(all_command.PICTURES)[:1]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(all_command, "draw_logits", interrupt)
+    all_command._write(ready(), tmp_path, lambda: 1.0)
+    evidence = Evidence.read(tmp_path / "result.json")
+    assert evidence.interrupted
+    assert evidence.logits is not None
+    assert not evidence.logits.interrupted  # it was measured to its end
+    assert len(evidence.logits.rows) == 4
+    assert evidence.dropped == ["pictures: interrupted; `hpo-fused-bench plot result.json` draws them"]
+    assert evidence.settings["pictures"] == [path.name for path in tmp_path.glob("*.svg")]
+    assert len(evidence.settings["pictures"]) == 1
+
+
+def test_pictures_of_an_earlier_run_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "used"
+    folder.mkdir()
+    named = ["old.svg", "gone.svg", "../above.svg", "notes.txt"]
+    for name in ("old.svg", "../above.svg", "notes.txt", "mine.svg"):
+        (folder / name).write_text("x")
+    (folder / "result.json").write_text(json.dumps({"settings": {"pictures": named}}))
+    monkeypatch.setattr(all_command, "_draw", draws())
+    all_command._write(ready(), folder, lambda: 1.0)
+    assert {path.name for path in folder.iterdir()} == {"result.json", "report.md", "notes.txt", "mine.svg"}
+    assert (tmp_path / "above.svg").exists()
+    (folder / "result.json").write_text("nonsense")
+    all_command._write(ready(), folder, lambda: 1.0)
+
+
+def test_the_command_line_is_repeated_as_given() -> None:
+    words = all_command._command_line(
+        Path("a/out"), 60.0, "cuda:1", ["custom:V=300"], 64, ["eager"], 3, tests=False, kernels=True, check=True
+    )
+    assert words == (
+        "hpo-fused-bench all --budget=60 --output=out --device=cuda:1 --shape=custom:V=300 --tokens=64 "
+        "--provider=eager --seed=3 --no-tests --check"
+    )
+
+
 def test_without_matplotlib_there_are_no_pictures(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     evidence = Evidence.of_parts([timed()], environment={}, settings={})
-    assert all_command._draw(evidence, Path()) == []
+    assert list(all_command._draw(evidence, Path())) == []
     assert "pip install 'hpo-fused[bench]'" in evidence.dropped[0]
-    assert files.parts(evidence)
+    assert list(Path().iterdir()) == []

@@ -17,10 +17,21 @@ pytest.importorskip("rich", reason="needs the bench extra")
 testing = pytest.importorskip("typer.testing", reason="needs the bench extra")
 
 
-from hpo_fused.bench.cases import SHAPES, Case, Inputs, Shape, draw, draw_advantages, parse_shape  # noqa: E402
+from hpo_fused.bench.cases import (  # noqa: E402
+    SHAPES,
+    Case,
+    Inputs,
+    Mode,
+    Op,
+    Shape,
+    draw,
+    draw_advantages,
+    parse_shape,
+)
 from hpo_fused.bench.check import Oracle, fingerprint  # noqa: E402
 from hpo_fused.bench.providers import Output  # noqa: E402
 from hpo_fused.bench.results import Errors  # noqa: E402
+from hpo_fused.bench.trial import Step  # noqa: E402
 
 from .bench_helpers import as_step, step, tiny_case  # noqa: E402
 
@@ -144,6 +155,29 @@ def test_oracle_rejects_wrong_answers(dtype: str, mistake: Callable[..., Any], c
     loss, gradient = mistake(output.loss, gradient)
     verdict = Oracle.of(inputs).judge(inputs, as_step(output._replace(loss=loss), gradient)).complaint
     assert verdict.startswith(f"{complaint} off by")
+
+
+@pytest.mark.parametrize("mode", ["forward", "both"])
+@pytest.mark.parametrize("op", ["logits", "logprobs"])
+def test_who_returns_nothing_is_wrong(op: Op, mode: Mode) -> None:
+    inputs = draw(tiny_case(op=op, mode=mode), CPU, 0)
+    root = "loss" if op == "logits" else "log-probabilities"
+    nothing = Oracle.of(inputs).judge(inputs, Step(Output(None, None, None), ()))
+    assert nothing.complaint == f"returned no {root}" + (", returned no gradient" if mode == "both" else "")
+
+
+def test_what_may_be_missing() -> None:
+    """Of a loss its log-probabilities and entropies, of log-probabilities the loss and entropies; no gradient."""
+    inputs = draw(tiny_case(), CPU, 0)
+    output, gradient = step(inputs)
+    oracle = Oracle.of(inputs)
+    loss = Output(output.loss, None, None)
+    assert oracle.judge(inputs, as_step(loss, gradient)).complaint == ""
+    assert oracle.judge(inputs, Step(loss, ())).complaint == "returned no gradient"
+    assert oracle.judge(inputs, as_step(Output(None, output.logprobs, None), gradient)).complaint == "returned no loss"
+    inputs = draw(tiny_case(op="logprobs", mode="forward"), CPU, 0)
+    given = Step(Output(None, output.logprobs, None), ())
+    assert Oracle.of(inputs).judge(inputs, given).complaint == ""
 
 
 @pytest.mark.parametrize("change", [lambda h: h + 0.01, lambda h: h * torch.nan, torch.zeros_like])

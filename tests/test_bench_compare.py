@@ -355,6 +355,66 @@ def test_rows_that_became_unavailable_are_told(invoke: Invoke) -> None:
     assert "hpo_fused:triton: ok in A, skipped in B: needs a GPU" in flat(done.output)
 
 
+def test_only_what_was_compared_counts(invoke: Invoke) -> None:
+    gone = {"hpo_fused": {"status": "skipped", "note": "needs a GPU"}}
+    done = invoke(result(), result(rows=gone))
+    assert done.exit_code == 2
+    assert "0 of 1 row of hpo_fused compared" in flat(done.stderr)
+    assert "No regression" not in done.output
+    both = {**TIMES, "hpo_fused:triton": 0.9}
+    done = invoke(result(both), result(both, rows=gone))
+    assert done.exit_code == 0
+    assert "No regression in 1 row of hpo_fused; 1 of 2 compared." in done.output
+    worse = invoke(result(both), result({**both, "hpo_fused:triton": 2.0}, rows=gone))
+    assert worse.exit_code == 1
+    assert "1 of 1 row of hpo_fused regressed; 1 of 2 compared." in worse.output
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_an_interrupted_run_that_lacks_our_rows_is_not_comparable(invoke: Invoke, kept: bool) -> None:
+    """Whether the row is there without a time, or is not there."""
+    other = dataclasses.replace(CASE, mode="forward")
+    base, new = result(), result()
+    base.rows += result(case=other).rows
+    rows = result(case=other, rows={"hpo_fused": {"status": "skipped", "note": "interrupted before it was timed"}}).rows
+    new.rows += rows if kept else []
+    assert invoke(base, new).exit_code == 0  # it was not asked for
+    new.interrupted = True
+    done = invoke(base, new)
+    assert done.exit_code == 2
+    told = flat(done.stderr)
+    assert "forward: hpo_fused: in A.json, and missing from B.json, which was interrupted" in told
+    assert "No regression in 1 row of hpo_fused" in told
+    base.interrupted, new.interrupted = True, False
+    assert invoke(base, new).exit_code == 0
+    new = Evidence.of_parts([new], environment=dict(MACHINE), settings={}, interrupted=True)  # in none of its parts
+    assert invoke(base, new).exit_code == 2
+    new.parts[0].rows = [row for row in new.parts[0].rows if row.case == CASE]
+    new.parts[0].rows[0].samples_s = new.parts[0].rows[1].samples_s
+    summarise(new.parts[0].rows, "hpo_fused")
+    assert invoke(base, new).exit_code == 1  # a regression is one, whatever else is missing
+
+
+def test_a_name_that_begins_like_ours_is_not_ours(invoke: Invoke) -> None:
+    times = {**TIMES, "hpo_fused_tuned:Mine": 1.0}
+    slower = {**times, "hpo_fused_tuned:Mine": 2.0}
+    assert invoke(result(times), result(slower)).exit_code == 0
+    ours = {"hpo_fused_tuned:Mine": {"ours": True}}
+    assert invoke(result(times, rows=ours), result(slower, rows=ours)).exit_code == 1
+    assert invoke(result(times), result(slower, rows=ours)).exit_code == 0  # the base's word counts
+
+
+def test_versions_of_peers_are_compared(invoke: Invoke) -> None:
+    done = invoke(result(environment={"trl": "1.15"}), result(environment={"trl": "1.16", "liger-kernel": "0.8"}))
+    assert "trl: 1.15 → 1.16" in done.output.splitlines()
+    assert "liger-kernel: – → 0.8" in done.output.splitlines()
+
+
+def test_help_names_all_commands() -> None:
+    text = flat(testing.CliRunner().invoke(app, ["compare", "--help"], env={"COLUMNS": "200"}).output)
+    assert "a result of speed, linear, memory, accuracy or all" in text
+
+
 def test_few_rounds_and_interruptions_are_told(invoke: Invoke) -> None:
     one = result(rows={"hpo_fused": {"samples_s": [1.0]}})
     one.interrupted = True

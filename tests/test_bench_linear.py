@@ -104,6 +104,18 @@ def test_memory_alone(invoke: Invoke) -> None:
     assert "÷ ours" not in done.output
 
 
+def test_memory_of_a_forward_alone(invoke: Invoke) -> None:
+    """With a fixed chunk budget and of the 7B model it is a step's, as the limits are."""
+    run = ("memory", "--op", "linear", *TINY, "--provider", "hpo_fused:torch", "--provider", "eager", "--tokens", "64")
+    for mode in ("forward", "both"):
+        done = invoke(*run, "--mode", mode, "--output", "m.json")
+        assert done.exit_code == 0, done.output
+        result = LinearResult.read(Path("m.json"))
+        for row in result.of_series("tokens"):
+            assert (row.case.mode, row.gradient_bytes > 0) == (mode, mode == "both")
+        assert {row.case.mode for series in ("budget", "7b") for row in result.of_series(series)} == {"both"}
+
+
 def test_predictions_of_the_7b_model_are_for_both_devices(invoke: Invoke) -> None:
     done = invoke("memory", *TINY, "--provider", "hpo_fused:torch", "--tokens", "16", "--quick", "--output", "m.json")
     assert done.exit_code == 0, done.output
@@ -172,21 +184,21 @@ def broken(base: type, change: Callable[..., Any]) -> type:
     ],
 )
 @pytest.mark.parametrize(
-    ("name", "base", "code"), [("hpo_fused:torch", lambda: Fused("torch"), 1), ("eager", Eager, 0)]
+    ("name", "base", "ours"), [("hpo_fused:torch", lambda: Fused("torch"), True), ("eager", Eager, False)]
 )
 def test_a_wrong_provider_is_reported_and_not_timed(
     invoke: Invoke, monkeypatch: pytest.MonkeyPatch, change: Callable[..., Any], name: str, base: Callable[[], Any],
-    code: int,
+    ours: bool,
 ) -> None:  # fmt: skip
-    """Ours fails the run; somebody else's is only told."""
+    """Whoever it is fails the run, as on logits; that this package is wrong is said of ours alone."""
     kind = broken(type(base()), change)
-    monkeypatch.setitem(PROVIDERS, name, lambda: kind(*(["torch"] if code else [])))
+    monkeypatch.setitem(PROVIDERS, name, lambda: kind(*(["torch"] if ours else [])))
     done = invoke("linear", *TIMED, *PLAIN, "--inactive", "0", "--output", "r.json")
-    assert done.exit_code == code, done.output
+    assert done.exit_code == 1, done.output
     rows = {row.provider: row for row in LinearResult.read(Path("r.json")).rows}
     assert (rows[name].status, rows[name].samples_s, rows[name].median_s) == ("wrong", [], None)
     assert f"{name} at 0%: wrong: gradient of" in " ".join(done.output.split())
-    assert ("WRONG" in done.output) is bool(code)
+    assert ("WRONG" in done.output) is ours
     assert {row.status for other, row in rows.items() if other != name} == {"ok"}
 
 
@@ -219,21 +231,21 @@ def install(monkeypatch: pytest.MonkeyPatch, error: BaseException, from_call: in
 
 
 @pytest.mark.parametrize(
-    ("error", "status"),
+    ("error", "status", "code"),
     [
-        (RuntimeError("boom\nand a page of C++"), "failed"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out_of_memory"),
+        (RuntimeError("boom\nand a page of C++"), "failed", 1),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out_of_memory", 0),
     ],
 )
 def test_a_provider_that_raises_stops_nobody_else(
-    invoke: Invoke, monkeypatch: pytest.MonkeyPatch, error: Exception, status: str
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch, error: Exception, status: str, code: int
 ) -> None:
     install(monkeypatch, error)
     done = invoke(
         "linear", *TINY, "--tokens", "64", "--repeats", "3", "--memory-tokens", "32", "--inactive", "0", "--quick",
         "--provider", "failing", "--provider", "eager", "--output", "r.json",
     )  # fmt: skip
-    assert done.exit_code == 0, done.output
+    assert done.exit_code == code, done.output
     result = LinearResult.read(Path("r.json"))
     assert [row.status for row in result.rows] == [status, "ok"]
     assert [row.status for row in result.memory] == [status, "ok"]
@@ -257,7 +269,7 @@ def test_interrupt_keeps_finished_rounds(invoke: Invoke, monkeypatch: pytest.Mon
 
 
 def test_interrupt_keeps_measured_memory(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, KeyboardInterrupt(), from_call=1)
+    install(monkeypatch, KeyboardInterrupt(), from_call=2)
     done = invoke("memory", *TINY, "--tokens", "16", "--tokens", "32", "--provider", "failing", "--output", "r.json")
     assert done.exit_code == 130
     result = LinearResult.read(Path("r.json"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,11 +16,12 @@ pytest.importorskip("rich", reason="needs the bench extra")
 testing = pytest.importorskip("typer.testing", reason="needs the bench extra")
 
 
-from hpo_fused.bench.linear.cases import HEADS, HeadShape, parse_head  # noqa: E402
+from hpo_fused.bench.cases import Mode  # noqa: E402
+from hpo_fused.bench.linear.cases import HEADS, HeadShape, LinearCase, parse_head  # noqa: E402
 from hpo_fused.bench.linear.check import LinearOracle  # noqa: E402
 from hpo_fused.bench.linear.draw import LinearInputs  # noqa: E402
 from hpo_fused.bench.linear.exact import BLOCKS, Exact, block_sums  # noqa: E402
-from hpo_fused.bench.linear.providers import create  # noqa: E402
+from hpo_fused.bench.linear.providers import LinearProvider, create  # noqa: E402
 from hpo_fused.bench.linear.providers.plain import Eager  # noqa: E402
 from hpo_fused.bench.linear.results import LinearErrors  # noqa: E402
 from hpo_fused.bench.providers import Output  # noqa: E402
@@ -158,6 +160,53 @@ def test_wrong_entropies_are_rejected(change: Callable[[Tensor], Tensor]) -> Non
     assert oracle.judge(step).complaint == ""
     wrong = step.output._replace(entropy=change(step.output.entropy))
     assert oracle.judge(Step(wrong, step.gradients)).complaint == "entropy off by more than 1e-03 in 64 rows"
+
+
+@pytest.mark.parametrize("mode", ["forward", "both"])
+@pytest.mark.parametrize(
+    ("name", "root"),
+    [
+        ("eager", "loss"),
+        pytest.param(
+            "linear_cross_entropy", "cross entropy",
+            marks=pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="PyTorch < 2.13"),
+        ),
+    ],
+)  # fmt: skip
+def test_who_returns_nothing_is_wrong(name: str, root: str, mode: Mode) -> None:
+    problem = problem_of()
+    exact = Exact.of(problem, 0)
+    inputs = problem.inputs(0.0, exact.logprobs)
+    oracle = LinearOracle(dataclasses.replace(inputs, case=dataclasses.replace(inputs.case, mode=mode)), exact)
+    errors = create(name).judge(oracle, Step(Output(None, None, None), ()))
+    assert errors is not None
+    assert errors.complaint.startswith(f"returned no {root}")
+    given = create(name).step(inputs)
+    errors = create(name).judge(oracle, Step(given.output._replace(logprobs=None, entropy=None), ()))
+    assert errors is not None
+    assert errors.complaint == ("returned no gradient" if mode == "both" else "")
+
+
+def test_whoever_takes_a_step_is_judged() -> None:
+    """Not only who leaves the gradients to autograd; the bare GEMMs alone are nothing to judge."""
+
+    class Own(LinearProvider):
+        name = "own"
+
+        def memory_bytes(self, case: LinearCase, device: torch.device) -> float:
+            return 0.0
+
+        def step(self, inputs: LinearInputs, begun: Output | None = None) -> Step:
+            return Step(Output(torch.zeros(()), None, None), (inputs.hidden.detach(), inputs.weight.detach()))
+
+    problem = problem_of()
+    exact = Exact.of(problem, 0)
+    oracle = LinearOracle(problem.inputs(0.0, exact.logprobs), exact)
+    errors = Own().judge(oracle, Own().step(oracle.inputs))
+    assert errors is not None
+    assert "loss off by" in errors.complaint
+    assert "gradient of hidden off by" in errors.complaint
+    assert create("gemms").judge(oracle, create("gemms").step(oracle.inputs)) is None
 
 
 def test_every_row_of_both_gradients_is_checked() -> None:

@@ -303,6 +303,37 @@ def test_tables_fit_the_terminal(width: int) -> None:
     assert "linear_cross_entropy" in text
 
 
+def test_no_digit_is_cut_at_80_columns_whatever_the_names() -> None:
+    """Names of providers are cells of one table and headings of another."""
+    long = ["another_project:ItsOwnPolicyLoss", "yetanotherprojectwithoutanybreak", "hpo_fused:torch", "liger:chunked"]
+    assert {len(name) for name in long[:2]} == {32}
+    result = full_result()
+    rows, memory_rows = list(result.rows), list(result.memory)
+    for name in long:
+        eager = next(row for row in rows if row.provider == "eager")
+        samples = [104.76, 104.98, 105.03]
+        result.rows.append(
+            dataclasses.replace(eager, provider=name, median_s=104.98, q20_s=104.76, q80_s=105.03, samples_s=samples)
+        )
+        for row in memory_rows:
+            if row.provider == "eager":
+                one = dataclasses.replace(row, provider=name, peak_extra_bytes=123456 << 20)
+                gone = dataclasses.replace(one, status="out_of_memory", peak_extra_bytes=None)
+                result.memory.append(one if row.case.tokens < 1024 else gone)
+    result.memory.sort(key=lambda row: row.case.tokens)
+    stream = StringIO()
+    for sheet, _ in report.sections(result):
+        Console(file=stream, width=80).print(sheet.table())
+    text = stream.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    assert text.split().count("104980") == text.split().count("104760–105030") == 4
+    assert text.split().count("123456") == 4 * 2
+    for sheet in (report.times(result), report.errors(result), report.memory(result)):
+        for cells, _ in sheet.rows:
+            assert {cell for cell in cells[2:] if cell and not cell.isalpha() and " " not in cell} <= set(text.split())
+
+
 def test_a_sheet_says_the_same_twice() -> None:
     view = Sheet("Title", ("name", "kind", "num-\nber"), 2)
     view.add("a", "x", "1", ours=True)

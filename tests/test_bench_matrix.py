@@ -16,17 +16,41 @@ from torch import Tensor
 pytest.importorskip("rich", reason="needs the bench extra")
 testing = pytest.importorskip("typer.testing", reason="needs the bench extra")
 
-from hpo_fused.bench import accuracy, files, measure, memory_report, report, show  # noqa: E402
-from hpo_fused.bench.cases import Case, Inputs, Shape  # noqa: E402
+import hpo_fused  # noqa: E402
+from hpo_fused.bench import (  # noqa: E402
+    accuracy,
+    files,
+    measure,
+    memory,
+    memory_report,
+    report,
+    run,
+    show,
+    trial,
+)
+from hpo_fused.bench.cases import Case, Inputs, Shape, draw  # noqa: E402
 from hpo_fused.bench.evidence import Evidence  # noqa: E402
 from hpo_fused.bench.evidence import Tests as Outcome  # noqa: E402
 from hpo_fused.bench.labels import labels  # noqa: E402
+from hpo_fused.bench.linear import memory as linear_memory  # noqa: E402
+from hpo_fused.bench.linear import providers as of_heads  # noqa: E402
+from hpo_fused.bench.linear import run as linear_run  # noqa: E402
 from hpo_fused.bench.linear.cases import HeadShape, LinearCase  # noqa: E402
+from hpo_fused.bench.linear.draw import draw as draw_linear  # noqa: E402
+from hpo_fused.bench.linear.draw import draw_weight  # noqa: E402
+from hpo_fused.bench.linear.providers.fused import Fused as FusedLinear  # noqa: E402
+from hpo_fused.bench.linear.providers.gemms import Gemms  # noqa: E402
 from hpo_fused.bench.linear.results import LinearResult, LinearRow  # noqa: E402
-from hpo_fused.bench.matrix import Axes, Contestants  # noqa: E402
-from hpo_fused.bench.providers import PROVIDERS, Output  # noqa: E402
+from hpo_fused.bench.linear.run import LinearTrial, run_linear  # noqa: E402
+from hpo_fused.bench.matrix import Axes, Contestants, measure_peaks, new_evidence  # noqa: E402
+from hpo_fused.bench.matrix import measure as measure_all  # noqa: E402
+from hpo_fused.bench.providers import PROVIDERS, Output, Unavailable, create  # noqa: E402
 from hpo_fused.bench.providers.plain import Eager  # noqa: E402
-from hpo_fused.bench.results import COPY, MemoryRow, Result, Row, summarise  # noqa: E402
+from hpo_fused.bench.results import COPY, MemoryRow, Result, Row, first_of_ours, summarise  # noqa: E402
+from hpo_fused.bench.run import Bench  # noqa: E402
+from hpo_fused.bench.trial import Settings, Step  # noqa: E402
+
+from .bench_helpers import linear_case, tiny_case  # noqa: E402
 
 CPU = torch.device("cpu")
 MACHINE = {"cpu": "x", "threads": 1, "torch": "2", "python": "3", "hpo_fused": "0"}
@@ -34,6 +58,16 @@ LOGITS, HEAD = "custom:V=97", "custom:H=16,V=97"
 TINY = ("--tokens", "24", "--device", "cpu")
 OURS_AND_EAGER = ("--provider", "hpo_fused:torch", "--provider", "eager")
 Invoke = Callable[..., Any]
+
+
+class Silent:
+    """Progress that nobody looks at."""
+
+    def stage(self, text: str, *, timing: bool = False) -> None:
+        pass
+
+    def advance(self, cases: float) -> None:
+        pass
 
 
 def axes(**changes: Any) -> Axes:
@@ -124,6 +158,163 @@ def test_the_forward_is_held_against_its_read_alone() -> None:
     summarise(gradient, None)
     assert gradient[1].gb_per_s is None
     assert gradient[1].share_of_copy is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "read", "written"),
+    [
+        ({}, 8, 8),
+        ({"inactive": 0.5}, 4, 8),
+        ({"inactive": 0.3}, 6, 8),  # 2 of 8 responses
+        ({"inactive": 1.0}, 0, 8),
+        ({"inactive": 0.5, "mode": "forward"}, 4, 0),
+        ({"inactive": 0.5, "op": "logprobs"}, 8, 8),  # who asked for them does not say why
+    ],
+)
+def test_the_traffic_that_nobody_can_avoid(changes: dict[str, Any], read: int, written: int) -> None:
+    """Rows without advantage are written, zeros, but need not be read."""
+    case = tiny_case(**changes)
+    assert case.least_bytes == (read + written) * 5 * 97 * 4
+    drawn = draw(case, CPU, 0)
+    if case.op == "logits":
+        assert int((drawn.advantages != 0).sum()) == read
+    assert replace(case, ragged=True).least_bytes is None
+    rows = [Row(case, COPY, samples_s=[1.0, 1.0]), Row(case, "eager", samples_s=[1.0, 1.0])]
+    summarise(rows, None)
+    assert rows[1].share_of_copy == (read + written) / 16
+    text = " ".join(report.notes(Result(MACHINE, {}, rows=rows)))
+    assert ("have an advantage" in text) is (case.inactive > 0 and case.op == "logits")
+
+
+def timed(case: Case, seconds: dict[str, float]) -> list[Row]:
+    """Rows of one case with these times."""
+    rows = [Row(case, name, samples_s=[value] * 2) for name, value in seconds.items()]
+    summarise(rows, first_of_ours(rows))
+    return rows
+
+
+def test_the_verdict_speaks_of_whole_steps() -> None:
+    """Not of one number over a forward, a backward and steps with rows left out."""
+    case = tiny_case()
+    steps = timed(case, {"hpo_fused": 1.0, "eager": 2.0, COPY: 0.5})
+    others = [
+        *timed(replace(case, mode="forward"), {"hpo_fused": 1.0, "eager": 9.0, COPY: 0.5}),
+        *timed(replace(case, inactive=0.5), {"hpo_fused": 1.0, "eager": 8.0, COPY: 0.5}),
+        *timed(replace(case, op="logprobs"), {"hpo_fused": 1.0, "eager": 7.0, COPY: 0.5}),
+    ]
+
+    def said(rows: list[Row]) -> str:
+        return report.verdict(Result(MACHINE, {}, rows=rows))
+
+    assert said([*others, *steps]) == "hpo_fused: 2.00× the speed of eager, 50% of a bare copy's."
+    assert said(others[:3]) == "hpo_fused: 9.00× the speed of eager, 25% of a bare copy's."
+    assert said(timed(replace(case, mode="gradient"), {"hpo_fused": 1.0, "eager": 3.0})) == (
+        "hpo_fused: 3.00× the speed of eager."
+    )
+    assert said(timed(replace(case, mode="gradient"), {"hpo_fused": 1.0})) == "hpo_fused: timed alone."
+    assert said(others).startswith("No verdict: several kinds")
+    assert said(timed(case, {"eager": 1.0})) == "No verdict: hpo_fused was not timed."
+    assert said([]) == "No verdict: hpo_fused was not timed."
+
+
+def test_ours_is_the_first_that_was_timed() -> None:
+    case = tiny_case()
+    rows = [
+        Row(case, "hpo_fused:triton", status="skipped", ours=True),
+        Row(case, "hpo_fused:torch", samples_s=[1.0], ours=True),
+        Row(case, "eager", samples_s=[3.0]),
+    ]
+    assert first_of_ours(rows) == "hpo_fused:torch"
+    assert first_of_ours(rows[:1]) == "hpo_fused:triton"
+    assert first_of_ours(rows[2:]) is None
+    assert first_of_ours([replace(rows[1], status="failed"), replace(rows[1], provider="mine")]) == "mine"
+
+
+@pytest.mark.parametrize("op", ["logits", "linear"])
+def test_others_are_compared_with_ours_that_was_timed(invoke: Invoke, op: str) -> None:
+    """On a CPU the kernels are skipped: they are nothing to compare with."""
+    run = ("speed", "--op", op, "--shape", HEAD if op == "linear" else LOGITS, *TINY, "--repeats", "2")
+    who = ("--provider", "hpo_fused:triton", "--provider", "hpo_fused:torch", "--provider", "eager")
+    done = invoke(*run, *who, "--output", "r.json")
+    assert done.exit_code == 0, done.output
+    result = files.read(Path("r.json"))
+    rows = {row.provider: row for row in result.measurements}
+    assert (rows["hpo_fused:triton"].status, rows["hpo_fused:torch"].ratio_to_ours) == ("skipped", 1.0)
+    assert rows["eager"].ratio_to_ours is not None
+
+
+@pytest.mark.parametrize(
+    ("row", "ours"),
+    [
+        ({"provider": "hpo_fused"}, True),  # of a file from before the field
+        ({"provider": "hpo_fused:triton"}, True),
+        ({"provider": "hpo_fused_fork:Loss"}, False),
+        ({"provider": "mine:Loss", "ours": True}, True),
+    ],
+)
+def test_whose_a_row_is(row: dict[str, Any], ours: bool) -> None:
+    assert Row(tiny_case(), **row).is_ours is ours
+
+
+@pytest.mark.parametrize("op", ["logits", "linear"])
+def test_a_row_tells_what_ran_and_what_it_leaves_out(invoke: Invoke, monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    """Said once for each provider, below the tables, if it was timed."""
+    changes: dict[str, Any] = {
+        "name": "lesser", "ours": True, "leaves_out": "entropy",
+        "available": lambda self, device: f"lesser 1.0 on {device}",
+    }  # fmt: skip
+    makers = {"logits": (PROVIDERS, Eager), "linear": (of_heads.PROVIDERS, of_heads.PROVIDERS["eager"]().__class__)}
+    known, base = makers[op]
+    monkeypatch.setitem(known, "lesser", type("Lesser", (base,), changes))  # type: ignore[arg-type]
+    shape = HEAD if op == "linear" else LOGITS
+    run = ("speed", "--op", op, "--shape", shape, *TINY, "--repeats", "1", "--inactive", "0", "--inactive", "0.5")
+    done = invoke(*run, "--provider", "lesser", "--provider", "eager", "--output", "r.json")
+    rows = [row for row in files.read(Path("r.json")).measurements if row.provider == "lesser"]
+    assert {(row.ours, row.version, row.leaves_out) for row in rows} == {(True, "lesser 1.0 on cpu", "entropy")}
+    assert done.stdout.count("lesser leaves out: entropy") == 1
+    assert "eager leaves out" not in done.stdout
+    assert "lesser leaves out: entropy" in invoke("report", "r.json").output
+
+
+def test_a_gpu_gets_its_memory_back_before_the_next_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(trial.gc, "collect", lambda: events.append("collect"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("empty"))
+    trial.release(CPU)
+    assert events == []
+    trial.release(torch.device("cuda"))
+    assert events == ["collect", "empty"]
+    events.clear()
+    for module in (run, linear_run, memory, linear_memory):
+        monkeypatch.setattr(module, "release", lambda device: events.append(str(device)))
+    options = {"shapes": [LOGITS, HEAD], "dtypes": ["fp32"], "objectives": ["grpo"], "inactive": [0.0]}
+    every = axes(**options)
+    who = Contestants.of(["eager", "gemms"], every.operations, "cpu")
+    into = new_evidence("speed", CPU)
+    measure_all(every, who, Settings(CPU, 0, 0.0), into, Silent())
+    assert len(events) == 2 * 3  # cases: two modes of each operation
+    (gemms,) = (provider for provider in who.linear if isinstance(provider, Gemms))
+    assert (gemms.buffers, gemms.active) == ({}, {})
+    events.clear()
+    measure_peaks(every, who, Settings(CPU, 0, 0.0), [8], new_evidence("memory", CPU), Silent(), quick=True)
+    assert len(events) == 2 * 3
+
+
+def test_progress_tells_cases_of_a_matrix_apart(invoke: Invoke) -> None:
+    """A line for each stage of each case, where standard error is no terminal."""
+    options = [part for op in ("logits", "linear", "logprobs") for part in ("--op", op)]
+    options += [part for mode in ("forward", "both") for part in ("--mode", mode)]
+    shapes = ("--shape", LOGITS, "--shape", HEAD, "--dtype", "bf16", "--dtype", "fp32")
+    done = invoke("speed", *TINY, *options, *shapes, "--repeats", "1", "--provider", "eager")
+    lines = [line for line in done.stderr.splitlines() if line.endswith(": timing")]
+    assert len(lines) == len(set(lines)) == 3 * 2 * 2
+    assert f"{LOGITS} logprobs bf16 forward: timing" in lines
+    assert f"{HEAD} linear fp32 both: timing" in lines
+    done = invoke("speed", *TINY, "--shape", LOGITS, "--repeats", "1", "--provider", "eager")
+    assert f"{LOGITS}: timing" in done.stderr.splitlines()
+    peaks = ("--tokens", "8", "--device", "cpu", "--shape", HEAD, "--op", "linear", "--quick")
+    done = invoke("memory", *peaks, "--dtype", "bf16", "--dtype", "fp32", "--provider", "eager")
+    assert f"{HEAD} fp32: memory, eager at 8 tokens" in done.stderr.splitlines()
 
 
 def evidence() -> Evidence:
@@ -331,6 +522,36 @@ def test_memory_of_a_failing_provider(invoke: Invoke, monkeypatch: pytest.Monkey
     assert "no such luck" in done.stdout
 
 
+@pytest.mark.parametrize("op", ["logits", "linear"])
+def test_memory_of_a_wrong_provider_is_not_told(invoke: Invoke, monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    """It is checked at the smallest size, and then measured at none."""
+    calls: list[int] = []
+
+    def wrong(self: Any, inputs: Any, *rest: Any) -> Output:
+        calls.append(inputs.case.tokens)
+        found: Output = base.forward(self, inputs, *rest)
+        assert found.loss is not None
+        return found._replace(loss=1.01 * found.loss)
+
+    known: dict[str, Any] = of_heads.PROVIDERS if op == "linear" else PROVIDERS  # type: ignore[assignment]
+    base = type(known["eager"]())
+    monkeypatch.setitem(known, "wrong", type("Wrong", (base,), {"name": "wrong", "forward": wrong}))
+    run = ("memory", "--op", op, "--shape", HEAD if op == "linear" else LOGITS, "--device", "cpu")
+    who = ("--provider", "wrong", "--provider", "eager")
+    done = invoke(*run, "--tokens", "32", "--tokens", "16", *who, "--output", "m.json")
+    assert done.exit_code == 1
+    assert calls == [16]
+    result = files.read(Path("m.json"))
+    assert isinstance(result, Result | LinearResult)
+    rows = {(row.provider, row.case.tokens): row for row in result.memory}
+    for tokens in (16, 32):
+        row = rows["wrong", tokens]
+        assert (row.status, row.peak_extra_bytes) == ("wrong", None)
+        assert "off by" in row.note
+        assert rows["eager", tokens].status == "ok"
+    assert "off by" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -356,36 +577,174 @@ def test_bad_arguments_are_named(invoke: Invoke, arguments: list[str], text: str
 # CUDA graphs, without a GPU
 
 
-def test_a_graph_is_captured_once_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The order that capture needs: warm up on a side stream, restore the inputs, capture, and then replay only."""
-    events: list[str] = []
+class FakeCuda:
+    """``torch.cuda`` as far as a capture uses it: what is called, in which order; a replay does ``replayed``."""
 
-    class Stream:
-        def wait_stream(self, other: object) -> None:
-            events.append("wait")
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, replayed: Callable[[], object] = lambda: None) -> None:
+        self.events: list[str] = []
+        self.mode = "default"
+        events = self.events
+
+        class Stream:
+            def wait_stream(self, other: object) -> None:
+                events.append("wait")
+
+        def replay() -> None:
+            events.append("replay")
+            replayed()
+
+        self.Stream = self.current_stream = Stream
+        self.CUDAGraph = lambda: SimpleNamespace(replay=replay)
+        monkeypatch.setattr(measure.torch, "cuda", self)
 
     @contextmanager
-    def entered(name: str) -> Any:
-        events.append(f"enter {name}")
+    def entered(self, name: str) -> Any:
+        self.events.append(f"enter {name}")
         yield
-        events.append(f"leave {name}")
+        self.events.append(f"leave {name}")
 
-    fake = SimpleNamespace(
-        Stream=Stream,
-        current_stream=Stream,
-        stream=lambda _: entered("side stream"),
-        CUDAGraph=lambda: SimpleNamespace(replay=lambda: events.append("replay")),
-        graph=lambda _: entered("capture"),
-    )
-    monkeypatch.setattr(measure.torch, "cuda", fake)
+    def stream(self, _: object) -> Any:
+        return self.entered("side stream")
+
+    def graph(self, _: object) -> Any:
+        return self.entered("capture")
+
+    def get_sync_debug_mode(self) -> str:
+        return self.mode
+
+    def set_sync_debug_mode(self, mode: str) -> None:
+        self.mode = mode
+        self.events.append(mode)
+
+
+def test_a_graph_is_captured_once_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order that capture needs: look for synchronisation, warm up on a side stream, restore the inputs, capture."""
+    events = (cuda := FakeCuda(monkeypatch)).events
     task = measure.captured(measure.Task(lambda: events.append("run") or "result", lambda: events.append("before")))
+    looked = ["before", "error", "run", "default"]
     warm = ["before", "run"] * 3
     captured = ["before", "enter capture", "run", "leave capture"]
-    assert events == ["wait", "enter side stream", *warm, "leave side stream", "wait", *captured]
+    assert events == [*looked, "wait", "enter side stream", *warm, "leave side stream", "wait", *captured]
+    assert cuda.mode == "default"
     events.clear()
     task.before()
     assert task.run() == "result"
     assert events == ["before", "replay"]
+
+
+def graph_of(result: Tensor, run: Callable[[], object] | None = None, **fields: Any) -> tuple[Row, list[str]]:
+    """The row of a provider whose step gives ``result``, and who is left to be timed."""
+    row = Row(Case(Shape("a", 97), 2, 4), "eager", **fields)
+    step = Step(Output(result.sum(), None, None), (result,))
+    task = measure.Task(run or (lambda: step))
+    return row, [name for name, _ in trial._captured({"eager": row}, {"eager": task})]
+
+
+def test_a_replay_that_gives_other_bits_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = torch.ones(2, 4, 97)
+
+    def flip() -> None:
+        result.view(torch.int32)[1, 2, 3] ^= 1
+
+    FakeCuda(monkeypatch, flip)
+    row, timed = graph_of(result)
+    assert (row.status, timed) == ("wrong", [])
+    assert "other bits" in row.note
+    FakeCuda(monkeypatch)
+    row, timed = graph_of(result)
+    assert (row.status, row.note, timed) == ("ok", "", ["eager"])
+    row, timed = graph_of(result, lambda: result)  # a copy's
+    assert (row.status, timed) == ("ok", ["eager"])
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "note"),
+    [
+        (
+            RuntimeError("called a synchronizing CUDA operation"),
+            "skipped",
+            "synchronises with the host, so it cannot be captured",
+        ),
+        (RuntimeError("no"), "skipped", "cannot be captured in a CUDA graph: RuntimeError: no"),
+        (Unavailable("not here"), "skipped", "not here"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out_of_memory", "CUDA out of memory"),
+    ],
+)
+def test_who_cannot_be_captured_is_skipped(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, status: str, note: str
+) -> None:
+    """It has not failed: nobody promised it. The mode that finds out is left in any case."""
+    cuda = FakeCuda(monkeypatch)
+    result = torch.ones(2, 4, 97)
+
+    def run() -> Tensor:
+        if cuda.mode == "error":
+            raise error
+        return result
+
+    row, timed = graph_of(result, run)
+    assert (row.status, row.note, timed) == (status, note, [])
+    assert cuda.mode == "default"
+
+
+def test_who_does_not_repeat_itself_cannot_be_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+    row, timed = graph_of(torch.ones(2, 4, 97), repeats=False)
+    assert (row.status, timed, cuda.events) == ("skipped", [], [])
+    assert "does not repeat itself" in row.note
+
+
+def test_ours_is_told_how_many_rows_are_active_where_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would ask the device otherwise: that wait belongs into a step's time, and into no graph."""
+    told: list[object] = []
+    loss = hpo_fused.linear_policy_loss
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        told.append(options["active_count"])
+        return loss(*arguments, **options)
+
+    monkeypatch.setattr(hpo_fused, "linear_policy_loss", watched)
+    for graph in (False, True):
+        rows: list[LinearRow] = []
+        timing = Settings(CPU, 0, 0.0, cuda_graph=graph)
+        case = LinearCase(HeadShape("h", 16, 97), 8, 4, "fp32", "grpo")
+        run_linear(case, [0.5], [FusedLinear("torch")], timing, rows, Silent())
+        assert [row.status for row in rows] == ["ok"]
+    assert told == [None, None, 16, 16]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["hpo_fused", "eager"])
+@pytest.mark.parametrize("kind", ["logits", "linear"])
+def test_a_replay_gives_what_the_step_gives(kind: str, name: str) -> None:
+    """Also of inputs that changed since: nothing was computed once and for all while it was captured."""
+    device = torch.device("cuda")
+    bench: Bench | LinearTrial
+    if kind == "logits":
+        inputs = draw(tiny_case(), device, 0)
+        bench, leaf = Bench(create(name), inputs), inputs.logits
+    else:
+        case = linear_case()
+        weight = draw_weight(case.shape, case.torch_dtype, device, 0)
+        heads = draw_linear(case, [0.0], device, 0, weight).inputs(0.0)
+        provider = of_heads.create(name)
+        provider.told_active = True
+        bench, leaf = LinearTrial(provider, heads), heads.hidden
+    graph = measure.captured(measure.Task(bench.step, bench.before))
+    for _ in range(2):
+        bench.before()
+        expected = bench.step()
+        graph.before()
+        found = graph.run()
+        assert isinstance(found, Step)
+        assert expected.output.loss is not None
+        assert found.output.loss is not None
+        torch.testing.assert_close(found.output.loss, expected.output.loss, rtol=0, atol=0)
+        for got, value in zip(found.gradients, expected.gradients, strict=True):
+            torch.testing.assert_close(got, value, rtol=0, atol=0)
+        with torch.no_grad():
+            leaf.mul_(0.5)
 
 
 @pytest.mark.gpu

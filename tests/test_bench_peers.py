@@ -303,7 +303,7 @@ def absent(distribution: str) -> str:
 def test_absent_peers_give_one_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a report has one line for all of them."""
     monkeypatch.setattr(peers.metadata, "version", absent)
-    assert {reason_of(name) for name in PEERS} == {"not installed (pip install 'hpo-fused[peers]')"}
+    assert {reason_of(name) for name in PEERS} == {"not installed (extra: peers)"}
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -328,7 +328,7 @@ def test_reasons_are_one_line_of_a_report(monkeypatch: pytest.MonkeyPatch) -> No
         def advance(self, cases: float) -> None: ...
 
     monkeypatch.setattr(peers.metadata, "version", absent)
-    reason, untimed = "skipped: not installed (pip install 'hpo-fused[peers]')", Settings(CPU, 0, 0.0)
+    reason, untimed = "skipped: not installed (extra: peers)", Settings(CPU, 0, 0.0)
     result = Result({}, {})
     run_case(tiny_case(), [create("eager"), *map(create, OPS)], untimed, result.rows, Silent())
     assert [line.strip() for line in report.notes(result) if "installed" in line] == [f"{', '.join(OPS)}: {reason}"]

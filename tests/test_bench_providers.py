@@ -144,7 +144,7 @@ def test_the_list_of_providers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"liger:logprobs", "trl:triton", "hpo_fused"} <= set(found["logprobs"])
     assert not {"liger:triton"} & set(found["logprobs"])
     assert found["logits"]["trl:eager"].startswith("* trl 99.1 TRL >= 1.16 in PyTorch")
-    absent = "no: not installed (pip install 'hpo-fused[peers]')"
+    absent = "no: not installed (extra: peers)"
     assert found["logits"]["liger:triton"].startswith(f"* {absent} Liger-Kernel")
     assert "leaves out: entropy, log-probabilities" in found["logits"]["liger:triton"]
     assert found["logits"]["eager"].startswith(f"* torch {torch.__version__} plain PyTorch")
@@ -169,3 +169,14 @@ def test_linear_cross_entropy_needs_a_recent_pytorch(monkeypatch: pytest.MonkeyP
     monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions", raising=False)
     with pytest.raises(Unavailable, match=rf"needs PyTorch >= 2\.13, this is {re.escape(torch.__version__)}"):
         of_heads.create("linear_cross_entropy").available(CPU)
+
+
+@pytest.mark.parametrize("columns", [80, 60])
+def test_spellings_of_shapes_are_whole(
+    invoke: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = invoke("shapes").stdout.splitlines()
+    assert max(map(len, lines)) <= columns
+    for word in ("custom:V=N[,softcap=C]", "custom:H=N,V=N[,softcap=C]", "qwen2.5-0.5b", "151936"):
+        assert any(word in line for line in lines), word

@@ -12,7 +12,8 @@ import torch
 
 import hpo_fused as hf
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODULES = (
     "backend",
     "linear_plan",
@@ -76,7 +77,7 @@ def test_readme_code_runs_and_agrees() -> None:
 
 
 def test_example_of_the_linear_path_runs() -> None:
-    text = (Path(__file__).parent.parent / "docs" / "linear.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "linear.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     scope = {
         "hf": hf, "torch": torch, "lm_head": torch.nn.Linear(8, 50), "hidden": torch.randn(4, 6, 8),
@@ -92,15 +93,35 @@ def test_readme_names_every_preset() -> None:
     assert rows == list(hf.Objective.presets())
 
 
-def test_readme_tables_are_the_commands_output() -> None:
+@pytest.mark.parametrize("document", ["README.md", "docs/linear.md"])
+def test_tables_are_the_commands_output(document: str) -> None:
     files = pytest.importorskip("hpo_fused.bench.files", reason="needs the bench extra")
     from hpo_fused.bench import all_report
 
-    blocks = re.findall(r"<!-- report (\S+)( --summary)? -->\n(.*?)\n<!-- end of report -->", README, flags=re.DOTALL)
+    text = (ROOT / document).read_text(encoding="utf-8")
+    blocks = re.findall(r"<!-- report (\S+)( --summary)? -->\n(.*?)\n<!-- end of report -->", text, flags=re.DOTALL)
     assert blocks
-    for name, summary, text in blocks:
-        result = files.read(Path(__file__).parent.parent / name)
-        assert text.strip() == (all_report.short if summary else files.markdown)(result).strip()
+    for name, summary, block in blocks:
+        result = files.read(ROOT / name)
+        assert block.strip() == (all_report.short if summary else files.markdown)(result).strip()
+
+
+def test_the_committed_report_is_the_commands_output() -> None:
+    files = pytest.importorskip("hpo_fused.bench.files", reason="needs the bench extra")
+    folder = ROOT / "bench" / "results" / "cpu"
+    report = (folder / "report.md").read_text(encoding="utf-8")
+    assert report.strip() == files.markdown(files.read(folder / "result.json")).strip()
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", report)
+    assert pictures
+    assert all((folder / name).stat().st_size > 1000 for name in pictures)
+
+
+@pytest.mark.parametrize("document", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_documents_are_linked_and_link_to_what_exists(document: str) -> None:
+    assert f"docs/{document}" in README
+    text = (ROOT / "docs" / document).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (ROOT / "docs" / target).exists(), target
 
 
 def test_example_of_a_provider_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +130,7 @@ def test_example_of_a_provider_is_timed(tmp_path: Path, monkeypatch: pytest.Monk
     from hpo_fused.bench.commands import app
     from hpo_fused.bench.results import Result
 
-    text = (Path(__file__).parent.parent / "docs" / "benchmark.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "benchmark.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"<!-- provider -->\n```python\n(.*?)```", text, flags=re.DOTALL)
     (tmp_path / "mine.py").write_text(code, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)

@@ -89,11 +89,6 @@ class LinearCase(BatchCase):
         return cls(shape, responses, tokens // responses, dtype, objective, inactive, chunk_bytes=chunk_bytes)
 
     @property
-    def active(self) -> int:
-        """Rows with a learning signal."""
-        return (self.responses - round(self.inactive * self.responses)) * self.length
-
-    @property
     def inactive_share(self) -> float:
         """What ``inactive`` comes to with whole responses."""
         return 1 - self.active / self.tokens

@@ -21,6 +21,7 @@ from hpo_fused.bench.check import (
     PEAKED,
     logprob_errors,
     loss_and_coefficients,
+    missing,
     off,
 )
 from hpo_fused.bench.providers import Output
@@ -165,15 +166,17 @@ class LinearOracle:
         # next to a clip's edge it would decide whether there is a gradient at all.
         shift = error.nan_to_num(0.0).clamp(-exact.slack, exact.slack)
         loss, c = loss_and_coefficients(inputs, exact.logprobs + shift)
-        assert step.output.loss is not None, "a policy loss"
-        scale = c.abs().sum().clamp(min=torch.finfo(torch.float64).tiny)
-        loss_error = ((step.output.loss.detach().double() - loss).abs() / scale).item()
+        loss_error = None
+        if step.output.loss is not None:
+            scale = c.abs().sum().clamp(min=torch.finfo(torch.float64).tiny)
+            loss_error = ((step.output.loss.detach().double() - loss).abs() / scale).item()
         gradients = _Gradients(exact, inputs, c.flatten(), torch.where(moved, shift, 0.0).flatten(), leniency)
         hidden, weight, complaints = gradients.judge(step) if step.gradients else (None, None, [])
         count, most = int(moved.sum()), max(1, int(MOVED_SHARE * moved.numel()))
         far = int((moved & ~(error.abs() <= exact.slack)).sum())
         complaints = [
-            off("loss", loss_error, LOSS_LIMIT),
+            *missing(step, inputs.case.mode, step.output.loss, "loss"),
+            off("loss", loss_error or 0.0, LOSS_LIMIT),
             *complaints,
             f"log-probability off by more than its logits' rounding in {far} rows" if far else "",
             f"log-probability off by more than {MOVED:.0e} in {count} rows" if count > most else "",
@@ -201,10 +204,14 @@ class LinearOracle:
         """Errors of the mean cross entropy of all rows; only the loss is judged, the gradients are told."""
         exact, rows = self.exact, self.exact.logprobs.numel()
         expected = -exact.logprobs.mean()
-        assert step.output.loss is not None, "a cross entropy"
+        if step.output.loss is None:
+            return LinearErrors(None, complaint="returned no cross entropy")
         loss = ((step.output.loss.detach().double() - expected).abs() / expected.abs()).item()
         c = torch.full((rows,), -1 / rows, dtype=torch.float64, device=exact.logprobs.device)
         gradients = _Gradients(exact, self.inputs, c, torch.zeros_like(c))
         hidden, weight, _ = gradients.judge(step) if step.gradients else (None, None, [])
-        complaint = off("cross entropy", loss, CROSS_ENTROPY_LIMIT[self.inputs.case.dtype])
-        return LinearErrors(loss, None, 0, hidden, weight, complaint)
+        complaints = [
+            *missing(step, self.inputs.case.mode, step.output.loss, "cross entropy"),
+            off("cross entropy", loss, CROSS_ENTROPY_LIMIT[self.inputs.case.dtype]),
+        ]
+        return LinearErrors(loss, None, 0, hidden, weight, ", ".join(filter(None, complaints)))

@@ -1,4 +1,4 @@
-"""The commands ``linear`` and ``plot`` of ``hpo-fused-bench``."""
+"""The command ``linear`` of ``hpo-fused-bench``."""
 
 from __future__ import annotations
 
@@ -115,7 +115,8 @@ def linear(
 
     Times it against eager PyTorch, torch.compile, PyTorch's linear_cross_entropy and the three bare GEMMs that nobody
     can do without, at several shares of inactive rows; holds every result against float64 first; then measures peak
-    memory (see `memory`). The last table tells which limits are met. The exit status is 1 if hpo_fused is wrong.
+    memory (see `memory`). The last table tells which limits are met. The exit status is 1 if a provider was wrong or
+    failed, or if hpo_fused misses a limit of its own.
     """
     where = device_of(device)
     on_gpu = where.type == "cuda"

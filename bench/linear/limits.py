@@ -167,5 +167,5 @@ def wrong(result: LinearResult) -> Iterator[str]:
         if row.repeats is False:
             yield f"{where}: a second call gave another result"
     for memory in result.memory:
-        if memory.provider.startswith("hpo_fused") and memory.status == "failed":
-            yield f"{memory.provider} at {memory.case.tokens} tokens failed: {memory.note}"
+        if memory.prediction is not None and memory.status in ("wrong", "failed"):  # ours are predicted
+            yield f"{memory.provider} at {memory.case.tokens} tokens {memory.status}: {memory.note}"

@@ -8,12 +8,13 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from hpo_fused.bench.measure import peak_extra_bytes
 from hpo_fused.bench.results import MemoryRow, Prediction
-from hpo_fused.bench.trial import Progress, Settings, Step, does_not_fit, record_failure, synchronize
+from hpo_fused.bench.trial import Progress, Settings, does_not_fit, peak_of, record_failure, release
 
 from .cases import HEADS, HeadShape, LinearCase
-from .draw import draw, draw_weight
+from .check import LinearOracle
+from .draw import Problem, draw, draw_weight
+from .exact import Exact
 from .providers import LinearProvider
 from .results import LinearResult
 from .run import LinearTrial
@@ -49,13 +50,24 @@ def _row(series: str, case: LinearCase, provider: LinearProvider, device_type: s
 
 
 class MemoryBench:
-    """Measures cases of one head after the other; all cases of a head share its weight."""
+    """Measures cases of one head after the other; all cases of a head share its weight.
 
-    def __init__(self, device: torch.device, seed: int, rows: list[MemoryRow], progress: Progress) -> None:
+    A provider's result is held against float64 in the first case that it is measured on; if it is wrong there, none is
+    measured of it.
+    """
+
+    def __init__(
+        self, device: torch.device, seed: int, rows: list[MemoryRow], progress: Progress,
+        labelled: HeadShape | None = None, label: str = "",
+    ) -> None:  # fmt: skip
+        """``label``: what the progress is told of the head ``labelled``, where its name says too little."""
         self.device, self.seed, self.rows, self.progress = device, seed, rows, progress
+        self._labels = {labelled: label} if labelled and label else {}
         self._of: tuple[HeadShape, torch.dtype] | None = None
         self._weight: Tensor | None = None
         self._called: set[tuple[str, HeadShape]] = set()
+        self._verdicts: dict[str, str] = {}  # complaints about those that were checked
+        self._exact: tuple[LinearCase, Exact] | None = None
 
     def _head(self, case: LinearCase) -> Tensor:
         of = case.shape, case.torch_dtype
@@ -64,12 +76,26 @@ class MemoryBench:
             self._of, self._weight = of, draw_weight(*of, self.device, self.seed)
         return self._weight
 
+    def _judge(self, trial: LinearTrial, problem: Problem) -> str:
+        """A complaint about the result, or ""."""
+        case = trial.inputs.case
+        if self._exact is None or self._exact[0] != case:
+            self._exact = None  # released before the next is made
+            self._exact = case, Exact.of(problem, self.seed)
+        exact = self._exact[1]
+        # Old log-probabilities are those of the exact ones, as where times are taken.
+        checked = LinearTrial(trial.provider, problem.inputs(case.inactive, exact.logprobs))
+        checked.before()
+        errors = trial.provider.judge(LinearOracle(checked.inputs, exact), checked.step())
+        return "" if errors is None else errors.complaint
+
     def measure(self, series: str, case: LinearCase, providers: Iterable[LinearProvider], share: float) -> None:
         """A row for each provider; ``share`` is what each is worth on the progress bar."""
         for provider in providers:
             row = _row(series, case, provider, self.device.type)
             self.rows.append(row)
-            self.progress.stage(f"{case.shape.name}: memory, {provider.name} at {case.tokens} tokens")
+            head = self._labels.get(case.shape, case.shape.name)
+            self.progress.stage(f"{head}: memory, {provider.name} at {case.tokens} tokens")
             try:
                 self._measure(row, provider)
             except Exception as error:  # a provider's code: anything can come
@@ -80,7 +106,10 @@ class MemoryBench:
             self.progress.advance(share)
 
     def _measure(self, row: MemoryRow, provider: LinearProvider) -> None:
-        case, device = row.case, self.device
+        case, device, name = row.case, self.device, provider.name
+        if self._verdicts.get(name):
+            row.status, row.note = "wrong", self._verdicts[name]
+            return
         if provider.largest is not None and case.logits_bytes > provider.largest:
             size = provider.largest >> 20
             row.status, row.note = "skipped", f"{provider.slow_start}: measured up to {size} MiB of logits"
@@ -90,18 +119,22 @@ class MemoryBench:
             row.status, row.note = "out_of_memory", note
             return
         weight = self._head(case)
-        trial = LinearTrial(provider, draw(case, [case.inactive], device, self.seed, weight).inputs(case.inactive))
+        problem = draw(case, [case.inactive], device, self.seed, weight)
+        trial = LinearTrial(provider, problem.inputs(case.inactive))
         provider.prepare(case, device)
-        called = (provider.name, case.shape)
-        if provider.slow_start and (called not in self._called or provider.largest is not None):
+        called = (name, case.shape)
+        if name not in self._verdicts:
+            self._verdicts[name] = self._judge(trial, problem)
+            self._called.add(called)
+            if self._verdicts[name]:
+                row.status, row.note = "wrong", self._verdicts[name]
+                return
+        elif provider.slow_start and (called not in self._called or provider.largest is not None):
             trial.before()
             trial.step()  # compiles, which takes memory of its own
-            synchronize(device)
             self._called.add(called)
-        trial.before()
-        kept: list[Step] = []
-        row.peak_extra_bytes = peak_extra_bytes(lambda: kept.append(trial.step()), device)
-        row.gradient_bytes = kept.pop().gradient_bytes()
+        row.peak_extra_bytes, step = peak_of(trial, device)
+        row.gradient_bytes = step.gradient_bytes()
 
     def predict(self, series: str, case: LinearCase, provider: LinearProvider, device_type: str) -> None:
         """A row that is not measured."""
@@ -115,7 +148,7 @@ def against_tokens(
 ) -> None:
     """Every provider with its default settings, and ours with a fixed chunk budget."""
     providers = [provider for provider in providers if provider.measures_memory]
-    sizes = [_of_tokens(case, count, case.chunk_bytes) for count in tokens]
+    sizes = [dataclasses.replace(_of_tokens(case, count, case.chunk_bytes), mode=case.mode) for count in tokens]
     counts = _budget_tokens(tokens)
     # In float32, where dweight is its own accumulator: in bfloat16 the peak comes when that is cast to the gradient,
     # the chunk already released, and would show nothing of it.
@@ -131,6 +164,7 @@ def against_tokens(
 
 
 def _of_tokens(case: LinearCase, tokens: int, chunk_bytes: int | None) -> LinearCase:
+    """A whole step, whatever the mode: that is what predictions and limits are about."""
     return LinearCase.of_tokens(case.shape, tokens, case.dtype, case.objective, case.inactive, chunk_bytes)
 
 
@@ -149,9 +183,14 @@ def measure_memory(
     share: float,
     *,
     quick: bool,
+    label: str = "",
 ) -> None:
-    """All of it, into ``result``; ``quick``: the 7B model's head is predicted only."""
-    bench = MemoryBench(settings.device, settings.seed, result.memory, progress)
+    """All of it, into ``result``; ``quick``: the 7B model's head is predicted only.
+
+    ``label``: what the progress is told of the case; the head's name by default.
+    """
+    release(settings.device)
+    bench = MemoryBench(settings.device, settings.seed, result.memory, progress, case.shape, label)
     ours = [provider for provider in providers if provider.ours]
     against_tokens(bench, case, tokens, providers, share * 0.7)
     if ours:

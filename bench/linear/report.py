@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 
-from hpo_fused.bench.accuracy import error
+from hpo_fused.bench.accuracy import PROVIDER_WIDTH, error
 from hpo_fused.bench.labels import number
-from hpo_fused.bench.report import busy_warning, environment_line
+from hpo_fused.bench.report import busy_warning, environment_line, left_out
 from hpo_fused.bench.results import MemoryRow
 from hpo_fused.bench.sheet import Sheet
 
@@ -95,7 +95,7 @@ def _error_cells(row: LinearRow) -> list[str]:
 
 def errors(result: LinearResult) -> Sheet:
     """Errors of everything that was checked."""
-    view = Sheet("Against float64", ERRORS, 2)
+    view = Sheet("Against float64", ERRORS, 2, name_width=PROVIDER_WIDTH)
     for share, rows in _by_share(row for row in result.rows if row.errors is not None):
         for row in rows:
             view.add(share, row.provider, *_error_cells(row), ours=row.is_ours)
@@ -180,6 +180,7 @@ def time_notes(result: LinearResult) -> Iterator[str]:
     )
     if case.mode == "gradient":
         yield "who makes the gradients in its forward has next to nothing left to do."
+    yield from left_out(row for row in result.rows if not row.is_floor)
     names = {row.provider for row in result.rows}
     once = [row.provider for row in result.rows if row.case.inactive == 0 and not row.is_ours and not row.is_floor]
     if len({row.case.inactive for row in result.rows}) > 1 and once:
@@ -200,7 +201,8 @@ def time_notes(result: LinearResult) -> Iterator[str]:
         f"ms: median. ÷ ours, % of gemms: medians of ratios within rounds. TFLOP/s: {flops}, n the rows computed, over "
         "the median."
     )
-    yield "peak MiB: beyond the inputs, gradients included (which alone are the last column)."
+    meanwhile = "; with the forward, whose results are held meanwhile" if case.mode == "gradient" else ""
+    yield f"peak MiB: beyond the inputs, gradients included (which alone are the last column){meanwhile}."
 
 
 def error_notes(result: LinearResult) -> Iterator[str]:

@@ -29,7 +29,7 @@ class LinearErrors:
     """How far a provider's result is from float64.
 
     Attributes:
-        loss: relative to the sum of |dloss/dlogp|, which unlike the loss does not cancel.
+        loss: relative to the sum of |dloss/dlogp|, which unlike the loss does not cancel; None where none was given.
         logprob: absolute errors of the active rows whose logits were rounded as the oracle's; None if none given.
         moved: rows whose logits were rounded otherwise, as a GEMM that sums in another order may.
         hidden, weight: of the gradients; None where no checked row has any.
@@ -37,7 +37,7 @@ class LinearErrors:
         broken: limits that only this package's providers are held to and this one misses, "" if none.
     """
 
-    loss: float
+    loss: float | None
     logprob: RowErrors | None = None
     moved: int = 0
     hidden: RowErrors | None = None

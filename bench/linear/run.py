@@ -9,6 +9,7 @@ import torch
 
 from hpo_fused.bench.measure import Task
 from hpo_fused.bench.providers import Output
+from hpo_fused.bench.results import first_of_ours
 from hpo_fused.bench.trial import (
     Progress,
     Settings,
@@ -18,6 +19,7 @@ from hpo_fused.bench.trial import (
     mark_untimed,
     record_failure,
     record_out_of_memory,
+    release,
     time_in_rounds,
 )
 
@@ -54,6 +56,7 @@ def check_first(trial: LinearTrial, exact: Exact, row: LinearRow, device: torch.
     if row.note:
         row.status = "out_of_memory"
         return
+    row.version = provider.available(device)
     provider.prepare(inputs.case, device)
     oracle = LinearOracle(inputs, exact)
 
@@ -74,7 +77,7 @@ def _pairs(
     for inactive in fractions:
         for provider in providers:
             if provider.skips_inactive or inactive == min(fractions):
-                row = LinearRow(case.at(inactive), provider.name)
+                row = LinearRow(case.at(inactive), provider.name, ours=provider.ours, leaves_out=provider.leaves_out)
                 found[f"{provider.name} at {inactive:g}"] = provider, row
     return found
 
@@ -86,12 +89,19 @@ def run_linear(
     settings: Settings,
     rows: list[LinearRow],
     progress: Progress,
+    label: str = "",
 ) -> None:
     """Measure ``case`` with each share of inactive rows and append a row for each provider and share to ``rows``.
 
     Rows are complete and summarised however this ends: on Ctrl-C they hold the rounds that were finished.
+
+    Args:
+        label: what the progress is told of; the head's name by default.
     """
-    device, label = settings.device, case.shape.name
+    device, label = settings.device, label or case.shape.name
+    release(device)
+    for provider in providers:
+        provider.told_active = settings.cuda_graph
     pairs = _pairs(case, providers, fractions)
     mine = {name: row for name, (_, row) in pairs.items()}
     rows.extend(mine.values())
@@ -123,5 +133,7 @@ def run_linear(
         record_out_of_memory(mine, error)
     finally:
         mark_untimed(mine, timed=settings.timed)
-        ours = next((provider.name for provider in providers if provider.ours), None)
-        summarise(list(mine.values()), ours, {provider.name: provider.skips_inactive for provider in providers})
+        for provider in providers:
+            provider.release()
+        skipping = {provider.name: provider.skips_inactive for provider in providers}
+        summarise(list(mine.values()), first_of_ours(mine.values()), skipping)

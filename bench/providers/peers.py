@@ -35,7 +35,7 @@ def require(distribution: str, version: str) -> str:
         installed = metadata.version(distribution)
     except metadata.PackageNotFoundError:
         # The same words for all of them, so that a report says it once.
-        raise Unavailable("not installed (pip install 'hpo-fused[peers]')") from None
+        raise Unavailable("not installed (extra: peers)") from None
     if _numbers(installed) < _numbers(version):
         raise Unavailable(f"needs {distribution}>={version}, this is {installed}")
     return f"{distribution} {installed}"

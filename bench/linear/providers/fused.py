@@ -42,6 +42,7 @@ class Fused(LossProvider):
             objective=inputs.objective,
             softcap=inputs.case.shape.softcap,
             chunk_bytes=inputs.case.chunk_bytes,
+            active_count=inputs.case.active if self.told_active else None,
             backend=self.backend,
         )
         return Output(out.loss, out.logprobs, out.entropy)

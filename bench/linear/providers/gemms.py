@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hpo_fused.bench.linear.cases import LinearCase
+from hpo_fused.bench.linear.check import LinearOracle
 from hpo_fused.bench.linear.draw import LinearInputs
 from hpo_fused.bench.linear.results import GEMMS
 from hpo_fused.bench.providers import Output
@@ -39,6 +40,13 @@ class Gemms(LinearProvider):
 
     def memory_bytes(self, case: LinearCase, device: torch.device) -> float:
         return case.memory(device.type).chunk + case.weight_bytes + 2 * case.input_bytes
+
+    def judge(self, oracle: LinearOracle, step: Step) -> None:
+        """It computes no loss, and gradients of nothing."""
+
+    def release(self) -> None:
+        self.buffers.clear()
+        self.active.clear()
 
     def _buffer(self, name: str, rows: int, columns: int, like: Tensor) -> Tensor:
         """Room that the cases share."""
