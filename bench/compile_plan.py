@@ -30,15 +30,19 @@ class Variant:
     kl: bool = False
     gradient: bool = True
     aligned_out: bool = True
+    sequence: bool = False
+    weights: str = "batch"  # where token weights come from, see ``compile_variant.WEIGHTS``
 
     @property
     def name(self) -> str:
         flags = ("softcap", "entropy", "entropy_term", "kl")
         parts = [self.dtype] + [flag for flag in flags if getattr(self, flag)]
-        if self.kernel == "fused_policy_loss":
+        if self.kernel.endswith("policy_loss"):
             parts.append(self.kind)
+            parts += ["sequence"] if self.sequence else []
             parts += [] if self.old else ["on_policy"]
             parts += [] if self.gradient else ["loss_only"]
+        parts += [] if self.weights == "batch" else [self.weights]
         return "/".join(parts + ([] if self.aligned_out else ["unaligned_out"]))
 
     @property
@@ -59,9 +63,15 @@ CORE = (
     Variant("fused_policy_loss", "fp32", entropy=True, entropy_term=True, kl=True),
     CAPPED,
     Variant("fused_policy_loss", "bf16", kind="truncated_ratio", entropy=True, aligned_out=False),
+    Variant("fused_policy_loss", "bf16", entropy=True, weights="prepared"),
+    Variant("fused_policy_loss", "bf16", entropy=True, weights="packed"),
     Variant("token_statistics", "bf16", entropy=True, softcap=True),
     Variant("token_gradient", "bf16", entropy_term=True),
     Variant("scale_gradient", "bf16"),
+    Variant("response_statistics", "fp32"),
+    Variant("response_statistics", "fp32", weights="packed"),
+    Variant("logprob_policy_loss", "fp32"),
+    Variant("logprob_policy_loss", "fp32", entropy_term=True, kl=True, sequence=True, kind="clip", weights="packed"),
 )
 
 

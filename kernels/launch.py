@@ -72,6 +72,7 @@ def machine(device_index: int) -> Machine:
     return Machine(backend, properties.multi_processor_count, cache, warp_size)
 
 
+@functools.cache
 def configure(
     machine: Machine, itemsize: int, V: int, *, reread: bool = True, narrow: bool = False
 ) -> LaunchConfiguration:
@@ -104,22 +105,37 @@ def configure(
     )  # fmt: skip
 
 
+@functools.cache
+def _interpreted(itemsize: int, V: int) -> LaunchConfiguration:
+    """One Python step per operation: few, large tiles, and few programs."""
+    vec = VECTOR_BYTES // itemsize
+    lanes = 64
+    while lanes < 4096 and lanes * vec < V:
+        lanes *= 2
+    return LaunchConfiguration(1, lanes, vec, 1, 4, {})
+
+
 def launch_configuration(tensor: Tensor, *, reread: bool = True, narrow: bool = False) -> LaunchConfiguration:
     """The launch for the rows of ``tensor``, [B, T, V]."""
     itemsize, V = tensor.element_size(), tensor.shape[-1]
     if INTERPRETED.value:
-        # One Python step per operation: few, large tiles, and few programs.
-        vec = VECTOR_BYTES // itemsize
-        lanes = 64
-        while lanes < 4096 and lanes * vec < V:
-            lanes *= 2
-        return LaunchConfiguration(1, lanes, vec, 1, 4, {})
+        return _interpreted(itemsize, V)
     return configure(machine(tensor.device.index), itemsize, V, reread=reread, narrow=narrow)
+
+
+_NO_CHANGE = nullcontext()
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Make the tensor's device current: Triton launches on the current one."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return _NO_CHANGE
+
+
+def assertions() -> dict[str, object]:
+    """Launch options of a kernel compiled with its assertions: those it states, not one for every integer sum."""
+    return {} if INTERPRETED.value else {"sanitize_overflow": False}
 
 
 def same_alignment(first: Tensor, second: Tensor) -> bool:
@@ -132,6 +148,7 @@ def same_alignment(first: Tensor, second: Tensor) -> bool:
     return first.dtype == second.dtype and all(difference % VECTOR_BYTES == 0 for difference in differences)
 
 
+@functools.lru_cache(maxsize=64)
 def transform_constants(temperature: float, softcap: float | None) -> tuple[float, float, float]:
     """scale (v to the base-2 domain), dz'/dz at slope 1, and the factor inside the softcap's exponential.
 
