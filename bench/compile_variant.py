@@ -135,7 +135,8 @@ def _arguments(variant: Variant) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     prepared, full = variant.weights == "prepared", variant.weights == "packed"
     inputs = {"mask": "*i1", "advantages": f32, "token_weights": f32 if prepared or full else None}
     inputs |= {"old_logprobs": f32 if variant.old else None, "ref_logprobs": f32 if variant.kl else None}
-    types = {"statistics": None if prepared else "*i32", "normalizers": f32 if prepared else None}
+    types = {"statistics": None if prepared else "*i32", "factors": None if prepared else f32}
+    types |= {"normalizers": f32 if prepared else None}
     types |= {"counts": ("*i64" if full else None,) * 4, "numbers": ("fp32",) * 7, **inputs}
     types |= {"parameters": ("fp32",) * PARAMETERS[variant.kind], "N": "i32", "T": "i32", "B": "i32"}
     types |= {"losses": f32, "active": None if prepared else "*i1"}

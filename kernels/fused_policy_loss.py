@@ -50,6 +50,7 @@ def fused_policy_loss_kernel(
     old_logprobs,
     ref_logprobs,
     statistics,  # of response_statistics_kernel; None where weights are "prepared"
+    factors,  # room for two numbers; None where weights are "prepared"
     normalizers,  # [B], "prepared": penalty weights [B, T]
     counts,  # of BatchWeights
     numbers,
@@ -98,10 +99,13 @@ def fused_policy_loss_kernel(
     # The row is read again only if a gradient follows; both readings ask the cache to act accordingly.
     FIRST_READ: tl.constexpr = "evict_last" if GRADIENT else "evict_first"
     PREPARED: tl.constexpr = NORMALIZATION == "prepared"
-    factor = tl.full((), 0.0, tl.float32)
-    alpha = factor
     if not PREPARED:
-        factor, alpha = batch_factors(statistics, counts, numbers, B, NORMALIZATION, WEIGHTING, OWN_COUNTS, LANES)
+        # Kept in memory: in registers they would be live throughout the sweeps. Every program writes the same bits to
+        # the same place, so that whichever of them a row of any program then finds there is right.
+        factor, alpha = batch_factors(statistics, counts, numbers, B, NORMALIZATION, WEIGHTING, OWN_COUNTS)
+        tl.store(factors, factor)
+        tl.store(factors + 1, alpha)
+        tl.debug_barrier()
     for row in range(tl.program_id(0), N, tl.num_programs(0)):
         loss = tl.full((), 0.0, tl.float32)
         c = loss
@@ -111,7 +115,7 @@ def fused_policy_loss_kernel(
         y = tl.full((), 0, tl.int32)
         start = logits + row_offset(row, T, stride_b, stride_t)
         unmasked, advantage, policy_weight, penalty_weight = row_weights(
-            row, None, T, B, factor, alpha, statistics, normalizers, mask, mask_stride, advantages, advantages_stride,
+            row, None, T, B, factors, statistics, normalizers, mask, mask_stride, advantages, advantages_stride,
             token_weights, token_weights_stride,
             NORMALIZATION, WEIGHTING, PACKED, ADVANTAGE_PER_TOKEN, WEIGHT_PER_TOKEN,
         )  # fmt: skip
@@ -128,11 +132,6 @@ def fused_policy_loss_kernel(
             # Asked for here, what the loss needs arrives while the lanes meet, and occupies no register before. In
             # place, the lanes' barriers also give every thread its copy of z_y before any thread overwrites it.
             z_y = load_target(start, y)
-            _, advantage, policy_weight, penalty_weight = row_weights(
-                row, None, T, B, factor, alpha, statistics, normalizers, mask, mask_stride, advantages,
-                advantages_stride, token_weights, token_weights_stride,
-                NORMALIZATION, WEIGHTING, PACKED, ADVANTAGE_PER_TOKEN, WEIGHT_PER_TOKEN,
-            )  # fmt: skip
             old_logprob = tl.full((), 0.0, tl.float32)
             ref_logprob = tl.full((), 0.0, tl.float32)
             if HAS_OLD:
@@ -140,6 +139,11 @@ def fused_policy_loss_kernel(
             if HAS_KL:
                 ref_logprob = to_float32(load_token(ref_logprobs, row, None, T, ref_logprobs_stride, PACKED))
             logprob, maximum, rest, entropy = row_statistics(lanes, z_y, transform, SOFTCAP, ENTROPY)
+            _, advantage, policy_weight, penalty_weight = row_weights(
+                row, None, T, B, factors, statistics, normalizers, mask, mask_stride, advantages,
+                advantages_stride, token_weights, token_weights_stride,
+                NORMALIZATION, WEIGHTING, PACKED, ADVANTAGE_PER_TOKEN, WEIGHT_PER_TOKEN,
+            )  # fmt: skip
             loss, c, h = token_loss(
                 logprob, entropy, advantage, policy_weight, penalty_weight, logprob - old_logprob, ref_logprob,
                 parameters, max_log_ratio, kl_coef, entropy_coef, KIND, HAS_OLD, HAS_KL, ENTROPY_TERM,
@@ -245,10 +249,13 @@ def _launch(
     stride_b, stride_t, _ = logits.stride()
     out_stride_b, out_stride_t, _ = (0, 0, 0) if out is None else out.stride()
     with on_device_of(logits):
-        statistics = None if prepared else response_statistics(inputs, weights, rows, T, V)
+        statistics = factors = None
+        if not prepared:
+            statistics = response_statistics(inputs, weights, rows, T, V)
+            factors = torch.empty(2, dtype=torch.float32, device=device)
         fused_policy_loss_kernel[launch.grid(rows)](
             logits, out, tokens, mask, advantages, token_weights, old, ref if spec.kl_coef != 0 else None, statistics,
-            normalizers, weights.counts, weights.numbers,
+            factors, normalizers, weights.counts, weights.numbers,
             losses, logprobs, entropies, None if prepared else active,
             transform_constants(*transform), spec.parameters, spec.max_log_ratio, spec.kl_coef, spec.entropy_coef,
             rows, T, weights.responses, V, stride_b, stride_t, out_stride_b, out_stride_t,

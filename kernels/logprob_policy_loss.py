@@ -40,6 +40,7 @@ def logprob_policy_loss_kernel(
     ref_logprobs,
     cu_seqlens,
     statistics,  # of response_statistics_kernel
+    factors,  # room for two numbers
     normalizers,  # [B] or None
     counts,  # of BatchWeights
     numbers,
@@ -77,7 +78,10 @@ def logprob_policy_loss_kernel(
     ENTROPY_TERM: tl.constexpr,
 ):
     response = tl.program_id(0)
-    factor, alpha = batch_factors(statistics, counts, numbers, B, NORMALIZATION, WEIGHTING, OWN_COUNTS, BLOCK)
+    factor, alpha = batch_factors(statistics, counts, numbers, B, NORMALIZATION, WEIGHTING, OWN_COUNTS)
+    tl.store(factors, factor)  # as the fused kernel does
+    tl.store(factors + 1, alpha)
+    tl.debug_barrier()
     first = response * T
     last = first + T
     if PACKED:
@@ -107,7 +111,7 @@ def logprob_policy_loss_kernel(
         for start in range(first, last, BLOCK):
             row = start + tl.arange(0, BLOCK)
             _, advantage, policy_weight, _ = row_weights(
-                row, row < last, T, B, factor, alpha, statistics, normalizers, mask, mask_stride, advantages,
+                row, row < last, T, B, factors, statistics, normalizers, mask, mask_stride, advantages,
                 advantages_stride, token_weights, token_weights_stride,
                 NORMALIZATION, WEIGHTING, PACKED, ADVANTAGE_PER_TOKEN, WEIGHT_PER_TOKEN,
             )  # fmt: skip
@@ -124,7 +128,7 @@ def logprob_policy_loss_kernel(
         row = start + tl.arange(0, BLOCK)
         inside = row < last
         unmasked, advantage, policy_weight, penalty_weight = row_weights(
-            row, inside, T, B, factor, alpha, statistics, normalizers, mask, mask_stride, advantages,
+            row, inside, T, B, factors, statistics, normalizers, mask, mask_stride, advantages,
             advantages_stride, token_weights, token_weights_stride,
             NORMALIZATION, WEIGHTING, PACKED, ADVANTAGE_PER_TOKEN, WEIGHT_PER_TOKEN,
         )  # fmt: skip
@@ -189,9 +193,10 @@ def logprob_policy_loss(
         return result
     with on_device_of(logprobs):
         statistics = response_statistics(inputs._replace(tokens=None), weights, B * T, T, 0)
+        factors = torch.empty(2, dtype=torch.float32, device=batch.device)
         logprob_policy_loss_kernel[(responses,)](
             logprobs, entropy, mask, advantages, token_weights, old, ref if spec.kl_coef != 0 else None, cu_seqlens,
-            statistics, weights.normalizers, weights.counts, weights.numbers, *result,
+            statistics, factors, weights.normalizers, weights.counts, weights.numbers, *result,
             spec.parameters, spec.max_log_ratio, spec.kl_coef, spec.entropy_coef, B * T, T, responses,
             logprobs.stride(0), 0 if entropy is None else entropy.stride(0),
             0 if mask is None else mask.stride(0), advantages.stride(0),

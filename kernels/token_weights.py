@@ -21,6 +21,9 @@ from .launch import assertions
 
 # Rows per step. Fixed: a new length must not recompile.
 STATISTICS_BLOCK = 1024
+# Responses per step. Not one per thread of the program: a reduction over all warps in the prologue left the fused
+# kernel's thread offsets live throughout, which spilled on sm_100.
+TOTALS_BLOCK = tl.constexpr(128)
 
 # Flat and unspecialised throughout: micro-batches are slices of larger tensors, whose alignment varies with T.
 INPUTS = ["tokens", "mask", "advantages", "token_weights", "old_logprobs", "ref_logprobs"]
@@ -101,7 +104,7 @@ def _count(counts, numbers, index: tl.constexpr):
 @triton.jit
 def batch_factors(
     statistics, counts, numbers, B,
-    NORMALIZATION: tl.constexpr, WEIGHTING: tl.constexpr, OWN_COUNTS: tl.constexpr, LANES: tl.constexpr,
+    NORMALIZATION: tl.constexpr, WEIGHTING: tl.constexpr, OWN_COUNTS: tl.constexpr,
 ):  # fmt: skip
     """(factor, alpha): what every row's normalisation shares, and the weight of negative advantages.
 
@@ -114,10 +117,10 @@ def batch_factors(
     positive, negative = tokens, tokens
     if OWN_COUNTS:
         if (NORMALIZATION == "mean_length") | (WEIGHTING == "adaptive"):
-            lengths = tl.zeros([LANES], tl.int32)
+            lengths = tl.zeros([TOTALS_BLOCK], tl.int32)
             above, below = lengths, lengths
-            for start in range(0, B, LANES):
-                response = start + tl.arange(0, LANES)
+            for start in range(0, B, TOTALS_BLOCK):
+                response = start + tl.arange(0, TOTALS_BLOCK)
                 inside = response < B
                 lengths += tl.load(statistics + response, mask=inside, other=0)
                 if WEIGHTING == "adaptive":
@@ -146,11 +149,11 @@ def batch_factors(
 @triton.jit
 def load_token(pointer, row, inside, T, stride, PACKED: tl.constexpr):
     """Entries of a per-token tensor [B, T] (packed: [N]) at ``row``, as they are."""
-    if PACKED:  # neither T nor the stride need a register
+    if PACKED:  # neither T nor the stride need a register; nor, else, a second one for 64-bit offsets
         return tl.load(pointer + row, mask=inside)
     else:
         b = row // T
-        return tl.load(pointer + tl.cast(b, tl.int64) * stride + (row - b * T), mask=inside)
+        return tl.load(pointer + (b * stride + (row - b * T)), mask=inside)
 
 
 @triton.jit
@@ -158,19 +161,20 @@ def _load_any(pointer, row, response, inside, T, stride, PACKED: tl.constexpr, P
     if PER_TOKEN:
         return to_float32(load_token(pointer, row, inside, T, stride, PACKED))
     else:
-        return to_float32(tl.load(pointer + tl.cast(response, tl.int64) * stride, mask=inside))
+        return to_float32(tl.load(pointer + response * stride, mask=inside))
 
 
 @triton.jit
 def row_weights(
-    row, inside, T, B, factor, alpha, statistics, normalizers, mask, mask_stride, advantages, advantages_stride,
+    row, inside, T, B, factors, statistics, normalizers, mask, mask_stride, advantages, advantages_stride,
     token_weights, token_weights_stride,
     NORMALIZATION: tl.constexpr, WEIGHTING: tl.constexpr, PACKED: tl.constexpr,
     ADVANTAGE_PER_TOKEN: tl.constexpr, WEIGHT_PER_TOKEN: tl.constexpr,
 ):  # fmt: skip
     """(unmasked, advantage, policy weight, penalty weight) of a row, or of a block of rows of which ``inside`` exist.
 
-    Weights are 0 where masked. "prepared": somebody else made both, ``token_weights`` and ``normalizers``, per row.
+    ``factors``: where ``batch_factors``' two numbers lie. Weights are 0 where masked. "prepared": somebody else made
+    both, ``token_weights`` and ``normalizers``, per row.
     """
     if PACKED:
         response = tl.load(statistics + 2 * B + row, mask=inside)
@@ -185,6 +189,7 @@ def row_weights(
     if NORMALIZATION == "prepared":
         return unmasked, advantage, tl.load(token_weights + row), tl.load(normalizers + row)
     else:
+        factor = tl.load(factors)
         penalty = factor
         if NORMALIZATION == "response":
             length = tl.load(statistics + response, mask=inside)
@@ -194,7 +199,7 @@ def row_weights(
         penalty = tl.where(unmasked, penalty, 0.0)
         policy = penalty
         if WEIGHTING != "none":
-            policy = tl.where(advantage < 0, penalty * alpha, penalty)
+            policy = tl.where(advantage < 0, penalty * tl.load(factors + 1), penalty)
         if token_weights is not None:
             caller = _load_any(token_weights, row, response, inside, T, token_weights_stride, PACKED, WEIGHT_PER_TOKEN)
             policy = tl.where(policy != 0, policy * caller, 0.0)

@@ -512,9 +512,12 @@ def signs_of_masked_responses_count(patch: Patch) -> None:
 def hysteretic_weight_of_the_other_sign(patch: Patch) -> None:
     original = fused_kernel.row_weights
 
-    def change(row: Any, T: Any, B: Any, factor: Any, alpha: Any, *rest: Any) -> Any:
-        unmasked, advantage, policy, penalty = original(row, T, B, factor, 1.0, *rest)
-        return unmasked, advantage, fused_kernel.tl.where(advantage > 0, policy * alpha, policy), penalty
+    def change(row: Any, inside: Any, T: Any, B: Any, factors: Any, *rest: Any) -> Any:
+        unmasked, advantage, policy, penalty = original(row, inside, T, B, factors, *rest)
+        tl = fused_kernel.tl
+        alpha = 1.0 if factors is None else tl.load(factors + 1)
+        policy = tl.where(advantage < 0, policy / alpha, tl.where(advantage > 0, policy * alpha, policy))
+        return unmasked, advantage, policy, penalty
 
     patch.setattr(fused_kernel, "row_weights", change)
 
