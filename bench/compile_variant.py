@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hpo_fused.kernels.fused_policy_loss import fused_policy_loss_kernel
-from hpo_fused.kernels.launch import LaunchConfiguration, Machine, configure
+from hpo_fused.kernels.launch import LaunchConfiguration, Machine, configure, reload_scalars
 from hpo_fused.kernels.logprob_policy_loss import LOSS_BLOCK, logprob_policy_loss_kernel
 from hpo_fused.kernels.scale_gradient import scale_gradient_kernel
 from hpo_fused.kernels.token_gradient import token_gradient_kernel
@@ -135,8 +135,7 @@ def _arguments(variant: Variant) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     prepared, full = variant.weights == "prepared", variant.weights == "packed"
     inputs = {"mask": "*i1", "advantages": f32, "token_weights": f32 if prepared or full else None}
     inputs |= {"old_logprobs": f32 if variant.old else None, "ref_logprobs": f32 if variant.kl else None}
-    types = {"statistics": None if prepared else "*i32", "factors": None if prepared else f32}
-    types |= {"normalizers": f32 if prepared else None}
+    types = {"statistics": None if prepared else "*i32", "normalizers": f32 if prepared else None}
     types |= {"counts": ("*i64" if full else None,) * 4, "numbers": ("fp32",) * 7, **inputs}
     types |= {"parameters": ("fp32",) * PARAMETERS[variant.kind], "N": "i32", "T": "i32", "B": "i32"}
     types |= {"losses": f32, "active": None if prepared else "*i1"}
@@ -226,6 +225,8 @@ def compile_variant(variant: Variant, target: str, registers_at_most: int | None
     if variant.kernel in SMALL:
         switches = {"BLOCK": launch.lanes, **switches}
     else:
+        if variant.kernel == "fused_policy_loss":
+            switches["RELOAD"] = reload_scalars(launch)
         switches = {"LANES": launch.lanes, "VEC": launch.vec, "UNROLL": launch.unroll, **switches}
     names = kernel.arg_names
     constants: dict[tuple[int, ...], Any] = {(names.index(name),): value for name, value in switches.items()}

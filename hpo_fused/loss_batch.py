@@ -113,7 +113,11 @@ class LossBatch:
             per_token = value.shape[0] != self.responses
         else:  # expanded along T is one per response, too
             per_token = value.dim() == 2 and value.shape[1] == self.shape[1] and value.stride(1) != 0
-        return (_unit_stride(value), True) if per_token else (_near(value), False)
+        if per_token:
+            return _unit_stride(value), True
+        if value.stride(0) == 1 or value.shape[0] <= 1:
+            return value, False
+        return (value if value.dim() == 1 else value[:, 0]).contiguous(), False
 
     def inputs(self) -> TokenInputs:
         """The tensors, of any dtype; copied only where the last dimension is strided."""
@@ -161,9 +165,6 @@ _NO_COUNTS = (None, None, None, None)
 
 
 def _unit_stride(value: Tensor) -> Tensor:
-    return _near(value) if value.stride(-1) == 1 or value.shape[-1] <= 1 else value.contiguous()
-
-
-def _near(value: Tensor) -> Tensor:
-    """The tensor, copied where its entries lie too far apart for offsets of 32 bits."""
-    return value if value.stride(0) * value.shape[0] < 2**31 else value.contiguous()
+    """The tensor as kernels can address it: last dimension contiguous, offsets within 32 bits."""
+    near = value.stride(0) * value.shape[0] < 2**31
+    return value if near and (value.stride(-1) == 1 or value.shape[-1] <= 1) else value.contiguous()

@@ -61,7 +61,7 @@ class TokenInputs(NamedTuple):
 
     tokens: Tensor | None  # None: log-probabilities are at hand
     mask: Tensor | None  # 0: masked
-    advantages: Tensor  # per token, or per response: [B] of any stride
+    advantages: Tensor  # per token, or per response: [B], contiguous
     token_weights: Tensor | None  # likewise
     old_logprobs: Tensor | None
     ref_logprobs: Tensor | None

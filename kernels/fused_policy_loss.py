@@ -19,7 +19,7 @@ from torch import Tensor
 from hpo_fused.rows import BatchWeights, LogitTransform, LossRows, SurrogateSpec, TokenInputs, TokenTerms
 
 from .elementary import to_float32
-from .launch import launch_configuration, on_device_of, same_alignment, transform_constants
+from .launch import launch_configuration, on_device_of, reload_scalars, same_alignment, transform_constants
 from .surrogate import token_loss
 from .token_weights import INPUT_STRIDES, INPUTS, batch_factors, load_token, response_statistics, row_weights
 from .vocab_sweep import (
@@ -50,7 +50,6 @@ def fused_policy_loss_kernel(
     old_logprobs,
     ref_logprobs,
     statistics,  # of response_statistics_kernel; None where weights are "prepared"
-    factors,  # room for two numbers; None where weights are "prepared"
     normalizers,  # [B], "prepared": penalty weights [B, T]
     counts,  # of BatchWeights
     numbers,
@@ -88,6 +87,7 @@ def fused_policy_loss_kernel(
     ADVANTAGE_PER_TOKEN: tl.constexpr,
     WEIGHT_PER_TOKEN: tl.constexpr,
     SKIP: tl.constexpr,
+    RELOAD: tl.constexpr,  # keep what all rows share in memory, not in registers
     HAS_OLD: tl.constexpr,
     HAS_KL: tl.constexpr,
     ENTROPY: tl.constexpr,
@@ -99,13 +99,10 @@ def fused_policy_loss_kernel(
     # The row is read again only if a gradient follows; both readings ask the cache to act accordingly.
     FIRST_READ: tl.constexpr = "evict_last" if GRADIENT else "evict_first"
     PREPARED: tl.constexpr = NORMALIZATION == "prepared"
+    factor = tl.full((), 0.0, tl.float32)
+    alpha = factor
     if not PREPARED:
-        # Kept in memory: in registers they would be live throughout the sweeps. Every program writes the same bits to
-        # the same place, so that whichever of them a row of any program then finds there is right.
-        factor, alpha = batch_factors(statistics, counts, numbers, B, NORMALIZATION, WEIGHTING, OWN_COUNTS)
-        tl.store(factors, factor)
-        tl.store(factors + 1, alpha)
-        tl.debug_barrier()
+        factor, alpha = batch_factors(statistics, counts, numbers, B, NORMALIZATION, WEIGHTING, OWN_COUNTS, RELOAD)
     for row in range(tl.program_id(0), N, tl.num_programs(0)):
         loss = tl.full((), 0.0, tl.float32)
         c = loss
@@ -115,9 +112,9 @@ def fused_policy_loss_kernel(
         y = tl.full((), 0, tl.int32)
         start = logits + row_offset(row, T, stride_b, stride_t)
         unmasked, advantage, policy_weight, penalty_weight = row_weights(
-            row, None, T, B, factors, statistics, normalizers, mask, mask_stride, advantages, advantages_stride,
+            row, None, T, B, factor, alpha, statistics, normalizers, mask, mask_stride, advantages, advantages_stride,
             token_weights, token_weights_stride,
-            NORMALIZATION, WEIGHTING, PACKED, ADVANTAGE_PER_TOKEN, WEIGHT_PER_TOKEN,
+            NORMALIZATION, WEIGHTING, PACKED, ADVANTAGE_PER_TOKEN, WEIGHT_PER_TOKEN, RELOAD,
         )  # fmt: skip
         logprob = unknown if PREPARED else tl.where(unmasked, unknown, 0.0)
         entropy = logprob
@@ -140,9 +137,9 @@ def fused_policy_loss_kernel(
                 ref_logprob = to_float32(load_token(ref_logprobs, row, None, T, ref_logprobs_stride, PACKED))
             logprob, maximum, rest, entropy = row_statistics(lanes, z_y, transform, SOFTCAP, ENTROPY)
             _, advantage, policy_weight, penalty_weight = row_weights(
-                row, None, T, B, factors, statistics, normalizers, mask, mask_stride, advantages,
+                row, None, T, B, factor, alpha, statistics, normalizers, mask, mask_stride, advantages,
                 advantages_stride, token_weights, token_weights_stride,
-                NORMALIZATION, WEIGHTING, PACKED, ADVANTAGE_PER_TOKEN, WEIGHT_PER_TOKEN,
+                NORMALIZATION, WEIGHTING, PACKED, ADVANTAGE_PER_TOKEN, WEIGHT_PER_TOKEN, RELOAD,
             )  # fmt: skip
             loss, c, h = token_loss(
                 logprob, entropy, advantage, policy_weight, penalty_weight, logprob - old_logprob, ref_logprob,
@@ -249,13 +246,10 @@ def _launch(
     stride_b, stride_t, _ = logits.stride()
     out_stride_b, out_stride_t, _ = (0, 0, 0) if out is None else out.stride()
     with on_device_of(logits):
-        statistics = factors = None
-        if not prepared:
-            statistics = response_statistics(inputs, weights, rows, T, V)
-            factors = torch.empty(2, dtype=torch.float32, device=device)
+        statistics = None if prepared else response_statistics(inputs, weights, rows, T, V)
         fused_policy_loss_kernel[launch.grid(rows)](
             logits, out, tokens, mask, advantages, token_weights, old, ref if spec.kl_coef != 0 else None, statistics,
-            factors, normalizers, weights.counts, weights.numbers,
+            normalizers, weights.counts, weights.numbers,
             losses, logprobs, entropies, None if prepared else active,
             transform_constants(*transform), spec.parameters, spec.max_log_ratio, spec.kl_coef, spec.entropy_coef,
             rows, T, weights.responses, V, stride_b, stride_t, out_stride_b, out_stride_t,
@@ -265,7 +259,7 @@ def _launch(
             LANES=launch.lanes, VEC=launch.vec, UNROLL=launch.unroll, KIND=spec.kind,
             NORMALIZATION=weights.normalization, WEIGHTING=weights.weighting, OWN_COUNTS=weights.own_counts,
             PACKED=cu_seqlens is not None, ADVANTAGE_PER_TOKEN=advantage_per_token, WEIGHT_PER_TOKEN=weight_per_token,
-            SKIP=skip, HAS_OLD=old is not None, HAS_KL=spec.kl_coef != 0,
+            SKIP=skip, RELOAD=reload_scalars(launch), HAS_OLD=old is not None, HAS_KL=spec.kl_coef != 0,
             ENTROPY=entropy, ENTROPY_TERM=spec.entropy_coef != 0, SOFTCAP=softcap,
             GRADIENT=out is not None, ALIGNED_OUT=aligned,
             num_warps=launch.num_warps, **launch.options,

@@ -126,6 +126,12 @@ def launch_configuration(tensor: Tensor, *, reread: bool = True, narrow: bool = 
 _NO_CHANGE = nullcontext()
 
 
+def reload_scalars(launch: LaunchConfiguration) -> bool:
+    """Whether what all rows share is better read again than kept: where registers are limited. Not on AMD, whose
+    scalar registers hold it; there the address would be what spills (gfx942, softcap with KL and entropy term)."""
+    return INTERPRETED.value or "maxnreg" in launch.options
+
+
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Make the tensor's device current: Triton launches on the current one."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():

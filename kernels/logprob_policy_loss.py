@@ -40,7 +40,6 @@ def logprob_policy_loss_kernel(
     ref_logprobs,
     cu_seqlens,
     statistics,  # of response_statistics_kernel
-    factors,  # room for two numbers
     normalizers,  # [B] or None
     counts,  # of BatchWeights
     numbers,
@@ -78,16 +77,13 @@ def logprob_policy_loss_kernel(
     ENTROPY_TERM: tl.constexpr,
 ):
     response = tl.program_id(0)
-    factor, alpha = batch_factors(statistics, counts, numbers, B, NORMALIZATION, WEIGHTING, OWN_COUNTS)
-    tl.store(factors, factor)  # as the fused kernel does
-    tl.store(factors + 1, alpha)
-    tl.debug_barrier()
+    factor, alpha = batch_factors(statistics, counts, numbers, B, NORMALIZATION, WEIGHTING, OWN_COUNTS, False)
     first = response * T
     last = first + T
     if PACKED:
         first = tl.maximum(tl.load(cu_seqlens + response).to(tl.int32), 0)
         last = tl.minimum(tl.load(cu_seqlens + response + 1).to(tl.int32), N)
-    length = tl.maximum(tl.load(statistics + response), 1).to(tl.float32)
+    length = tl.maximum(tl.load(statistics + 2 + response), 1).to(tl.float32)
 
     log_ratio = tl.full((), 0.0, tl.float32)
     if SEQUENCE and HAS_OLD:
@@ -111,9 +107,9 @@ def logprob_policy_loss_kernel(
         for start in range(first, last, BLOCK):
             row = start + tl.arange(0, BLOCK)
             _, advantage, policy_weight, _ = row_weights(
-                row, row < last, T, B, factors, statistics, normalizers, mask, mask_stride, advantages,
+                row, row < last, T, B, factor, alpha, statistics, normalizers, mask, mask_stride, advantages,
                 advantages_stride, token_weights, token_weights_stride,
-                NORMALIZATION, WEIGHTING, PACKED, ADVANTAGE_PER_TOKEN, WEIGHT_PER_TOKEN,
+                NORMALIZATION, WEIGHTING, PACKED, ADVANTAGE_PER_TOKEN, WEIGHT_PER_TOKEN, False,
             )  # fmt: skip
             value, c, _ = token_loss(
                 zero, zero, advantage, policy_weight, zero, zero + log_ratio, zero,
@@ -128,9 +124,9 @@ def logprob_policy_loss_kernel(
         row = start + tl.arange(0, BLOCK)
         inside = row < last
         unmasked, advantage, policy_weight, penalty_weight = row_weights(
-            row, inside, T, B, factors, statistics, normalizers, mask, mask_stride, advantages,
+            row, inside, T, B, factor, alpha, statistics, normalizers, mask, mask_stride, advantages,
             advantages_stride, token_weights, token_weights_stride,
-            NORMALIZATION, WEIGHTING, PACKED, ADVANTAGE_PER_TOKEN, WEIGHT_PER_TOKEN,
+            NORMALIZATION, WEIGHTING, PACKED, ADVANTAGE_PER_TOKEN, WEIGHT_PER_TOKEN, False,
         )  # fmt: skip
         logprob = tl.where(unmasked, to_float32(load_token(logprobs, row, unmasked, T, logprobs_stride, PACKED)), 0.0)
         old, ref, entropy = zero, zero, zero
@@ -193,10 +189,9 @@ def logprob_policy_loss(
         return result
     with on_device_of(logprobs):
         statistics = response_statistics(inputs._replace(tokens=None), weights, B * T, T, 0)
-        factors = torch.empty(2, dtype=torch.float32, device=batch.device)
         logprob_policy_loss_kernel[(responses,)](
             logprobs, entropy, mask, advantages, token_weights, old, ref if spec.kl_coef != 0 else None, cu_seqlens,
-            statistics, factors, weights.normalizers, weights.counts, weights.numbers, *result,
+            statistics, weights.normalizers, weights.counts, weights.numbers, *result,
             spec.parameters, spec.max_log_ratio, spec.kl_coef, spec.entropy_coef, B * T, T, responses,
             logprobs.stride(0), 0 if entropy is None else entropy.stride(0),
             0 if mask is None else mask.stride(0), advantages.stride(0),

@@ -38,7 +38,8 @@ INPUT_STRIDES = [f"{name}_stride" for name in INPUTS]
     ],
 )  # fmt: skip
 def response_statistics_kernel(
-    statistics,  # int32 [2 B], packed [2 B + N]: lengths; signs of the advantages; the response of each row
+    statistics,  # int32: room for two numbers of batch_factors; lengths [B]; signs of the advantages [B]; packed: each
+    # row's response [N]
     tokens,  # [B, T] or [N], or None: nothing to check
     mask,  # [B, T] or [N], or None: nothing masked
     advantages,  # [B], [B, T] or [N]
@@ -81,15 +82,15 @@ def response_statistics_kernel(
             token = tl.load(tokens + base * tokens_stride + index, mask=unmasked, other=0).to(tl.int64)
             tl.device_assert((token >= 0) & (token < V), "tokens: expected ids in [0, V) at unmasked positions")
         if cu_seqlens is not None:
-            tl.store(statistics + 2 * B + index, tl.zeros([BLOCK], tl.int32) + response, mask=inside)
+            tl.store(statistics + (2 + 2 * B) + index, tl.zeros([BLOCK], tl.int32) + response, mask=inside)
     length = tl.sum(count)
     if PER_TOKEN:
         total = tl.sum(signal)
     else:
-        total = to_float32(tl.load(advantages + response.to(tl.int64) * advantages_stride))
+        total = to_float32(tl.load(advantages + response))
     sign = (total > 0).to(tl.int32) - (total < 0).to(tl.int32)
-    tl.store(statistics + response, length)
-    tl.store(statistics + B + response, tl.where(length > 0, sign, 0))
+    tl.store(statistics + 2 + response, length)
+    tl.store(statistics + (2 + B) + response, tl.where(length > 0, sign, 0))
 
 
 @triton.jit
@@ -104,9 +105,9 @@ def _count(counts, numbers, index: tl.constexpr):
 @triton.jit
 def batch_factors(
     statistics, counts, numbers, B,
-    NORMALIZATION: tl.constexpr, WEIGHTING: tl.constexpr, OWN_COUNTS: tl.constexpr,
+    NORMALIZATION: tl.constexpr, WEIGHTING: tl.constexpr, OWN_COUNTS: tl.constexpr, RELOAD: tl.constexpr,
 ):  # fmt: skip
-    """(factor, alpha): what every row's normalisation shares, and the weight of negative advantages.
+    """Factor and alpha: what every row's normalisation shares, and the weight of negative advantages.
 
     ``counts``, ``numbers``: of :class:`~hpo_fused.rows.BatchWeights`. OWN_COUNTS: tokens, N+ and N- are this call's.
     The factor is n_i itself, but for "response", where 1 / max(L_i, 1) is left, and "response_given", where it is
@@ -122,9 +123,9 @@ def batch_factors(
             for start in range(0, B, TOTALS_BLOCK):
                 response = start + tl.arange(0, TOTALS_BLOCK)
                 inside = response < B
-                lengths += tl.load(statistics + response, mask=inside, other=0)
+                lengths += tl.load(statistics + 2 + response, mask=inside, other=0)
                 if WEIGHTING == "adaptive":
-                    sign = tl.load(statistics + B + response, mask=inside, other=0)
+                    sign = tl.load(statistics + (2 + B) + response, mask=inside, other=0)
                     above += (sign > 0).to(tl.int32)
                     below += (sign < 0).to(tl.int32)
             tokens = tl.sum(lengths).to(tl.float32)
@@ -143,6 +144,12 @@ def batch_factors(
         weight = tl.minimum(tl.maximum(quotient, alpha), 1.0)
     elif WEIGHTING == "fixed":
         weight = weight * alpha
+    if RELOAD:
+        # Kept in memory: in registers they would be live throughout a kernel's sweeps. Every program writes the same
+        # bits to the same place, so that whichever of them is then found there is right.
+        tl.store(statistics, factor.to(tl.int32, bitcast=True))
+        tl.store(statistics + 1, weight.to(tl.int32, bitcast=True))
+        tl.debug_barrier()
     return factor, weight
 
 
@@ -161,23 +168,23 @@ def _load_any(pointer, row, response, inside, T, stride, PACKED: tl.constexpr, P
     if PER_TOKEN:
         return to_float32(load_token(pointer, row, inside, T, stride, PACKED))
     else:
-        return to_float32(tl.load(pointer + response * stride, mask=inside))
+        return to_float32(tl.load(pointer + response, mask=inside))
 
 
 @triton.jit
 def row_weights(
-    row, inside, T, B, factors, statistics, normalizers, mask, mask_stride, advantages, advantages_stride,
+    row, inside, T, B, factor, alpha, statistics, normalizers, mask, mask_stride, advantages, advantages_stride,
     token_weights, token_weights_stride,
     NORMALIZATION: tl.constexpr, WEIGHTING: tl.constexpr, PACKED: tl.constexpr,
-    ADVANTAGE_PER_TOKEN: tl.constexpr, WEIGHT_PER_TOKEN: tl.constexpr,
+    ADVANTAGE_PER_TOKEN: tl.constexpr, WEIGHT_PER_TOKEN: tl.constexpr, RELOAD: tl.constexpr,
 ):  # fmt: skip
     """(unmasked, advantage, policy weight, penalty weight) of a row, or of a block of rows of which ``inside`` exist.
 
-    ``factors``: where ``batch_factors``' two numbers lie. Weights are 0 where masked. "prepared": somebody else made
-    both, ``token_weights`` and ``normalizers``, per row.
+    Weights are 0 where masked. RELOAD: the factors are read from ``statistics``. "prepared": somebody else made both
+    weights, ``token_weights`` and ``normalizers``, per row.
     """
     if PACKED:
-        response = tl.load(statistics + 2 * B + row, mask=inside)
+        response = tl.load(statistics + (2 + 2 * B) + row, mask=inside)
     else:
         response = row // T
     unmasked = row >= 0
@@ -189,17 +196,19 @@ def row_weights(
     if NORMALIZATION == "prepared":
         return unmasked, advantage, tl.load(token_weights + row), tl.load(normalizers + row)
     else:
-        factor = tl.load(factors)
+        if RELOAD:
+            factor = tl.load(statistics).to(tl.float32, bitcast=True)
+            alpha = tl.load(statistics + 1).to(tl.float32, bitcast=True)
         penalty = factor
         if NORMALIZATION == "response":
-            length = tl.load(statistics + response, mask=inside)
+            length = tl.load(statistics + 2 + response, mask=inside)
             penalty = factor / tl.maximum(length, 1).to(tl.float32)
         elif NORMALIZATION == "response_given":
             penalty = factor / tl.load(normalizers + response, mask=inside)
         penalty = tl.where(unmasked, penalty, 0.0)
         policy = penalty
         if WEIGHTING != "none":
-            policy = tl.where(advantage < 0, penalty * tl.load(factors + 1), penalty)
+            policy = tl.where(advantage < 0, penalty * alpha, penalty)
         if token_weights is not None:
             caller = _load_any(token_weights, row, response, inside, T, token_weights_stride, PACKED, WEIGHT_PER_TOKEN)
             policy = tl.where(policy != 0, policy * caller, 0.0)
@@ -209,7 +218,7 @@ def row_weights(
 def response_statistics(inputs: TokenInputs, weights: BatchWeights, rows: int, T: int, V: int) -> Tensor:
     """Launch the kernel of that name; a device-side assert for token ids or boundaries out of range."""
     packed, B = inputs.cu_seqlens is not None, weights.responses
-    statistics = torch.empty(2 * B + rows * packed, dtype=torch.int32, device=inputs.advantages.device)
+    statistics = torch.empty(2 + 2 * B + rows * packed, dtype=torch.int32, device=inputs.advantages.device)
     mask = inputs.mask
     response_statistics_kernel[(B,)](
         statistics, inputs.tokens, mask, inputs.advantages, inputs.cu_seqlens, rows, T, B, V,

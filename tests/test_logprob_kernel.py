@@ -121,7 +121,7 @@ def _replaced(name: str, change: Callable[..., Any]) -> Callable[[pytest.MonkeyP
 
 def _padding_counted(original: Any, inputs: Any, weights: Any, rows: int, T: int, V: int) -> Tensor:
     statistics = original(inputs, weights, rows, T, V)
-    statistics[: weights.responses] = T
+    statistics[2 : 2 + weights.responses] = T
     return statistics
 
 

@@ -112,7 +112,7 @@ def wrap_response_statistics(patch: Patch, change: Callable[[Tensor, Tensor, Any
     def spoiled(inputs: Any, weights: BatchWeights, rows: int, T: int, V: int) -> Tensor:
         statistics = original(inputs, weights, rows, T, V)
         B = weights.responses
-        change(statistics[:B], statistics[B : 2 * B], inputs, T)
+        change(statistics[2 : 2 + B], statistics[2 + B : 2 + 2 * B], inputs, T)
         return statistics
 
     patch.setattr(fused_kernel, "response_statistics", spoiled)
@@ -512,10 +512,9 @@ def signs_of_masked_responses_count(patch: Patch) -> None:
 def hysteretic_weight_of_the_other_sign(patch: Patch) -> None:
     original = fused_kernel.row_weights
 
-    def change(row: Any, inside: Any, T: Any, B: Any, factors: Any, *rest: Any) -> Any:
-        unmasked, advantage, policy, penalty = original(row, inside, T, B, factors, *rest)
+    def change(row: Any, inside: Any, T: Any, B: Any, factor: Any, alpha: Any, *rest: Any) -> Any:
+        unmasked, advantage, policy, penalty = original(row, inside, T, B, factor, alpha, *rest)
         tl = fused_kernel.tl
-        alpha = 1.0 if factors is None else tl.load(factors + 1)
         policy = tl.where(advantage < 0, policy / alpha, tl.where(advantage > 0, policy * alpha, policy))
         return unmasked, advantage, policy, penalty
 
