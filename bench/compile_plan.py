@@ -69,6 +69,7 @@ CORE = (
     Variant("combine_statistics", "bf16", entropy=True),
     Variant("token_gradient", "bf16", entropy_term=True),
     Variant("scale_gradient", "bf16"),
+    Variant("response_statistics", "fp32", weights="packed"),
     Variant("logprob_policy_loss", "fp32", entropy_term=True, kl=True, sequence=True, kind="clip", weights="packed"),
 )
 
@@ -100,7 +101,6 @@ def covering_variants() -> list[Variant]:
         Variant("token_gradient", "bf16"),
         Variant("token_gradient", "bf16", softcap=True),
         Variant("response_statistics", "fp32"),
-        Variant("response_statistics", "fp32", weights="packed"),
         Variant("logprob_policy_loss", "fp32"),
     ]
     return list(dict.fromkeys(variants))

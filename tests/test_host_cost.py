@@ -235,9 +235,10 @@ def test_new_values_do_not_recompile() -> None:
     """New T, N, temperature, epsilon, alpha, kl_coef and alignment of micro-batches: one compilation per kernel."""
     once = dict.fromkeys(
         ["fused_policy_loss_kernel", "logprob_policy_loss_kernel", "scale_gradient_kernel", "token_gradient_kernel",
-         "token_statistics_kernel"], 1,
+         "combine_statistics_kernel"], 1,
     )  # fmt: skip
-    assert _compilations() == {**once, "response_statistics_kernel": 2}  # with tokens to check, and without
+    # With tokens to check, and without; with rows of its own, and shared.
+    assert _compilations() == {**once, "response_statistics_kernel": 2, "token_statistics_kernel": 2}
 
 
 @pytest.mark.slow
