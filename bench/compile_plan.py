@@ -31,15 +31,19 @@ class Variant:
     gradient: bool = True
     aligned_out: bool = True
     shared: bool = False  # several programs share a row
+    sequence: bool = False
+    weights: str = "batch"  # where token weights come from, see ``compile_variant.WEIGHTS``
 
     @property
     def name(self) -> str:
         flags = ("softcap", "entropy", "entropy_term", "kl")
         parts = [self.dtype] + [flag for flag in flags if getattr(self, flag)]
-        if self.kernel == "fused_policy_loss":
+        if self.kernel.endswith("policy_loss"):
             parts.append(self.kind)
+            parts += ["sequence"] if self.sequence else []
             parts += [] if self.old else ["on_policy"]
             parts += [] if self.gradient else ["loss_only"]
+        parts += [] if self.weights == "batch" else [self.weights]
         parts += [] if self.aligned_out else ["unaligned_out"]
         return "/".join(parts + (["shared"] if self.shared else []))
 
@@ -65,6 +69,8 @@ CORE = (
     Variant("combine_statistics", "bf16", entropy=True),
     Variant("token_gradient", "bf16", entropy_term=True),
     Variant("scale_gradient", "bf16"),
+    Variant("response_statistics", "fp32", weights="packed"),
+    Variant("logprob_policy_loss", "fp32", entropy_term=True, kl=True, sequence=True, kind="clip", weights="packed"),
 )
 
 
@@ -72,15 +78,20 @@ def covering_variants() -> list[Variant]:
     """Every kernel, dtype, kind and switch, and the pairs that share registers; not the full product of 1,000."""
     variants = list(CORE)
     for dtype in ITEMSIZE:
+        if dtype != "fp16":  # float16 logits take the two kernels: a loss scaler's factor comes in between
+            variants += [
+                Variant("fused_policy_loss", dtype),
+                Variant("fused_policy_loss", dtype, entropy=True, entropy_term=True, kl=True),
+            ]
         variants += [
-            Variant("fused_policy_loss", dtype),
-            Variant("fused_policy_loss", dtype, entropy=True, entropy_term=True, kl=True),
             Variant("token_statistics", dtype, entropy=True),
             Variant("token_gradient", dtype, entropy_term=True),
             Variant("scale_gradient", dtype),
         ]
     variants += [
         Variant("fused_policy_loss", "bf16", gradient=False, entropy=True),
+        Variant("fused_policy_loss", "bf16", entropy=True, weights="prepared"),
+        Variant("fused_policy_loss", "bf16", entropy=True, weights="packed"),
         Variant("fused_policy_loss", "bf16", kind="clip", entropy=True, old=False),
         Variant("fused_policy_loss", "bf16", kind="soft_gate", entropy=True),
         Variant("token_statistics", "bf16"),
@@ -89,6 +100,8 @@ def covering_variants() -> list[Variant]:
         Variant("combine_statistics", "bf16", softcap=True),
         Variant("token_gradient", "bf16"),
         Variant("token_gradient", "bf16", softcap=True),
+        Variant("response_statistics", "fp32"),
+        Variant("logprob_policy_loss", "fp32"),
     ]
     return list(dict.fromkeys(variants))
 

@@ -15,11 +15,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hpo_fused.kernels.fused_policy_loss import fused_policy_loss_kernel
-from hpo_fused.kernels.launch import LaunchConfiguration, Machine, configure, default_parameters
+from hpo_fused.kernels.launch import LaunchConfiguration, Machine, configure, default_parameters, reload_scalars
+from hpo_fused.kernels.logprob_policy_loss import LOSS_BLOCK, logprob_policy_loss_kernel
 from hpo_fused.kernels.scale_gradient import scale_gradient_kernel
 from hpo_fused.kernels.token_gradient import token_gradient_kernel
 from hpo_fused.kernels.token_statistics import combine_statistics_kernel, token_statistics_kernel
-from hpo_fused.rows import RowStatistics, TokenTerms
+from hpo_fused.kernels.token_weights import INPUT_STRIDES, STATISTICS_BLOCK, response_statistics_kernel
+from hpo_fused.rows import RowStatistics
 
 from .compile_plan import ITEMSIZE, VOCABULARY, Variant
 from .gpus import GPUS, REFERENCE, Gpu
@@ -27,6 +29,16 @@ from .machine_code import LOADS, STORES, Instruction, Loop, main_loops, read_amd
 from .occupancy import Occupancy, occupancy
 
 PARAMETERS = {"clip": 4, "log_fidelity": 5, "soft_gate": 2, "truncated_ratio": 2}
+
+# A padded batch of the default objective; one that needs everything but a given normaliser; a chunk of gathered rows.
+WEIGHTS: dict[str, dict[str, Any]] = {
+    "batch": {"NORMALIZATION": "mean_length", "WEIGHTING": "adaptive", "OWN_COUNTS": True, "PACKED": False},
+    "packed": {"NORMALIZATION": "response", "WEIGHTING": "adaptive", "OWN_COUNTS": False, "PACKED": True},
+    "prepared": {"NORMALIZATION": "prepared", "WEIGHTING": "none", "OWN_COUNTS": False, "PACKED": False},
+}
+
+# Kernels of a program per response, and the tokens it takes in a step.
+SMALL = {"response_statistics": STATISTICS_BLOCK, "logprob_policy_loss": LOSS_BLOCK}
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,10 @@ def machine_of(gpu: Gpu) -> Machine:
 
 def launch_of(variant: Variant, gpu: Gpu, V: int) -> LaunchConfiguration:
     """The launch of ``variant`` on ``gpu`` for rows of ``V`` elements."""
+    if variant.kernel in SMALL:
+        # Compiled with its assertions, as the launch does.
+        options: dict[str, object] = {"debug": variant.kernel == "response_statistics", "sanitize_overflow": False}
+        return LaunchConfiguration(4, SMALL[variant.kernel], 1, 1, gpu.processors, options)
     machine, itemsize = machine_of(gpu), ITEMSIZE[variant.dtype]
     parameters = default_parameters(
         machine, itemsize, V,
@@ -113,27 +129,41 @@ def _arguments(variant: Variant) -> tuple[Any, dict[str, Any], dict[str, Any]]:
             "ALIGNED_OUT": variant.aligned_out,
         }
         return token_gradient_kernel, {**types, **transform, **lengths, **out_strides, "parts": "i32"}, switches
-    types = {
-        "logits": logits,
-        "out": logits if variant.gradient else None,
-        "tokens": "*i64",
-        "compute": "*i1",
-    }
-    types["terms"] = TokenTerms(f32, f32, f32, f32 if variant.old else None, f32 if variant.kl else None)
-    types |= {"losses": f32, "logprobs": f32, "entropies": f32 if variant.entropy else None}
-    coefficients = {"max_log_ratio": "fp32", "kl_coef": "fp32", "entropy_coef": "fp32"}
-    parameters = {"parameters": ("fp32",) * PARAMETERS[variant.kind]}
+    if variant.kernel == "response_statistics":
+        packed = variant.weights == "packed"
+        types = {"statistics": "*i32", "tokens": "*i64", "mask": "*i1", "advantages": f32}
+        types |= {"cu_seqlens": "*i32" if packed else None, **dict.fromkeys(["N", "T", "B", "V"], "i32")}
+        types |= dict.fromkeys(["tokens_stride", "mask_stride", "advantages_stride"], "i32")
+        return response_statistics_kernel, types, {"PER_TOKEN": packed}
+    prepared, full = variant.weights == "prepared", variant.weights == "packed"
+    inputs = {"mask": "*i1", "advantages": f32, "token_weights": f32 if prepared or full else None}
+    inputs |= {"old_logprobs": f32 if variant.old else None, "ref_logprobs": f32 if variant.kl else None}
+    types = {"statistics": None if prepared else "*i32", "normalizers": f32 if prepared else None}
+    types |= {"counts": ("*i64" if full else None,) * 4, "numbers": ("fp32",) * 7, **inputs}
+    types |= {"parameters": ("fp32",) * PARAMETERS[variant.kind], "N": "i32", "T": "i32", "B": "i32"}
+    types |= {"losses": f32, "active": None if prepared else "*i1"}
+    types |= dict.fromkeys(["max_log_ratio", "kl_coef", "entropy_coef"], "fp32") | dict.fromkeys(INPUT_STRIDES, "i32")
     switches = {
         "KIND": variant.kind,
+        **WEIGHTS[variant.weights],
+        "ADVANTAGE_PER_TOKEN": prepared or full,
+        "WEIGHT_PER_TOKEN": prepared or full,
         "HAS_OLD": variant.old,
         "HAS_KL": variant.kl,
-        "ENTROPY": variant.entropy,
         "ENTROPY_TERM": variant.entropy_term,
-        "SOFTCAP": variant.softcap,
-        "GRADIENT": variant.gradient,
-        "ALIGNED_OUT": variant.aligned_out,
     }
-    types |= transform | parameters | coefficients | lengths | out_strides
+    if variant.kernel == "logprob_policy_loss":
+        entropies = f32 if variant.entropy_term else None
+        types |= {"logprobs": f32, "entropies": entropies, "cu_seqlens": "*i32" if full else None}
+        types |= {"logprob_coefficients": f32, "entropy_coefficients": entropies, "known_logprobs": f32}
+        types |= {"known_entropies": entropies, "logprobs_stride": "i32", "entropies_stride": "i32"}
+        del types["tokens_stride"]
+        return logprob_policy_loss_kernel, types, {**switches, "SEQUENCE": variant.sequence}
+    types |= {"logits": logits, "out": logits if variant.gradient else None, "tokens": "*i64"}
+    types |= {"logprobs": f32, "entropies": f32 if variant.entropy else None}
+    types |= transform | lengths | out_strides
+    switches |= {"SKIP": not prepared, "ENTROPY": variant.entropy, "SOFTCAP": variant.softcap}
+    switches |= {"GRADIENT": variant.gradient, "ALIGNED_OUT": variant.aligned_out}
     return fused_policy_loss_kernel, types, switches
 
 
@@ -195,7 +225,12 @@ def compile_variant(variant: Variant, target: str, registers_at_most: int | None
     gpu = GPUS[REFERENCE[target]]
     launch = launch_of(variant, gpu, VOCABULARY)
     kernel, types, switches = _arguments(variant)
-    switches = {"LANES": launch.lanes, "VEC": launch.vec, "UNROLL": launch.unroll, **switches}
+    if variant.kernel in SMALL:
+        switches = {"BLOCK": launch.lanes, **switches}
+    else:
+        if variant.kernel == "fused_policy_loss":
+            switches["RELOAD"] = reload_scalars(launch)
+        switches = {"LANES": launch.lanes, "VEC": launch.vec, "UNROLL": launch.unroll, **switches}
     names = kernel.arg_names
     constants: dict[tuple[int, ...], Any] = {(names.index(name),): value for name, value in switches.items()}
     attributes = {}
@@ -203,7 +238,9 @@ def compile_variant(variant: Variant, target: str, registers_at_most: int | None
         for path, leaf in _leaves(value, (names.index(name),)):
             if leaf is None:
                 constants[path] = None
-            elif leaf.startswith("*"):  # what a launch finds for tensors that PyTorch allocated
+            elif (
+                leaf.startswith("*") and not kernel.params[path[0]].do_not_specialize
+            ):  # what a launch finds for tensors that PyTorch allocated
                 attributes[path] = [["tt.divisibility", 16]]
     signature = {name: "constexpr" if name in switches else _signature(types[name]) for name in names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
@@ -221,5 +258,5 @@ def compile_variant(variant: Variant, target: str, registers_at_most: int | None
         programs_per_processor=math.ceil(launch.rows_in_flight / gpu.processors), registers=registers, spills=spills,
         shared_bytes=shared, widest_load=max(loads, default=0), widest_store=max(stores, default=0),
         instructions=len(code), occupancy=occupancy(target, launch.num_warps, registers, shared),
-        loops=tuple(main_loops(code, launch.vec, partial_sums=variant.shared)),
+        loops=() if variant.kernel in SMALL else tuple(main_loops(code, launch.vec, partial_sums=variant.shared)),
     )  # fmt: skip

@@ -22,7 +22,9 @@ from torch import Tensor
 
 from .backend import implementation
 from .batch import Layout, PreparedBatch
-from .rows import LogitTransform, RowStatistics, SurrogateSpec, TokenTerms
+from .checks import check_token_ids
+from .loss_batch import LossBatch
+from .rows import LogitTransform, LogprobRows, LossRows, RowStatistics, SurrogateSpec, TokenTerms
 from .surrogate import token_loss
 
 _AGAIN = (
@@ -137,58 +139,68 @@ _fused_op.register_autograd(_fused_backward, setup_context=_fused_setup)
 
 
 class _Fused(torch.autograd.Function):
-    """The operator as eager code runs it: the gradient is nobody else's, so backward scales it where it lies."""
+    """The sum of the rows' losses, beside a gradient that is nobody else's: backward scales it where it lies."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, tokens: Tensor, compute: Tensor, terms: TokenTerms, transform: LogitTransform,
-        spec: SurrogateSpec, entropy: bool, inplace: bool, backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        out = logits if inplace else _gradient_like(logits)
-        losses, logprobs, entropies = implementation(backend).fused_policy_loss(
-            logits, tokens, compute, terms, transform, spec, entropy=entropy, out=out
-        )
-        if inplace:
+    def forward(ctx: Any, logits: Tensor, losses: Tensor, gradient: Tensor, inplace: bool, backend: str) -> Tensor:
+        if inplace:  # here and not before: a view whose version has moved would lose the hooks on its grad_fn
             torch.autograd.graph.increment_version(logits)
         # Saved after the bump: whoever writes to the logits between here and backward is told so.
-        ctx.save_for_backward(out)
+        ctx.save_for_backward(gradient)
         ctx.backend = backend
-        entropies = logprobs.new_empty(0) if entropies is None else entropies
-        ctx.mark_non_differentiable(logprobs, entropies)
         ctx.set_materialize_grads(False)
-        return losses.sum(), logprobs, entropies
+        return losses.sum()
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
-            return (None,) * 9
+            return (None,) * 5
         consume(ctx, "policy_loss")
         gradient = ctx.saved_tensors[0].detach()
         implementation(ctx.backend).scale_gradient(gradient, upstream)
-        return gradient, *(None,) * 8
+        return gradient, *(None,) * 4
 
 
-def _traced(logits: Tensor) -> bool:
+def traced(logits: Tensor) -> bool:
     """Whether a compiler is looking: it needs the functional operators, which it can reason about."""
     return torch.compiler.is_compiling() or type(logits) not in (Tensor, torch.nn.Parameter)
 
 
 def fused_policy_loss(
-    logits: Tensor, tokens: Tensor, compute: Tensor, terms: TokenTerms, transform: LogitTransform,
-    spec: SurrogateSpec, *, entropy: bool, inplace: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Loss (differentiable once), log-probabilities and entropy (detached) of a token-level objective."""
+    logits: Tensor, batch: LossBatch, transform: LogitTransform, spec: SurrogateSpec, *, skip_inactive: bool,
+    entropy: bool, inplace: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """Of a token-level objective: loss (differentiable once), log-probabilities, entropy and active rows, [B, T]."""
     gradient = torch.is_grad_enabled() and logits.requires_grad
-    if gradient and not _traced(logits):
-        loss, logprobs, entropies = _Fused.apply(  # type: ignore[no-untyped-call]
-            logits, tokens, compute, terms, transform, spec, entropy, inplace, backend
-        )
-    else:
-        loss, logprobs, entropies, _ = _fused_op(
-            logits, tokens, compute, *terms, *transform, *spec, entropy, gradient, backend
-        )
-    return loss, logprobs, entropies if entropies.dim() > 1 else None
+    if traced(logits):
+        return _traced_policy_loss(logits, batch, transform, spec, gradient, skip_inactive, entropy, backend)
+    out = None if not gradient else logits if inplace else _gradient_like(logits)
+    rows: LossRows = implementation(backend).policy_loss(
+        logits, batch, transform, spec, skip_inactive=skip_inactive, entropy=entropy, out=out
+    )
+    losses, logprobs, entropies, active = rows
+    if out is None:
+        return losses.sum(), logprobs, entropies, active
+    loss: Tensor = _Fused.apply(logits, losses, out, inplace, backend)  # type: ignore[no-untyped-call]
+    return loss, logprobs, entropies, active
+
+
+def _traced_policy_loss(
+    logits: Tensor, batch: LossBatch, transform: LogitTransform, spec: SurrogateSpec, gradient: bool,
+    skip_inactive: bool, entropy: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
+    prepared = batch.prepared
+    mask = prepared.layout.mask
+    assert batch.tokens is not None
+    tokens = batch.tokens.to(torch.int64).reshape(mask.shape).contiguous()
+    check_token_ids(tokens, mask, logits.shape[-1])
+    loss, logprobs, entropies, _ = _fused_op(
+        logits, tokens, prepared.active if skip_inactive else mask, *prepared.terms, *transform, *spec, entropy,
+        gradient, backend,
+    )  # fmt: skip
+    logprobs = torch.where(mask, logprobs, 0.0)
+    return loss, logprobs, torch.where(mask, entropies, 0.0) if entropies.dim() > 1 else None, prepared.active
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -339,7 +351,7 @@ def token_statistics(
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     """Differentiable log-probabilities and entropy, NaN in rows not computed; their gradient runs the second sweep."""
-    if inplace and torch.is_grad_enabled() and logits.requires_grad and not _traced(logits):
+    if inplace and torch.is_grad_enabled() and logits.requires_grad and not traced(logits):
         logprobs, entropies = _StatisticsInPlace.apply(  # type: ignore[no-untyped-call]
             logits, tokens, compute, transform, entropy, backend
         )
@@ -400,6 +412,40 @@ def _logprob_backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tens
 
 
 _logprob_op.register_autograd(_logprob_backward, setup_context=_logprob_setup)
+
+
+class _LogprobLoss(torch.autograd.Function):
+    """The sum of losses whose derivatives are known."""
+
+    @staticmethod
+    def forward(ctx: Any, logprobs: Tensor, entropy: Tensor | None, rows: LogprobRows) -> Tensor:
+        ctx.save_for_backward(rows.logprob_coefficients, rows.entropy_coefficients)
+        ctx.dtypes = logprobs.dtype, None if entropy is None else entropy.dtype
+        ctx.set_materialize_grads(False)
+        return rows.losses.sum()
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * 3
+        consume(ctx, "the policy loss")
+        c, h = (
+            None if value is None or dtype is None else (value * upstream).to(dtype)
+            for value, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return c, h, None
+
+
+def batch_logprob_loss(
+    logprobs: Tensor, entropy: Tensor | None, batch: LossBatch, spec: SurrogateSpec, backend: str
+) -> tuple[Tensor, LogprobRows]:
+    """Loss (differentiable once) from log-probabilities and entropies of the batch's shape, and its rows."""
+    rows = implementation(backend).logprob_policy_loss(
+        logprobs, entropy, batch, spec, sequence_level=batch.objective.ratio_level == "sequence"
+    )
+    loss: Tensor = _LogprobLoss.apply(logprobs, entropy, rows)  # type: ignore[no-untyped-call]
+    return loss, rows
 
 
 def logprob_policy_loss(

@@ -41,21 +41,12 @@ class Layout(NamedTuple):
             TypeError, ValueError: a mask or cu_seqlens of wrong dtype, shape, device or (where reading them costs
                 no synchronisation) values.
         """
-        packed = len(shape) == 1
-        if len(shape) not in (1, 2):
-            raise ValueError(f"{name}: expected shape [B, T], or [N] with cu_seqlens, got {list(shape)}")
-        if packed and cu_seqlens is None:
-            raise ValueError(
-                f"cu_seqlens: expected response boundaries [B + 1] for packed {name} {list(shape)}, got None"
-            )
-        if not packed and cu_seqlens is not None:
-            raise ValueError(f"cu_seqlens: expected None for padded {name} {list(shape)}, got {found(cu_seqlens)}")
-        rows = (1, shape[0]) if packed else tuple(shape)
+        responses = check_boundaries(name, shape, device, cu_seqlens)
+        rows = (1, shape[0]) if len(shape) == 1 else tuple(shape)
         mask = as_mask(mask, shape, device).reshape(rows)
         if cu_seqlens is None:
-            return cls(mask, None, shape[0])
-        response_of_row = _response_of_row(cu_seqlens, shape[0], device)
-        return cls(mask, response_of_row, cu_seqlens.shape[0] - 1)
+            return cls(mask, None, responses)
+        return cls(mask, _response_of_row(cu_seqlens, shape[0], device), responses)
 
     def rows(self, value: Tensor) -> Tensor:
         """A [B] or per-token tensor as one entry per row: [B, T] or [1, N], by broadcasting or gathering."""
@@ -102,34 +93,62 @@ class Layout(NamedTuple):
         return torch.where(self.mask, self.rows(mean), 0)
 
 
-def as_mask(mask: Tensor | None, shape: torch.Size, device: torch.device) -> Tensor:
-    """``mask`` as bool of ``shape`` (None: all True); TypeError or ValueError unless it is bool or 0/1."""
-    if mask is None:
-        return torch.ones(shape, dtype=torch.bool, device=device)
-    check_tensor("mask", mask, [tuple(shape)], "mask", device)
-    if mask.dtype == torch.bool:
-        return mask
-    if values_readable(mask) and not bool(((mask == 0) | (mask == 1)).all()):
+def check_mask(mask: object, shape: torch.Size, device: torch.device) -> Tensor:
+    """``mask`` itself; TypeError or ValueError unless it is bool or 0/1, of ``shape``."""
+    checked = check_tensor("mask", mask, [tuple(shape)], "mask", device)
+    if checked.dtype == torch.bool or not values_readable(checked):
+        return checked
+    if not bool(((checked == 0) | (checked == 1)).all()):
         raise ValueError(
             f"mask: expected only 0 and 1 (fractional weights belong in token_weights), got {found(mask)} with "
             "other values"
         )
-    return mask != 0
+    return checked
 
 
-def _response_of_row(cu_seqlens: object, rows: int, device: torch.device) -> Tensor:
+def as_mask(mask: Tensor | None, shape: torch.Size, device: torch.device) -> Tensor:
+    """``mask`` as bool of ``shape`` (None: all True); TypeError or ValueError unless it is bool or 0/1."""
+    if mask is None:
+        return torch.ones(shape, dtype=torch.bool, device=device)
+    checked = check_mask(mask, shape, device)
+    return checked if checked.dtype == torch.bool else checked != 0
+
+
+def check_boundaries(name: str, shape: torch.Size, device: torch.device, cu_seqlens: object) -> int:
+    """Number of responses of a batch whose per-token tensor ``name`` has ``shape``.
+
+    Raises:
+        TypeError, ValueError: neither [B, T] without nor [N] with ``cu_seqlens``; boundaries that are no integers
+            [B + 1] or (where reading them costs no synchronisation) do not rise from 0 to N.
+    """
+    if len(shape) == 2 and cu_seqlens is None:
+        return shape[0]
+    packed = len(shape) == 1
+    if len(shape) not in (1, 2):
+        raise ValueError(f"{name}: expected shape [B, T], or [N] with cu_seqlens, got {list(shape)}")
+    if packed and cu_seqlens is None:
+        raise ValueError(f"cu_seqlens: expected response boundaries [B + 1] for packed {name} {list(shape)}, got None")
+    if not packed and cu_seqlens is not None:
+        raise ValueError(f"cu_seqlens: expected None for padded {name} {list(shape)}, got {found(cu_seqlens)}")
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         kind = TypeError if not isinstance(cu_seqlens, Tensor) else ValueError
         raise kind(f"cu_seqlens: expected an integer tensor of shape [B + 1], got {found(cu_seqlens)}")
-    checked = check_tensor("cu_seqlens", cu_seqlens, [tuple(cu_seqlens.shape)], "integer", device)
-    boundaries = checked.to(torch.int64)
-    ordered = (boundaries[1:] >= boundaries[:-1]).all() & (boundaries[0] == 0) & (boundaries[-1] == rows)
-    if values_readable(boundaries):
-        if not bool(ordered):
-            shown = boundaries.tolist() if len(boundaries) <= 16 else found(cu_seqlens)
-            raise ValueError(f"cu_seqlens: expected boundaries that rise from 0 to N = {rows}, got {shown}")
-    else:
-        torch._assert_async(ordered, f"cu_seqlens: expected boundaries that rise from 0 to N = {rows}")
+    boundaries = check_tensor("cu_seqlens", cu_seqlens, [tuple(cu_seqlens.shape)], "integer", device)
+    if values_readable(boundaries) and not bool(_rises(boundaries, shape[0])):
+        shown = boundaries.tolist() if len(boundaries) <= 16 else found(cu_seqlens)
+        raise ValueError(f"cu_seqlens: expected boundaries that rise from 0 to N = {shape[0]}, got {shown}")
+    return boundaries.shape[0] - 1
+
+
+def _rises(boundaries: Tensor, rows: int) -> Tensor:
+    return (boundaries[1:] >= boundaries[:-1]).all() & (boundaries[0] == 0) & (boundaries[-1] == rows)
+
+
+def _response_of_row(cu_seqlens: Tensor, rows: int, device: torch.device) -> Tensor:
+    boundaries = cu_seqlens.to(torch.int64)
+    if not values_readable(boundaries):
+        message = f"cu_seqlens: expected boundaries that rise from 0 to N = {rows}"
+        torch._assert_async(_rises(boundaries, rows), message)
     position = torch.arange(rows, device=device)
     return torch.searchsorted(boundaries[1:], position, right=True).clamp(max=max(len(boundaries) - 2, 0))
 
@@ -321,21 +340,31 @@ def _normalizer(
     if objective.normalization == "mean_length":
         return _at_least_one(statistics.tokens)
     if objective.normalization == "group_mean_length":
-        if groups is None:
-            raise ValueError("groups: expected an integer tensor [B] for normalization='group_mean_length', got None")
-        if statistics.group_ids is None:
-            raise ValueError(
-                "statistics: expected group counts for normalization='group_mean_length', got none; "
-                "pass groups to BatchStatistics.from_batch"
-            )
+        check_groups(groups, statistics)
         ids = check_tensor("groups", groups, [(layout.responses,)], "integer", layout.mask.device)
         return layout.rows(statistics.group_normalizer(ids.to(torch.int64)))
+    return responses * check_max_length(objective)
+
+
+def check_max_length(objective: Objective) -> int:
+    """The objective's max_length; ValueError where there is none."""
     if objective.max_length is None:
         raise ValueError(
             "max_length: expected a positive int on the objective for normalization='constant', got "
             "None; use e.g. Objective.preset('dr_grpo', max_length=4096)"
         )
-    return responses * objective.max_length
+    return objective.max_length
+
+
+def check_groups(groups: Tensor | None, statistics: BatchStatistics | None) -> None:
+    """ValueError where a call with normalization="group_mean_length" lacks groups, or its statistics do."""
+    if groups is None:
+        raise ValueError("groups: expected an integer tensor [B] for normalization='group_mean_length', got None")
+    if statistics is not None and statistics.group_ids is None:
+        raise ValueError(
+            "statistics: expected group counts for normalization='group_mean_length', got none; "
+            "pass groups to BatchStatistics.from_batch"
+        )
 
 
 def prepare(

@@ -12,6 +12,13 @@ from torch import Tensor
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
+_FLOATING = tuple(kind for kind in vars(torch).values() if isinstance(kind, torch.dtype) and kind.is_floating_point)
+_DTYPES = {
+    "integer": frozenset(INTEGER_DTYPES),
+    "floating": frozenset(_FLOATING),
+    "mask": frozenset((*_FLOATING, *INTEGER_DTYPES, torch.bool)),
+    "number": frozenset((*_FLOATING, *INTEGER_DTYPES)),
+}
 _ARTICLE = {
     "integer": "an integer",
     "floating": "a floating",
@@ -49,14 +56,7 @@ def check_tensor(
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected {_ARTICLE[kind]} tensor of shape {_listed(shapes)}, got {found(value)}")
-    floating, integer = value.is_floating_point(), value.dtype in INTEGER_DTYPES
-    fits = {
-        "integer": integer,
-        "floating": floating,
-        "mask": floating or integer or value.dtype == torch.bool,
-        "number": floating or integer,
-    }[kind]
-    if not fits:
+    if value.dtype not in _DTYPES[kind]:
         raise TypeError(f"{name}: expected {_ARTICLE[kind]} tensor of shape {_listed(shapes)}, got {found(value)}")
     if tuple(value.shape) not in shapes:
         raise ValueError(f"{name}: expected shape {_listed(shapes)}, got {found(value)}")
@@ -107,14 +107,17 @@ def values_readable(value: Tensor) -> bool:
     return value.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def check_token_ids(tokens: Tensor, mask: Tensor, vocabulary: int) -> None:
+def check_token_ids(tokens: Tensor, mask: Tensor | None, vocabulary: int) -> None:
     """Refuse ids outside [0, V) at unmasked positions, computed or not; the kernels only keep within the row.
 
     Raises:
         ValueError: on the CPU. Elsewhere a device-side assert, as PyTorch's own indexing does, without waiting for it;
             nothing is checked while torch.compile traces CPU tensors.
     """
-    valid = (tokens.clamp(0, vocabulary - 1) == tokens) | ~mask
+    tokens = tokens.to(torch.int64)  # V may lie outside a narrower type
+    valid = (tokens >= 0) & (tokens < vocabulary)
+    if mask is not None:
+        valid = valid | (mask == 0)
     message = f"tokens: expected ids in [0, {vocabulary}) at unmasked positions"
     if values_readable(tokens):
         if not bool(valid.all()):

@@ -10,14 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .checks import check_token_ids
 from .row_chunks import RowSelection
-from .rows import LogitTransform, RowStatistics, SurrogateSpec, TokenTerms
+from .rows import LogitTransform, LogprobRows, LossRows, RowStatistics, SurrogateSpec, TokenTerms
 from .surrogate import token_loss
 from .vocab_sweeps import Sweeps
+
+if TYPE_CHECKING:
+    from .loss_batch import LossBatch
 
 
 @contextmanager
@@ -305,6 +310,65 @@ def fused_policy_loss(
         if out is not None:
             _zero(out, ~written)
         return losses, logprobs, entropies if entropy or spec.entropy_coef != 0 else None
+
+
+def policy_loss(
+    logits: Tensor,
+    batch: LossBatch,
+    transform: LogitTransform,
+    spec: SurrogateSpec,
+    *,
+    skip_inactive: bool,
+    entropy: bool,
+    out: Tensor | None,
+) -> LossRows:
+    """The same of a batch as the caller passed it.
+
+    Args:
+        logits, transform, spec, entropy, out: as for ``fused_policy_loss``.
+        batch: the arguments of the call.
+        skip_inactive: whether to leave rows without a learning signal uncomputed.
+
+    Raises:
+        ValueError: an id outside [0, V) at an unmasked position (CPU; elsewhere a device-side assert).
+    """
+    assert batch.tokens is not None
+    with _plain_mode(logits):
+        prepared = batch.prepared
+        mask = prepared.layout.mask
+        tokens = batch.tokens.to(torch.int64).reshape(mask.shape).contiguous()
+        check_token_ids(tokens, mask, logits.shape[-1])
+        compute = prepared.active if skip_inactive else mask
+        losses, logprobs, entropies = fused_policy_loss(
+            logits, tokens, compute, prepared.terms, transform, spec, entropy=entropy, out=out
+        )
+        logprobs = torch.where(mask, logprobs, 0.0)
+        entropies = None if entropies is None else torch.where(mask, entropies, 0.0)
+        return LossRows(losses, logprobs, entropies, prepared.active)
+
+
+def logprob_policy_loss(
+    logprobs: Tensor, entropy: Tensor | None, batch: LossBatch, spec: SurrogateSpec, *, sequence_level: bool
+) -> LogprobRows:
+    """Loss of log-probabilities (and entropies) of the batch's shape, any floating dtype, and its derivatives.
+
+    ``entropy`` may be None without an entropy term. Arithmetic in float32.
+    """
+    with _plain_mode(logprobs):
+        prepared = batch.prepared
+        layout = prepared.layout
+        rows = logprobs.to(torch.float32).reshape(layout.mask.shape)
+        entropies = None if entropy is None else entropy.to(torch.float32).reshape(layout.mask.shape)
+        mean = layout.response_mean if sequence_level else None
+        losses, c, h = token_loss(spec, prepared.terms, rows, entropies, mean)
+        return LogprobRows(
+            losses,
+            c.reshape(batch.shape),
+            None if h is None else h.reshape(batch.shape),
+            torch.where(layout.mask, rows, 0.0).reshape(batch.shape),
+            None if entropies is None else torch.where(layout.mask, entropies, 0.0).reshape(batch.shape),
+            prepared.active.reshape(batch.shape),
+        )
 
 
 def _gradient_of_chunk(

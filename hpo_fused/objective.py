@@ -7,6 +7,7 @@ in ``surrogate.py`` (torch), ``kernels/surrogate.py`` (device) and ``reference.p
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass, field
 from numbers import Real
@@ -347,6 +348,11 @@ class Objective:
             ['grpo', 'dapo', 'dr_grpo', 'gspo', 'sapo', 'cispo', 'mhpo', 'hpo', 'ahpo', 'mhpo_ahpo']
         """
         return dict(_PRESETS)
+
+    @functools.cached_property
+    def lowered(self) -> SurrogateSpec:
+        """:meth:`lower`, done once; not for code that torch.compile traces."""
+        return self.lower()
 
     def lower(self) -> SurrogateSpec:
         """The plain values that a backend needs."""

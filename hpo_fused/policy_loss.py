@@ -9,11 +9,20 @@ from torch import Tensor
 
 from . import autograd
 from .backend import Backend, backend_for
-from .batch import BatchStatistics, Layout, PreparedBatch, prepare
-from .checks import check_floating, check_logits, check_positive, check_tensor, check_token_ids, found
+from .batch import BatchStatistics, PreparedBatch
+from .checks import (
+    check_floating,
+    check_logits,
+    check_positive,
+    check_tensor,
+    check_token_ids,
+    found,
+    values_readable,
+)
+from .loss_batch import LossBatch
 from .metrics import policy_metrics
 from .objective import Objective, resolve_objective
-from .rows import LogitTransform
+from .rows import LogitTransform, SurrogateSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,10 +42,12 @@ class PolicyLossOutput:
     entropy: Tensor | None
     active: Tensor
     _objective: Objective = field(repr=False)
-    _batch: PreparedBatch = field(repr=False)
+    _batch: LossBatch | PreparedBatch = field(repr=False)
 
     def metrics(self) -> dict[str, Tensor]:
         """Diagnostics as 0-d float32 tensors on the loss's device, computed now; no synchronisation.
+
+        Computed from the tensors that the call was given, which must not have been written to since.
 
         Averages run over unmasked rows whose log-probability is known (with ``skip_inactive=True``: the active
         ones), ``positive_fraction`` over responses with a sign, ``active_fraction`` over unmasked rows. Where
@@ -48,9 +59,10 @@ class PolicyLossOutput:
         * kl_ref: mean k3 estimate of KL(policy || reference); needs ref_logprobs
         * entropy; hysteretic_weight (alpha); positive_fraction: N+ / (N+ + N-); active_fraction
         """
-        shape = self._batch.active.shape
+        batch = self._batch.prepared if isinstance(self._batch, LossBatch) else self._batch
+        shape = batch.active.shape
         entropy = None if self.entropy is None else self.entropy.reshape(shape)
-        return policy_metrics(self._objective, self._batch, self.logprobs.reshape(shape), entropy)
+        return policy_metrics(self._objective, batch, self.logprobs.reshape(shape), entropy)
 
 
 def check_transform(temperature: object, softcap: object) -> LogitTransform:
@@ -171,42 +183,82 @@ def policy_loss(
     resolved = resolve_objective(objective)
     transform = check_transform(temperature, softcap)
     check_logits("logits", logits)
-    tokens = check_tensor("tokens", tokens, [tuple(logits.shape[:-1])], "integer", logits.device)
-    layout = Layout.of("tokens", tokens.shape, logits.device, mask, cu_seqlens)
-    batch = prepare(
+    shape, device = logits.shape[:-1], logits.device
+    check_tensor("tokens", tokens, [tuple(shape)], "integer", device)
+    batch = LossBatch(
         resolved,
-        layout,
+        "tokens",
+        shape,
+        device,
+        tokens,
         advantages,
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
+        mask=mask,
         token_weights=token_weights,
+        cu_seqlens=cu_seqlens,
         groups=groups,
         statistics=statistics,
     )
     name = backend_for(logits, backend)
     if inplace and logits.requires_grad:
         check_in_place(logits)
-    rows = layout.mask.shape
-    flat = logits if logits.dim() == 3 else logits.unsqueeze(0)
-    ids = tokens.to(torch.int64).reshape(rows).contiguous()
-    compute = batch.active if skip_inactive else layout.mask
-    check_token_ids(ids, layout.mask, logits.shape[-1])
-    spec = resolved.lower()
+    rows = logits if logits.dim() == 3 else logits.unsqueeze(0)
+    if values_readable(tokens):
+        check_token_ids(tokens, mask, logits.shape[-1])
+    tracing = torch.compiler.is_compiling()
+    spec = resolved.lower() if tracing else resolved.lowered
     entropy = entropy or spec.entropy_coef != 0
     if resolved.ratio_level == "token" and logits.dtype != torch.float16:
-        loss, logprobs, entropies = autograd.fused_policy_loss(
-            flat, ids, compute, batch.terms, transform, spec, entropy=entropy, inplace=inplace, backend=name
+        loss, logprobs, entropies, active = autograd.fused_policy_loss(
+            rows, batch, transform, spec, skip_inactive=skip_inactive, entropy=entropy, inplace=inplace, backend=name
         )
+        if len(shape) == 1:
+            logprobs, active = logprobs.view(shape), active.view(shape)
+            entropies = None if entropies is None else entropies.view(shape)
+        output = PolicyLossOutput(loss, logprobs, entropies, active, resolved, batch)
     else:
-        logprobs, entropies = autograd.token_statistics(
-            flat, ids, compute, transform, entropy=entropy, inplace=inplace, backend=name
-        )
-        loss = autograd.logprob_policy_loss(logprobs, entropies, batch, spec, resolved.ratio_level == "sequence")
-    if inplace and not torch.compiler.is_compiling():
+        output = _two_kernels(rows, batch, transform, spec, skip_inactive, entropy, inplace, name)
+    if inplace and not tracing:
         # A view whose version has moved rebuilds its grad_fn when that is next read; register_hook does not read it
         # first and crashes (PyTorch 2.13, segmentation fault).
         _ = logits.grad_fn
-    return policy_output(loss, logprobs, entropies, resolved, batch, tokens.shape)
+    return output
+
+
+def _two_kernels(
+    logits: Tensor, batch: LossBatch, transform: LogitTransform, spec: SurrogateSpec, skip_inactive: bool,
+    entropy: bool, inplace: bool, backend: str,
+) -> PolicyLossOutput:  # fmt: skip
+    """Objectives and dtypes that need something between the sweeps."""
+    prepared = batch.prepared
+    mask = prepared.layout.mask
+    assert batch.tokens is not None
+    tokens = batch.tokens.to(torch.int64).reshape(mask.shape).contiguous()
+    if not values_readable(tokens):
+        check_token_ids(tokens, mask, logits.shape[-1])
+    compute = prepared.active if skip_inactive else mask
+    logprobs, entropies = autograd.token_statistics(
+        logits, tokens, compute, transform, entropy=entropy, inplace=inplace, backend=backend
+    )
+    return _logprob_output(logprobs, entropies, batch, spec, backend)
+
+
+def _logprob_output(
+    logprobs: Tensor, entropy: Tensor | None, batch: LossBatch, spec: SurrogateSpec, backend: str
+) -> PolicyLossOutput:
+    """What a call returns, from differentiable log-probabilities and entropies of any shape with as many entries."""
+    objective = batch.objective
+    if autograd.traced(logprobs):
+        prepared = batch.prepared
+        rows = logprobs.to(torch.float32).reshape(prepared.active.shape)
+        entropies = None if entropy is None else entropy.to(torch.float32).reshape(rows.shape)
+        loss = autograd.logprob_policy_loss(rows, entropies, prepared, spec, objective.ratio_level == "sequence")
+        return policy_output(loss, rows, entropies, objective, prepared, batch.shape)
+    logprobs = logprobs.reshape(batch.shape)
+    entropy = None if entropy is None else entropy.reshape(batch.shape)
+    loss, found_rows = autograd.batch_logprob_loss(logprobs, entropy, batch, spec, backend)
+    return PolicyLossOutput(loss, found_rows.logprobs, found_rows.entropy, found_rows.active, objective, batch)
 
 
 def logprob_policy_loss(
@@ -233,8 +285,9 @@ def logprob_policy_loss(
         entropy: floating, shaped like logprobs; required when entropy_coef is not 0, differentiated through.
         old_logprobs, ref_logprobs, mask, token_weights, cu_seqlens, groups, objective, statistics: as in
             :func:`policy_loss`, with "shaped like tokens" read as "shaped like logprobs".
-        skip_inactive, backend: accepted so that calls can be exchanged with :func:`policy_loss`. Every row's
-            log-probability is already known, and returned; the arithmetic is elementwise on any device.
+        skip_inactive: accepted so that calls can be exchanged with :func:`policy_loss`. Every row's log-probability is
+            already known, and returned.
+        backend: as in :func:`policy_loss`.
 
     Returns:
         :class:`PolicyLossOutput`; computed in float32, gradients in the inputs' dtypes. Differentiable once.
@@ -252,24 +305,26 @@ def logprob_policy_loss(
     """
     resolved = resolve_objective(objective)
     check_floating("logprobs", logprobs)
-    layout = Layout.of("logprobs", logprobs.shape, logprobs.device, mask, cu_seqlens)
-    batch = prepare(
+    shape, device = logprobs.shape, logprobs.device
+    batch = LossBatch(
         resolved,
-        layout,
+        "logprobs",
+        shape,
+        device,
+        None,
         advantages,
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
+        mask=mask,
         token_weights=token_weights,
+        cu_seqlens=cu_seqlens,
         groups=groups,
         statistics=statistics,
     )
-    backend_for(logprobs, backend)
-    spec = resolved.lower()
+    name = backend_for(logprobs, backend)
     if entropy is not None:
-        check_tensor("entropy", entropy, [tuple(logprobs.shape)], "floating", logprobs.device)
-        entropy = entropy.to(torch.float32).reshape(layout.mask.shape)
-    elif spec.entropy_coef != 0:
-        raise ValueError(f"entropy: expected each token's entropy for entropy_coef={spec.entropy_coef}, got None")
-    rows = logprobs.to(torch.float32).reshape(layout.mask.shape)
-    loss = autograd.logprob_policy_loss(rows, entropy, batch, spec, resolved.ratio_level == "sequence")
-    return policy_output(loss, rows, entropy, resolved, batch, logprobs.shape)
+        check_tensor("entropy", entropy, [tuple(shape)], "floating", device)
+    elif resolved.entropy_coef != 0:
+        raise ValueError(f"entropy: expected each token's entropy for entropy_coef={resolved.entropy_coef}, got None")
+    spec = resolved.lower() if torch.compiler.is_compiling() else resolved.lowered
+    return _logprob_output(logprobs, entropy, batch, spec, name)

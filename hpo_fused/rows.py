@@ -52,6 +52,64 @@ class TokenTerms(NamedTuple):
     ref_logprobs: Tensor | None
 
 
+class TokenInputs(NamedTuple):
+    """What a caller passed about the tokens, checked but as it came: any dtype of the right kind, on one device.
+
+    Per-token tensors are [B, T] or, packed, [1, N], with unit stride on the last dimension. Whoever takes these makes
+    the weights of :class:`TokenTerms` itself.
+    """
+
+    tokens: Tensor | None  # None: log-probabilities are at hand
+    mask: Tensor | None  # 0: masked
+    advantages: Tensor  # per token, or per response: [B], contiguous
+    token_weights: Tensor | None  # likewise
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    cu_seqlens: Tensor | None  # contiguous [B + 1]; None: padded
+    advantage_per_token: bool
+    weight_per_token: bool
+
+
+class BatchWeights(NamedTuple):
+    """Length normalisation and hysteretic weighting, lowered, and the totals of the optimiser batch.
+
+    ``normalization``: "response" n_i = 1 / (S max(L_i, 1)); "mean_length" 1 / sum L; "constant" 1 / (S max_length);
+    "response_given" 1 / ``normalizers``[i]. ``weighting``: "none", "fixed" (alpha), "adaptive" (alpha is alpha_min).
+    """
+
+    normalization: str
+    weighting: str
+    responses: int  # of this call
+    own_counts: bool  # tokens, N+ and N- are to be counted in this call
+    counts: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # 0-d S, tokens, N+, N- on the device
+    numbers: tuple[float, float, float, float, float, float, float]  # S, tokens, N+, N-; average; alpha; max_length
+    normalizers: Tensor | None  # float32 [B]
+
+
+class LossRows(NamedTuple):
+    """Results of a loss call row by row, [B, T]: float32 but for ``active``, which is bool.
+
+    Where masked, all are 0; log-probability and entropy are NaN in unmasked rows that were not computed.
+    """
+
+    losses: Tensor
+    logprobs: Tensor
+    entropy: Tensor | None
+    active: Tensor
+
+
+class LogprobRows(NamedTuple):
+    """Results of a loss of log-probabilities: ``losses`` float32, of any shape, whose sum is the loss; the rest shaped
+    like the log-probabilities and, but for ``active``, float32 and 0 where masked."""
+
+    losses: Tensor
+    logprob_coefficients: Tensor  # dloss/dlogp
+    entropy_coefficients: Tensor | None  # dloss/dH; None without an entropy term
+    logprobs: Tensor
+    entropy: Tensor | None
+    active: Tensor  # bool
+
+
 class RowStatistics(NamedTuple):
     """Statistics of each row of transformed logits z', float32 [B, T]; undefined (NaN) in rows not computed.
 

@@ -1,4 +1,4 @@
-"""The Triton backend: four operations on rows of logits, the same four as ``hpo_fused.eager``.
+"""The Triton backend: six operations, the same as ``hpo_fused.eager``.
 
 Importing this raises ImportError where Triton is absent.
 """
@@ -6,7 +6,8 @@ Importing this raises ImportError where Triton is absent.
 from __future__ import annotations
 
 from .elementary import INTERPRETED
-from .fused_policy_loss import fused_policy_loss
+from .fused_policy_loss import fused_policy_loss, policy_loss
+from .logprob_policy_loss import logprob_policy_loss
 from .scale_gradient import scale_gradient
 from .token_gradient import token_gradient
 from .token_statistics import token_statistics
@@ -14,6 +15,8 @@ from .token_statistics import token_statistics
 __all__ = [
     "fused_policy_loss",
     "interpreting",
+    "logprob_policy_loss",
+    "policy_loss",
     "scale_gradient",
     "token_gradient",
     "token_statistics",

@@ -91,9 +91,10 @@ class LaunchConfiguration(NamedTuple):
 
 # Loads that a thread has outstanding, and the same in variants that need more registers or arithmetic per element
 # (narrow): the most that spill nothing, counted by ``hpo-fused-bench compile``. sm_120: 4 spills 40 bytes with an
-# entropy term, and 2 spills 16 with narrow stores. gfx942: 4 spills scalar registers in all.
+# entropy term, and 2 spills 16 with narrow stores. gfx942: 4 spills scalar registers in all, and 2 one with softcap,
+# KL and entropy term.
 _UNROLL = {
-    "sm_80": (4, 2), "sm_90": (4, 2), "sm_100": (4, 2), "sm_120": (2, 1), "gfx942": (2, 2), "gfx950": (2, 2),
+    "sm_80": (4, 2), "sm_90": (4, 2), "sm_100": (4, 2), "sm_120": (2, 1), "gfx942": (2, 1), "gfx950": (2, 2),
 }  # fmt: skip
 _UNROLL_UNKNOWN = (2, 1)
 
@@ -198,24 +199,45 @@ def origin(device_index: int) -> str:
     )
 
 
+@functools.cache
+def _interpreted(itemsize: int, V: int) -> LaunchConfiguration:
+    """One Python step per operation: few, large tiles, and few programs."""
+    vec = VECTOR_BYTES // itemsize
+    lanes = 64
+    while lanes < 4096 and lanes * vec < V:
+        lanes *= 2
+    return LaunchConfiguration(1, lanes, vec, 1, 4, {})
+
+
 def launch_configuration(tensor: Tensor, *, reread: bool = True, narrow: bool = False) -> LaunchConfiguration:
     """The launch for the rows of ``tensor``, [B, T, V]: what ``hpo-fused-bench tune`` found here, else the default."""
     itemsize, V = tensor.element_size(), tensor.shape[-1]
     if INTERPRETED.value:
-        # One Python step per operation: few, large tiles, and few programs.
-        vec = VECTOR_BYTES // itemsize
-        lanes = 64
-        while lanes < 4096 and lanes * vec < V:
-            lanes *= 2
-        return LaunchConfiguration(1, lanes, vec, 1, 4, {})
+        return _interpreted(itemsize, V)
     if (forced := _forced.get()) is not None:
         return configure(machine(tensor.device.index), itemsize, forced)
     return of_device(tensor.device.index, itemsize, V, reread, narrow)
 
 
+_NO_CHANGE = nullcontext()
+
+
+def reload_scalars(launch: LaunchConfiguration) -> bool:
+    """Whether what all rows share is better read again than kept: where registers are limited. Not on AMD, whose
+    scalar registers hold it; there the address would be what spills (gfx942, softcap with KL and entropy term)."""
+    return INTERPRETED.value or "maxnreg" in launch.options
+
+
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Make the tensor's device current: Triton launches on the current one."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return _NO_CHANGE
+
+
+def assertions() -> dict[str, object]:
+    """Launch options of a kernel compiled with its assertions: those it states, not one for every integer sum."""
+    return {} if INTERPRETED.value else {"sanitize_overflow": False}
 
 
 def same_alignment(first: Tensor, second: Tensor) -> bool:
@@ -228,6 +250,7 @@ def same_alignment(first: Tensor, second: Tensor) -> bool:
     return first.dtype == second.dtype and all(difference % VECTOR_BYTES == 0 for difference in differences)
 
 
+@functools.lru_cache(maxsize=64)
 def transform_constants(temperature: float, softcap: float | None) -> tuple[float, float, float]:
     """scale (v to the base-2 domain), dz'/dz at slope 1, and the factor inside the softcap's exponential.
 

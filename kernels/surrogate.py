@@ -98,7 +98,7 @@ def token_loss(
     advantage,
     policy_weight,
     penalty_weight,
-    old_logprob,
+    log_ratio,
     ref_logprob,
     parameters,
     max_log_ratio,
@@ -111,13 +111,13 @@ def token_loss(
 ):
     """(loss, c, h) of one token: its loss, dloss/dlogp and dloss/dH.
 
+    ``log_ratio``: logp - old_logp before the clamp, or a response's mean of it; not read without HAS_OLD.
     A weight of exactly 0 switches its part off whatever the other values hold, hence ``where`` and not products.
     """
     if HAS_OLD:
-        difference = logprob - old_logprob
-        x = _bounded(difference, -max_log_ratio, max_log_ratio)
+        x = _bounded(log_ratio, -max_log_ratio, max_log_ratio)
         # NaN counts as inside, so that it reaches the derivative: a NaN loss with gradient 0 would go unnoticed.
-        inside = (tl.abs(difference) > max_log_ratio) == 0
+        inside = (tl.abs(log_ratio) > max_log_ratio) == 0
     else:
         x = tl.full((), 0.0, tl.float32)
         inside = tl.full((), 1, tl.int1)

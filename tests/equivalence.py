@@ -68,6 +68,7 @@ class Case:
     per_token_advantages: bool = False
     token_weights: bool = False
     small_ratios: bool = False  # log-ratios around a sequence-level clip range
+    advantages: tuple[float, ...] = ADVANTAGES  # of the responses in turn
     micro_batch: bool = False  # totals of a larger batch, gradient averaged over 2 ranks
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -124,11 +125,13 @@ def build(case: Case, device: torch.device) -> Inputs:
         x = torch.sign(x) * (1e-4 + 7e-4 * torch.rand(count, 1, generator=generator, dtype=torch.float64))
         x[1], x[-2] = 25.0, -0.5  # beyond the clamp, and far outside the clip range
     # Signs shift with each cycle through the log-ratios: any three cycles give each of them a positive and a negative.
-    signs = torch.tensor(ADVANTAGES * (count * length), dtype=torch.float64)
+    signs = torch.tensor(case.advantages * (count * length), dtype=torch.float64)
     places = torch.arange(count * length)
     advantages = signs[places + 2 * (places // len(LOG_RATIOS))].reshape(count, length)
     if not case.per_token_advantages:
-        advantages = advantages[:, 0].clone() if case.small_ratios else signs[torch.arange(count) % 5]
+        advantages = (
+            advantages[:, 0].clone() if case.small_ratios else signs[torch.arange(count) % len(case.advantages)]
+        )
 
     options = dict(case.options)
     transform = {key: options[key] for key in ("temperature", "softcap") if key in options}

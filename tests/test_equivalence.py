@@ -81,6 +81,8 @@ def terms() -> list[Case]:
         Case("weights-sequence", preset("gspo"), token_weights=True, small_ratios=True),
         Case("temperature", preset("mhpo_ahpo"), options={"temperature": 0.6}),
         Case("softcap", preset("mhpo_ahpo"), options={"softcap": 5.0}),
+        # The last response is fully masked, and so not counted: alpha is 1/2.
+        Case("uncounted-response", preset("ahpo"), responses=4, advantages=(-1.0, -1.0, 1.0, 1.0)),
         Case("alpha-zero", hf.Objective("token", hf.Clip(), hf.Hysteretic(0.0), "mean_length")),
         Case("on-policy", preset("mhpo_ahpo"), on_policy=True),
         Case("on-policy-sequence", preset("gspo"), on_policy=True),

@@ -16,15 +16,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpo_fused import autograd, batch, eager, surrogate
+from hpo_fused import autograd, batch, eager, loss_batch, surrogate
 from hpo_fused.backend import kernels
 from hpo_fused.batch import BatchStatistics, Layout
-from hpo_fused.rows import LogitTransform, SurrogateSpec, TokenTerms
+from hpo_fused.loss_batch import LossBatch
+from hpo_fused.rows import BatchWeights, LogitTransform, SurrogateSpec, TokenTerms
 
 from .equivalence import Case, check
 from .test_equivalence import difficult_rows, presets, sequences, shapings, terms
 
 policy_loss = importlib.import_module("hpo_fused.policy_loss")  # the package's attribute is the function
+fused_kernel = None if kernels is None else importlib.import_module("hpo_fused.kernels.fused_policy_loss")
 # The same cases that test_equivalence.py holds the right code against; the most discerning first.
 SUITE = [
     case for case in difficult_rows() + terms() + sequences() + shapings() + presets() if case.dtype == torch.float32
@@ -77,12 +79,43 @@ def _wrap_gradient_of(module: ModuleType, patch: Patch, change: Callable[..., No
 
     patch.setattr(module, "fused_policy_loss", spoiled_fused)
     patch.setattr(module, "token_gradient", spoiled_two_kernel)
+    if module is eager:  # whose policy_loss is its fused_policy_loss
+        return
+    whole = module.policy_loss
+
+    def spoiled_policy_loss(logits: Tensor, batch: LossBatch, transform: LogitTransform, *rest: Any, **kw: Any) -> Any:
+        result = whole(logits, batch, transform, *rest, **kw)
+        assert batch.tokens is not None
+        if kw["out"] is not None:
+            change(kw["out"], logits, batch.tokens.long().reshape(logits.shape[:-1]), transform)
+        return result
+
+    patch.setattr(module, "policy_loss", spoiled_policy_loss)
 
 
 def wrap_prepare(patch: Patch, change: Callable[..., Any]) -> None:
     """Replace the weights' computation by ``change(original, objective, layout, advantages, **keywords)``."""
     original = batch.prepare
-    patch.setattr(policy_loss, "prepare", lambda *args, **kw: change(original, *args, **kw))
+    patch.setattr(loss_batch, "prepare", lambda *args, **kw: change(original, *args, **kw))
+
+
+def wrap_weights(patch: Patch, change: Callable[[LossBatch, BatchWeights], BatchWeights]) -> None:
+    """Replace what the kernels are told about normalisation and weighting."""
+    original = LossBatch.weights
+    patch.setattr(LossBatch, "weights", lambda batch: change(batch, original(batch)))
+
+
+def wrap_response_statistics(patch: Patch, change: Callable[[Tensor, Tensor, Any, int], None]) -> None:
+    """Let ``change(lengths, signs, inputs, T)`` spoil what the kernels found out about each response."""
+    original = fused_kernel.response_statistics
+
+    def spoiled(inputs: Any, weights: BatchWeights, rows: int, T: int, V: int) -> Tensor:
+        statistics = original(inputs, weights, rows, T, V)
+        B = weights.responses
+        change(statistics[2 : 2 + B], statistics[2 + B : 2 + 2 * B], inputs, T)
+        return statistics
+
+    patch.setattr(fused_kernel, "response_statistics", spoiled)
 
 
 @mutant
@@ -189,7 +222,8 @@ def caller_weights_on_penalties(patch: Patch) -> None:
 def mask_ignored(patch: Patch) -> None:
     original = batch.as_mask
     patch.setattr(batch, "as_mask", lambda mask, shape, device: original(None, shape, device))
-    patch.setattr(policy_loss, "check_token_ids", lambda *_: None)
+    for module in (policy_loss, eager):
+        patch.setattr(module, "check_token_ids", lambda *_: None)
     fill = eager.fused_policy_loss
 
     def survive(logits: Tensor, tokens: Tensor, *args: Any, **kw: Any) -> Any:  # garbage made plausible
@@ -384,7 +418,6 @@ def log_probability_by_subtraction(patch: Patch) -> None:
 
 # Mistakes in what a backend writes, whichever it is: the kernels' results have to be held as tightly.
 OF_ANY_BACKEND = [
-    "hysteretic_weight_on_positives",
     "temperature_missing_from_the_gradient",
     "softcap_derivative_missing",
     "target_column_off_by_one",
@@ -393,6 +426,110 @@ OF_ANY_BACKEND = [
     "one_small_row_wrong",
     "log_probability_by_subtraction",
 ]
+
+# Mistakes in the token weights, which the kernels make themselves.
+OF_THE_KERNELS: dict[str, Callable[[Patch], None]] = {}
+
+
+def kernel_mutant(function: Callable[[Patch], None]) -> Callable[[Patch], None]:
+    OF_THE_KERNELS[function.__name__] = function
+    return function
+
+
+@kernel_mutant
+def statistics_ignored(patch: Patch) -> None:
+    wrap_weights(patch, lambda batch, right: right._replace(own_counts=True))
+
+
+@kernel_mutant
+def responses_of_the_call_alone(patch: Patch) -> None:
+    def change(batch: LossBatch, right: BatchWeights) -> BatchWeights:
+        numbers = (float(right.responses), *right.numbers[1:])
+        return right._replace(numbers=numbers, counts=(None, *right.counts[1:]))
+
+    wrap_weights(patch, change)
+
+
+@kernel_mutant
+def average_of_gradients_forgotten(patch: Patch) -> None:
+    wrap_weights(patch, lambda _, right: right._replace(numbers=(*right.numbers[:4], 1.0, *right.numbers[5:])))
+
+
+@kernel_mutant
+def adaptive_weight_fixed_at_its_bound(patch: Patch) -> None:
+    def change(batch: LossBatch, right: BatchWeights) -> BatchWeights:
+        return right._replace(weighting="fixed") if right.weighting == "adaptive" else right
+
+    wrap_weights(patch, change)
+
+
+@kernel_mutant
+def token_mean_for_response_mean(patch: Patch) -> None:
+    def change(batch: LossBatch, right: BatchWeights) -> BatchWeights:
+        return right._replace(normalization="mean_length") if right.normalization == "response" else right
+
+    wrap_weights(patch, change)
+
+
+@kernel_mutant
+def caller_weights_dropped(patch: Patch) -> None:
+    original = LossBatch.inputs
+    patch.setattr(LossBatch, "inputs", lambda batch: original(batch)._replace(token_weights=None))
+
+
+@kernel_mutant
+def caller_weights_transposed(patch: Patch) -> None:
+    original = LossBatch.inputs
+
+    def change(batch: LossBatch) -> Any:
+        right = original(batch)
+        weights = right.token_weights
+        return right if weights is None else right._replace(token_weights=weights.roll(1, -1))
+
+    patch.setattr(LossBatch, "inputs", change)
+
+
+@kernel_mutant
+def padded_lengths(patch: Patch) -> None:
+    wrap_response_statistics(patch, lambda lengths, signs, inputs, T: lengths.fill_(T))
+
+
+@kernel_mutant
+def zero_counts_as_negative(patch: Patch) -> None:
+    wrap_response_statistics(patch, lambda lengths, signs, inputs, T: signs.masked_fill_(signs == 0, -1))
+
+
+@kernel_mutant
+def signs_of_masked_responses_count(patch: Patch) -> None:
+    def change(lengths: Tensor, signs: Tensor, inputs: Any, T: int) -> None:
+        if not inputs.advantage_per_token:
+            signs.copy_(inputs.advantages.sign())
+
+    wrap_response_statistics(patch, change)
+
+
+@kernel_mutant
+def hysteretic_weight_of_the_other_sign(patch: Patch) -> None:
+    original = fused_kernel.row_weights
+
+    def change(row: Any, inside: Any, T: Any, B: Any, factor: Any, alpha: Any, *rest: Any) -> Any:
+        unmasked, advantage, policy, penalty = original(row, inside, T, B, factor, alpha, *rest)
+        tl = fused_kernel.tl
+        policy = tl.where(advantage < 0, policy / alpha, tl.where(advantage > 0, policy * alpha, policy))
+        return unmasked, advantage, policy, penalty
+
+    patch.setattr(fused_kernel, "row_weights", change)
+
+
+@kernel_mutant
+def penalties_weighted_too(patch: Patch) -> None:
+    original = fused_kernel.row_weights
+
+    def change(*arguments: Any) -> Any:
+        unmasked, advantage, policy, _ = original(*arguments)
+        return unmasked, advantage, policy, policy
+
+    patch.setattr(fused_kernel, "row_weights", change)
 
 
 def failing_case(backend: str, device: torch.device) -> Case | None:
@@ -418,4 +555,13 @@ def test_rejected(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", OF_ANY_BACKEND)
 def test_rejected_in_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     MUTANTS[name](monkeypatch)
+    assert failing_case("triton", device) is not None, f"no case of the suite notices {name}"
+
+
+@pytest.mark.skipif(kernels is None, reason="needs Triton")
+@pytest.mark.parametrize("name", OF_THE_KERNELS)
+def test_wrong_weights_are_rejected_in_the_kernels(name: str, monkeypatch: Patch, device: torch.device) -> None:
+    if device.type != "cpu" and name in ("hysteretic_weight_of_the_other_sign", "penalties_weighted_too"):
+        pytest.skip("replaces a device function: only in the interpreter")
+    OF_THE_KERNELS[name](monkeypatch)
     assert failing_case("triton", device) is not None, f"no case of the suite notices {name}"
