@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from rich import box
 from rich.table import Table
 
-NAME_WIDTH = 20  # of a provider's column: the longest name of one in this package
+NAME_WIDTH = 21  # of a provider's column: the longest name of one in this package, with its mark
 # Of a number's column: what its heading is folded to, and from where on a single word of it is broken; and what words
 # in its cells are folded to.
 HEADING_WIDTH, LONGEST_WORD, WORDS_WIDTH = 8, 9, 12

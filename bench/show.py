@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from . import accuracy, files, memory_report, report
+from . import limits as logits_limits
 from .arguments import INTERRUPTED
 from .evidence import Evidence
 from .linear import limits
@@ -80,10 +81,18 @@ def wrong(result: ResultFile) -> Iterator[str]:
         yield from limits.wrong(part) if isinstance(part, LinearResult) else accuracy.broken(part)
 
 
+def complaint(result: ResultFile) -> str:
+    """What keeps the result from showing that every limit stated for what was measured is met, or ""."""
+    found = []
+    for part in files.parts(result):
+        found += limits.limits(part) if isinstance(part, LinearResult) else logits_limits.limits(part)
+    return logits_limits.meets(found)
+
+
 def finish(result: ResultFile, output: Path | None, *, check: bool = False) -> None:
     """Show the result and end the command: 130 if it was interrupted, 1 if something was wrong.
 
-    ``check``: 1, too, where the linear path misses a limit, or where one was not measured or none was.
+    ``check``: 1, too, where a limit is missed, or where one was not measured or none is stated, and says so.
     """
     out = Console()
     show(result, out)
@@ -91,6 +100,8 @@ def finish(result: ResultFile, output: Path | None, *, check: bool = False) -> N
         out.print(f"Wrote {output}", highlight=False, soft_wrap=True)
     if result.interrupted:
         raise typer.Exit(INTERRUPTED)
-    heads = [part for part in files.parts(result) if isinstance(part, LinearResult)]
-    if any(wrong(result)) or (check and any(limits.missed(part) or limits.undecided(part) for part in heads)):
+    missed = complaint(result) if check else ""
+    if missed:
+        out.print(f"--check: {missed}.", style="red", highlight=False, markup=False, soft_wrap=True)
+    if missed or any(wrong(result)):
         raise typer.Exit(1)

@@ -139,12 +139,6 @@ def missed(result: LinearResult) -> list[Limit]:
     return [limit for limit in limits(result) if limit.met is False]
 
 
-def undecided(result: LinearResult) -> bool:
-    """Whether a limit could not be measured, or none was."""
-    met = [limit.met for limit in limits(result)]
-    return not met or None in met
-
-
 def sheet(result: LinearResult) -> Sheet:
     """The final table."""
     words = {True: "yes", False: "NO", None: "not measured"}
