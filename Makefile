@@ -98,7 +98,7 @@ types: $(STAMP) ## types alone
 
 # Allocations of their own size, not PyTorch's pooled ones, so that memcheck sees what lies beside a tensor. racecheck
 # looks at shared memory, which the reductions between the sweeps use.
-SANITIZED := tests/test_odd_rows.py tests/test_row_sharing.py
+SANITIZED := tests/test_odd_rows.py tests/test_row_sharing.py tests/test_logprob_kernel.py tests/test_layouts.py
 sanitize: $(STAMP) ## compute-sanitizer on the small-shape kernel tests (NVIDIA GPU and CUDA toolkit)
 	@command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not on the PATH; it comes with the CUDA toolkit" >&2; exit 2; }
 	for tool in memcheck racecheck; do \

@@ -192,5 +192,6 @@ def store(gpu: str, entries: Mapping[Launches, LaunchParameters]) -> Path:
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".tmp", delete=False) as file:
         json.dump(content, file, indent=1)
         file.write("\n")
+    os.chmod(file.name, 0o644)  # a temporary file is its owner's alone; a shared cache directory is everybody's
     os.replace(file.name, path)
     return path

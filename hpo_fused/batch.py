@@ -43,7 +43,7 @@ class Layout(NamedTuple):
         """
         responses = check_boundaries(name, shape, device, cu_seqlens)
         rows = (1, shape[0]) if len(shape) == 1 else tuple(shape)
-        mask = as_mask(mask, shape, device).reshape(rows)
+        mask = as_mask(mask, shape, device).reshape(rows).contiguous()  # kernels read it row after row
         if cu_seqlens is None:
             return cls(mask, None, responses)
         return cls(mask, _response_of_row(cu_seqlens, shape[0], device), responses)
@@ -133,6 +133,8 @@ def check_boundaries(name: str, shape: torch.Size, device: torch.device, cu_seql
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         kind = TypeError if not isinstance(cu_seqlens, Tensor) else ValueError
         raise kind(f"cu_seqlens: expected an integer tensor of shape [B + 1], got {found(cu_seqlens)}")
+    if cu_seqlens.shape[0] == 1 and shape[0] > 0:
+        raise ValueError(f"cu_seqlens: expected boundaries of a response at least for N = {shape[0]}, got one entry")
     boundaries = check_tensor("cu_seqlens", cu_seqlens, [tuple(cu_seqlens.shape)], "integer", device)
     if values_readable(boundaries) and not bool(_rises(boundaries, shape[0])):
         shown = boundaries.tolist() if len(boundaries) <= 16 else found(cu_seqlens)
@@ -163,7 +165,9 @@ class BatchStatistics:
     Args:
         responses: S, fully masked ones included.
         tokens: sum of L_i over the responses' unmasked tokens.
-        positive, negative: N+ and N-, responses whose masked sum of advantages is above / below zero.
+        positive, negative: N+ and N-, responses whose masked sum of advantages is above / below zero. (Sums of
+            per-token advantages are float32: where they cancel to rounding errors, their sign depends on the order of
+            summation, which is not the same in both backends.)
         group_ids, group_lengths: int64 [S], each response's group and length; only for "group_mean_length".
         gradient_average: number of ranks over which the data-parallel wrapper averages gradients (DDP, FSDP: the
             world size); the loss is multiplied by it. 1 where gradients are summed.

@@ -114,7 +114,7 @@ class LossBatch:
         else:  # expanded along T is one per response, too
             per_token = value.dim() == 2 and value.shape[1] == self.shape[1] and value.stride(1) != 0
         if per_token:
-            return _unit_stride(value), True
+            return unit_stride(value), True
         if value.stride(0) == 1 or value.shape[0] <= 1:
             return value, False
         return (value if value.dim() == 1 else value[:, 0]).contiguous(), False
@@ -126,10 +126,10 @@ class LossBatch:
         if weights is not None:
             weights, weight_per_token = self._per_response_or_token(weights)
         tokens, mask, old, ref = (
-            None if value is None else _unit_stride(value)
+            None if value is None else unit_stride(value)
             for value in (self.tokens, self.mask, self.old_logprobs, self.ref_logprobs)
         )
-        boundaries = None if self.cu_seqlens is None else _unit_stride(self.cu_seqlens)
+        boundaries = None if self.cu_seqlens is None else unit_stride(self.cu_seqlens)
         return TokenInputs(
             tokens, mask, advantages, weights, old, ref, boundaries, advantage_per_token, weight_per_token
         )
@@ -164,7 +164,8 @@ class LossBatch:
 _NO_COUNTS = (None, None, None, None)
 
 
-def _unit_stride(value: Tensor) -> Tensor:
+def unit_stride(value: Tensor) -> Tensor:
+    """The tensor as kernels address it, copied where its last dimension is strided or its entries lie too far apart."""
     """The tensor as kernels can address it: last dimension contiguous, offsets within 32 bits."""
     near = value.stride(0) * value.shape[0] < 2**31
     return value if near and (value.stride(-1) == 1 or value.shape[-1] <= 1) else value.contiguous()

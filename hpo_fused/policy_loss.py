@@ -19,7 +19,7 @@ from .checks import (
     found,
     values_readable,
 )
-from .loss_batch import LossBatch
+from .loss_batch import LossBatch, unit_stride
 from .metrics import policy_metrics
 from .objective import Objective, resolve_objective
 from .rows import LogitTransform, SurrogateSpec
@@ -255,8 +255,8 @@ def _logprob_output(
         entropies = None if entropy is None else entropy.to(torch.float32).reshape(rows.shape)
         loss = autograd.logprob_policy_loss(rows, entropies, prepared, spec, objective.ratio_level == "sequence")
         return policy_output(loss, rows, entropies, objective, prepared, batch.shape)
-    logprobs = logprobs.reshape(batch.shape)
-    entropy = None if entropy is None else entropy.reshape(batch.shape)
+    logprobs = unit_stride(logprobs.reshape(batch.shape))
+    entropy = None if entropy is None else unit_stride(entropy.reshape(batch.shape))
     loss, found_rows = autograd.batch_logprob_loss(logprobs, entropy, batch, spec, backend)
     return PolicyLossOutput(loss, found_rows.logprobs, found_rows.entropy, found_rows.active, objective, batch)
 

@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -162,6 +163,14 @@ def of_device(
     found = machine(device_index)
     name = torch.cuda.get_device_name(device_index)
     parameters = tuned_parameters(name, itemsize, V, reread, narrow)
+    if parameters is not None and parameters.threads * math.ceil(parameters.rows_in_flight / found.processors) > 2048:
+        warnings.warn(
+            f"hpo_fused: ignoring the launch parameters for V = {V} in {tuning_file(name)}: "
+            f"{parameters.rows_in_flight} rows in flight are more than {found.processors} processors hold. Run "
+            "`hpo-fused-bench tune` again",
+            stacklevel=2,
+        )
+        parameters = None
     return configure(
         found, itemsize, parameters or default_parameters(found, itemsize, V, reread=reread, narrow=narrow)
     )

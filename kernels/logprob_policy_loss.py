@@ -24,9 +24,8 @@ from .token_weights import INPUT_STRIDES, INPUTS, batch_factors, load_token, res
 if TYPE_CHECKING:
     from hpo_fused.loss_batch import LossBatch
 
-LOSS_BLOCK = (
-    128  # rows per step, one a thread (256 spill 8 bytes on sm_120): fixed, for a new length must not recompile
-)
+# Rows per step, one a thread (256 spill 8 bytes on sm_120). Fixed: a new length must not recompile.
+LOSS_BLOCK = 128
 _LENGTHS = ["N", "T", "B", "logprobs_stride", "entropies_stride"]
 _UNSPECIALIZED = [*INPUTS[1:], *INPUT_STRIDES[1:], "logprobs", "entropies", "cu_seqlens", "normalizers", *_LENGTHS]
 

@@ -56,10 +56,10 @@ def package_version() -> str:
 def tuning_file(gpu: str) -> Path:
     """Where the parameters for GPUs of this name are: HPO_FUSED_CACHE_DIR, else the user's cache directory."""
     directory = os.environ.get(DIRECTORY_VARIABLE)
-    if directory is None:
+    if not directory:
         directory = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache"), "hpo_fused")
     name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
-    return Path(directory).expanduser() / f"tuning-{name}.json"
+    return Path(os.path.expanduser(directory)) / f"tuning-{name}.json"  # Path's raises where there is no home
 
 
 def tuning_content(gpu: str, entries: Mapping[Launches, LaunchParameters]) -> dict[str, Any]:

@@ -457,7 +457,7 @@ def test_the_part_at_work_was_interrupted(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(all_units, stop, interrupt)
-    done = invoke("all", "--budget", "30", "--output", "d", *TINY, "--no-kernels")
+    done = invoke("all", "--budget", "600", "--output", "d", *TINY, "--no-kernels")
     assert done.exit_code == 130, done.output
     evidence = Evidence.read(Path("d/result.json"))
     assert evidence.interrupted

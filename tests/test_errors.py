@@ -60,6 +60,7 @@ BAD = {
     "cu-falling": (lambda: packed(torch.tensor([0, 5, 4, 6])), ValueError, r"cu_seqlens: .*\[0, 5, 4, 6\]"),
     "cu-start": (lambda: packed(torch.tensor([1, 2, 6])), ValueError, "cu_seqlens: .*from 0 to N = 6"),
     "cu-end": (lambda: packed(torch.tensor([0, 2, 5])), ValueError, "cu_seqlens: .*from 0 to N = 6"),
+    "cu-none": (lambda: packed(torch.tensor([0])), ValueError, "cu_seqlens: .*at least for N = 6, got one entry"),
     "cu-dtype": (lambda: packed(CU.float()), TypeError, "cu_seqlens: .*float32"),
     "cu-dims": (lambda: packed(CU[None]), ValueError, r"cu_seqlens: .*\[B \+ 1\].*\[1, 3\]"),
     "cu-type": (lambda: packed([0, 2, 6]), TypeError, "cu_seqlens: .*list"),

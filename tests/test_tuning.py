@@ -50,6 +50,31 @@ def test_where_the_file_is(monkeypatch: pytest.MonkeyPatch, directory: Path) -> 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/me")
     assert tuning.tuning_file(GPU) == Path("/home/me/.cache/hpo_fused/tuning-nvidia-h200.json")
+    monkeypatch.setenv(tuning.DIRECTORY_VARIABLE, "")
+    assert tuning.tuning_file(GPU) == Path("/home/me/.cache/hpo_fused/tuning-nvidia-h200.json")
+
+
+def test_a_user_without_a_home_has_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers run as users that no password file knows: a first launch must not fail for that."""
+
+    def unknown(user: int) -> None:
+        raise KeyError(user)
+
+    for name in (tuning.DIRECTORY_VARIABLE, "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert tuning.tuned_parameters(GPU, *QWEN) is None
+
+
+def test_more_rows_than_the_gpu_holds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registers are limited by the rows that are to be resident: a thousand on a processor would leave none."""
+    write(tuning.tuning_content(GPU, {QWEN: BEST._replace(rows_in_flight=100_000)}))
+    monkeypatch.setattr(launch, "machine", lambda index: MACHINE)
+    monkeypatch.setattr(launch.torch.cuda, "get_device_name", lambda index: GPU)
+    launch.forget_parameters()
+    with pytest.warns(UserWarning, match="100000 rows in flight are more than"):
+        found = launch.of_device(0, *QWEN)
+    assert found == launch.configure(MACHINE, QWEN.itemsize, launch.default_parameters(MACHINE, 2, QWEN.V))
 
 
 def test_what_was_stored_is_found() -> None:
