@@ -13,6 +13,7 @@ SWEEPS = {
     "token_gradient": ("gradient",),
     "scale_gradient": ("gradient",),
     "response_statistics": (),
+    "computed_rows": (),
     "logprob_policy_loss": (),
 }
 ACCESS_BYTES = 16

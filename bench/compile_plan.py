@@ -40,9 +40,9 @@ class Variant:
         parts = [self.dtype] + [flag for flag in flags if getattr(self, flag)]
         if self.kernel.endswith("policy_loss"):
             parts.append(self.kind)
-            parts += ["sequence"] if self.sequence else []
             parts += [] if self.old else ["on_policy"]
             parts += [] if self.gradient else ["loss_only"]
+        parts += ["sequence"] if self.sequence else []
         parts += [] if self.weights == "batch" else [self.weights]
         parts += [] if self.aligned_out else ["unaligned_out"]
         return "/".join(parts + (["shared"] if self.shared else []))
@@ -70,6 +70,7 @@ CORE = (
     Variant("token_gradient", "bf16", entropy_term=True),
     Variant("scale_gradient", "bf16"),
     Variant("response_statistics", "fp32", weights="packed"),
+    Variant("computed_rows", "fp32", sequence=True, weights="packed"),
     Variant("logprob_policy_loss", "fp32", entropy_term=True, kl=True, sequence=True, kind="clip", weights="packed"),
 )
 
@@ -101,6 +102,7 @@ def covering_variants() -> list[Variant]:
         Variant("token_gradient", "bf16"),
         Variant("token_gradient", "bf16", softcap=True),
         Variant("response_statistics", "fp32"),
+        Variant("computed_rows", "fp32"),
         Variant("logprob_policy_loss", "fp32"),
     ]
     return list(dict.fromkeys(variants))

@@ -14,6 +14,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from hpo_fused.kernels.computed_rows import computed_rows_kernel
 from hpo_fused.kernels.fused_policy_loss import fused_policy_loss_kernel
 from hpo_fused.kernels.launch import LaunchConfiguration, Machine, configure, default_parameters, reload_scalars
 from hpo_fused.kernels.logprob_policy_loss import LOSS_BLOCK, logprob_policy_loss_kernel
@@ -38,7 +39,7 @@ WEIGHTS: dict[str, dict[str, Any]] = {
 }
 
 # Kernels of a program per response, and the tokens it takes in a step.
-SMALL = {"response_statistics": STATISTICS_BLOCK, "logprob_policy_loss": LOSS_BLOCK}
+SMALL = {"response_statistics": STATISTICS_BLOCK, "computed_rows": STATISTICS_BLOCK, "logprob_policy_loss": LOSS_BLOCK}
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,11 @@ def _arguments(variant: Variant) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     types |= {"parameters": ("fp32",) * PARAMETERS[variant.kind], "N": "i32", "T": "i32", "B": "i32"}
     types |= {"losses": f32, "active": None if prepared else "*i1"}
     types |= dict.fromkeys(["max_log_ratio", "kl_coef", "entropy_coef"], "fp32") | dict.fromkeys(INPUT_STRIDES, "i32")
+    if variant.kernel == "computed_rows":
+        types = {name: types[name] for name in computed_rows_kernel.arg_names if name in types}
+        types |= {"compute": "*i1", "cu_seqlens": "*i32" if full else None}
+        switches = {**WEIGHTS[variant.weights], "ADVANTAGE_PER_TOKEN": full, "WEIGHT_PER_TOKEN": full}
+        return computed_rows_kernel, types, {**switches, "SEQUENCE": variant.sequence, "SKIP": True}
     switches = {
         "KIND": variant.kind,
         **WEIGHTS[variant.weights],

@@ -24,7 +24,7 @@ from .backend import implementation
 from .batch import Layout, PreparedBatch
 from .checks import check_token_ids
 from .loss_batch import LossBatch
-from .rows import LogitTransform, LogprobRows, LossRows, RowStatistics, SurrogateSpec, TokenTerms
+from .rows import ComputedRows, LogitTransform, LogprobRows, LossRows, RowStatistics, SurrogateSpec, TokenTerms
 from .surrogate import token_loss
 
 _AGAIN = (
@@ -205,6 +205,17 @@ def _traced_policy_loss(
 
 # ---------------------------------------------------------------------------------------------------------------
 # two kernels: logits -> statistics, and back
+
+
+def computed_rows(
+    logits: Tensor, batch: LossBatch, spec: SurrogateSpec, *, skip_inactive: bool, backend: str
+) -> ComputedRows:
+    """Which rows of ``logits`` [B, T, V] the first sweep computes."""
+    rows: ComputedRows = implementation("torch" if traced(logits) else backend).computed_rows(
+        batch, logits.shape[-1], spec, skip_inactive=skip_inactive,
+        sequence_level=batch.objective.ratio_level == "sequence",
+    )  # fmt: skip
+    return rows
 
 
 @torch.library.custom_op("hpo_fused::token_statistics", mutates_args=())
@@ -438,11 +449,15 @@ class _LogprobLoss(torch.autograd.Function):
 
 
 def batch_logprob_loss(
-    logprobs: Tensor, entropy: Tensor | None, batch: LossBatch, spec: SurrogateSpec, backend: str
-) -> tuple[Tensor, LogprobRows]:
-    """Loss (differentiable once) from log-probabilities and entropies of the batch's shape, and its rows."""
+    logprobs: Tensor, entropy: Tensor | None, batch: LossBatch, spec: SurrogateSpec, backend: str,
+    statistics: Tensor | None = None,
+) -> tuple[Tensor, LogprobRows]:  # fmt: skip
+    """Loss (differentiable once) from log-probabilities and entropies of the batch's shape, and its rows.
+
+    ``statistics``: of :func:`computed_rows`, where the batch went through it.
+    """
     rows = implementation(backend).logprob_policy_loss(
-        logprobs, entropy, batch, spec, sequence_level=batch.objective.ratio_level == "sequence"
+        logprobs, entropy, batch, spec, sequence_level=batch.objective.ratio_level == "sequence", statistics=statistics
     )
     loss: Tensor = _LogprobLoss.apply(logprobs, entropy, rows)  # type: ignore[no-untyped-call]
     return loss, rows

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .checks import check_token_ids
+from .checks import check_token_ids, values_readable
 from .row_chunks import RowSelection
-from .rows import LogitTransform, LogprobRows, LossRows, RowStatistics, SurrogateSpec, TokenTerms
+from .rows import ComputedRows, LogitTransform, LogprobRows, LossRows, RowStatistics, SurrogateSpec, TokenTerms
 from .surrogate import token_loss
 from .vocab_sweeps import Sweeps
 
@@ -347,12 +347,31 @@ def policy_loss(
         return LossRows(losses, logprobs, entropies, prepared.active)
 
 
+def computed_rows(
+    batch: LossBatch, V: int, spec: SurrogateSpec, *, skip_inactive: bool, sequence_level: bool
+) -> ComputedRows:
+    """The rows to compute: active ones, or with ``skip_inactive=False`` unmasked ones; traceable.
+
+    ``spec`` and ``sequence_level`` repeat what the batch's objective says.
+
+    Raises:
+        ValueError: an id outside [0, V) at an unmasked position, where ``policy_loss`` could not see it (a device-side
+            assert).
+    """
+    mask = batch.prepared.layout.mask
+    assert batch.tokens is not None
+    if not values_readable(batch.tokens):
+        check_token_ids(batch.tokens.reshape(mask.shape), mask, V)
+    return ComputedRows(batch.prepared.active if skip_inactive else mask, None)
+
+
 def logprob_policy_loss(
-    logprobs: Tensor, entropy: Tensor | None, batch: LossBatch, spec: SurrogateSpec, *, sequence_level: bool
-) -> LogprobRows:
+    logprobs: Tensor, entropy: Tensor | None, batch: LossBatch, spec: SurrogateSpec, *, sequence_level: bool,
+    statistics: Tensor | None = None,
+) -> LogprobRows:  # fmt: skip
     """Loss of log-probabilities (and entropies) of the batch's shape, any floating dtype, and its derivatives.
 
-    ``entropy`` may be None without an entropy term. Arithmetic in float32.
+    ``entropy`` may be None without an entropy term; ``statistics`` is None. Arithmetic in float32.
     """
     with _plain_mode(logprobs):
         prepared = batch.prepared

@@ -87,6 +87,8 @@ class LossBatch:
         self.old_logprobs, self.ref_logprobs = old_logprobs, ref_logprobs
         self.cu_seqlens, self.groups, self.statistics = cu_seqlens, groups, statistics
         self._prepared: PreparedBatch | None = None
+        self._inputs: TokenInputs | None = None
+        self._weights: BatchWeights | None = None
 
     @property
     def prepared(self) -> PreparedBatch:
@@ -120,7 +122,12 @@ class LossBatch:
         return (value if value.dim() == 1 else value[:, 0]).contiguous(), False
 
     def inputs(self) -> TokenInputs:
-        """The tensors, of any dtype; copied only where the last dimension is strided."""
+        """The tensors, of any dtype; copied only where the last dimension is strided, and then once."""
+        if self._inputs is None:
+            self._inputs = self._as_inputs()
+        return self._inputs
+
+    def _as_inputs(self) -> TokenInputs:
         advantages, advantage_per_token = self._per_response_or_token(self.advantages)
         weights, weight_per_token = self.token_weights, False
         if weights is not None:
@@ -135,7 +142,12 @@ class LossBatch:
         )
 
     def weights(self) -> BatchWeights:
-        """Normalisation and weighting; "group_mean_length" alone computes, one entry per response."""
+        """Normalisation and weighting; "group_mean_length" alone computes, one entry per response, once."""
+        if self._weights is None:
+            self._weights = self._as_weights()
+        return self._weights
+
+    def _as_weights(self) -> BatchWeights:
         objective, statistics, normalizers = self.objective, self.statistics, None
         normalization: str = objective.normalization
         if normalization == "group_mean_length":

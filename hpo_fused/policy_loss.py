@@ -231,22 +231,19 @@ def _two_kernels(
     entropy: bool, inplace: bool, backend: str,
 ) -> PolicyLossOutput:  # fmt: skip
     """Objectives and dtypes that need something between the sweeps."""
-    prepared = batch.prepared
-    mask = prepared.layout.mask
     assert batch.tokens is not None
-    tokens = batch.tokens.to(torch.int64).reshape(mask.shape).contiguous()
-    if not values_readable(tokens):
-        check_token_ids(tokens, mask, logits.shape[-1])
-    compute = prepared.active if skip_inactive else mask
+    compute, statistics = autograd.computed_rows(logits, batch, spec, skip_inactive=skip_inactive, backend=backend)
+    tokens = batch.tokens.to(torch.int64).reshape(compute.shape).contiguous()
     logprobs, entropies = autograd.token_statistics(
         logits, tokens, compute, transform, entropy=entropy, inplace=inplace, backend=backend
     )
-    return _logprob_output(logprobs, entropies, batch, spec, backend)
+    return _logprob_output(logprobs, entropies, batch, spec, backend, statistics)
 
 
 def _logprob_output(
-    logprobs: Tensor, entropy: Tensor | None, batch: LossBatch, spec: SurrogateSpec, backend: str
-) -> PolicyLossOutput:
+    logprobs: Tensor, entropy: Tensor | None, batch: LossBatch, spec: SurrogateSpec, backend: str,
+    statistics: Tensor | None = None,
+) -> PolicyLossOutput:  # fmt: skip
     """What a call returns, from differentiable log-probabilities and entropies of any shape with as many entries."""
     objective = batch.objective
     if autograd.traced(logprobs):
@@ -257,7 +254,7 @@ def _logprob_output(
         return policy_output(loss, rows, entropies, objective, prepared, batch.shape)
     logprobs = unit_stride(logprobs.reshape(batch.shape))
     entropy = None if entropy is None else unit_stride(entropy.reshape(batch.shape))
-    loss, found_rows = autograd.batch_logprob_loss(logprobs, entropy, batch, spec, backend)
+    loss, found_rows = autograd.batch_logprob_loss(logprobs, entropy, batch, spec, backend, statistics)
     return PolicyLossOutput(loss, found_rows.logprobs, found_rows.entropy, found_rows.active, objective, batch)
 
 

@@ -86,6 +86,13 @@ class BatchWeights(NamedTuple):
     normalizers: Tensor | None  # float32 [B]
 
 
+class ComputedRows(NamedTuple):
+    """Which rows a sweep computes, and what a backend found out about the responses on the way."""
+
+    compute: Tensor  # bool [B, T], contiguous
+    statistics: Tensor | None  # for the same backend's ``logprob_policy_loss``
+
+
 class LossRows(NamedTuple):
     """Results of a loss call row by row, [B, T]: float32 but for ``active``, which is bool.
 

@@ -1,10 +1,11 @@
-"""The Triton backend: six operations, the same as ``hpo_fused.eager``.
+"""The Triton backend: seven operations, the same as ``hpo_fused.eager``.
 
 Importing this raises ImportError where Triton is absent.
 """
 
 from __future__ import annotations
 
+from .computed_rows import computed_rows
 from .elementary import INTERPRETED
 from .fused_policy_loss import fused_policy_loss, policy_loss
 from .logprob_policy_loss import logprob_policy_loss
@@ -13,6 +14,7 @@ from .token_gradient import token_gradient
 from .token_statistics import token_statistics
 
 __all__ = [
+    "computed_rows",
     "fused_policy_loss",
     "interpreting",
     "logprob_policy_loss",

@@ -8,8 +8,8 @@ kernel makes itself, and of rows whose weights somebody prepared (a chunk of gat
 
 One launch also where there are fewer rows than processors, though sharing rows (token_statistics.py) would make better
 use of them: a Qwen row takes one program about 22 us for both sweeps (304 KB each at 28 KB a microsecond), ten programs
-and three kernels about 8; but the two launches more, and the operations on tokens between the sweeps, cost the host
-more than the 14 us that the device would save.
+and three kernels about 8; but the four launches more (rows to compute, merge, loss, gradient) cost the host more than
+the 14 us that the device would save.
 """
 
 from __future__ import annotations

@@ -19,7 +19,15 @@ from hpo_fused.rows import LogprobRows, SurrogateSpec
 from .elementary import to_float32
 from .launch import on_device_of
 from .surrogate import token_loss
-from .token_weights import INPUT_STRIDES, INPUTS, batch_factors, load_token, response_statistics, row_weights
+from .token_weights import (
+    INPUT_STRIDES,
+    INPUTS,
+    batch_factors,
+    load_token,
+    response_rows,
+    response_statistics,
+    row_weights,
+)
 
 if TYPE_CHECKING:
     from hpo_fused.loss_batch import LossBatch
@@ -79,11 +87,7 @@ def logprob_policy_loss_kernel(
 ):
     response = tl.program_id(0)
     factor, alpha = batch_factors(statistics, counts, numbers, B, NORMALIZATION, WEIGHTING, OWN_COUNTS, False)
-    first = response * T
-    last = first + T
-    if PACKED:
-        first = tl.maximum(tl.load(cu_seqlens + response).to(tl.int32), 0)
-        last = tl.minimum(tl.load(cu_seqlens + response + 1).to(tl.int32), N)
+    first, last = response_rows(response, cu_seqlens, N, T, PACKED)
     length = tl.maximum(tl.load(statistics + 2 + response), 1).to(tl.float32)
 
     log_ratio = tl.full((), 0.0, tl.float32)
@@ -165,11 +169,13 @@ def logprob_policy_loss_kernel(
 
 
 def logprob_policy_loss(
-    logprobs: Tensor, entropy: Tensor | None, batch: LossBatch, spec: SurrogateSpec, *, sequence_level: bool
-) -> LogprobRows:
+    logprobs: Tensor, entropy: Tensor | None, batch: LossBatch, spec: SurrogateSpec, *, sequence_level: bool,
+    statistics: Tensor | None = None,
+) -> LogprobRows:  # fmt: skip
     """Loss of log-probabilities (and entropies) of the batch's shape, any floating dtype, and its derivatives.
 
-    Two launches. ``entropy`` may be None without an entropy term.
+    Two launches; one with ``statistics``, of this batch's :class:`ComputedRows`. ``entropy`` may be None without an
+    entropy term.
     """
     inputs, weights = batch.inputs(), batch.weights()
     _, mask, advantages, token_weights, old, ref, cu_seqlens, advantage_per_token, weight_per_token = inputs
@@ -189,7 +195,8 @@ def logprob_policy_loss(
         losses.zero_()
         return result
     with on_device_of(logprobs):
-        statistics = response_statistics(inputs._replace(tokens=None), weights, B * T, T, 0)
+        if statistics is None:
+            statistics = response_statistics(inputs._replace(tokens=None), weights, B * T, T, 0)
         logprob_policy_loss_kernel[(responses,)](
             logprobs, entropy, mask, advantages, token_weights, old, ref if spec.kl_coef != 0 else None, cu_seqlens,
             statistics, weights.normalizers, weights.counts, weights.numbers, *result,

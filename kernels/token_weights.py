@@ -154,6 +154,17 @@ def batch_factors(
 
 
 @triton.jit
+def response_rows(response, cu_seqlens, N, T, PACKED: tl.constexpr):
+    """Its first row, and the one after its last; no row outside [0, N), whatever the boundaries say."""
+    first = response * T
+    last = first + T
+    if PACKED:
+        first = tl.maximum(tl.load(cu_seqlens + response).to(tl.int32), 0)
+        last = tl.minimum(tl.load(cu_seqlens + response + 1).to(tl.int32), N)
+    return first, last
+
+
+@triton.jit
 def load_token(pointer, row, inside, T, stride, PACKED: tl.constexpr):
     """Entries of a per-token tensor [B, T] (packed: [N]) at ``row``, as they are."""
     if PACKED:  # neither T nor the stride need a register; nor, else, a second one for 64-bit offsets

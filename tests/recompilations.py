@@ -24,6 +24,7 @@ from hpo_fused.loss_batch import LossBatch
 from hpo_fused.rows import LogitTransform
 
 MODULES = (
+    "computed_rows",
     "fused_policy_loss",
     "logprob_policy_loss",
     "scale_gradient",
@@ -97,6 +98,9 @@ def call(B: int, T: int, V: int, temperature: float, epsilon: float, alpha: floa
     options: dict[str, Any] = {"skip_inactive": True, "entropy": True, "out": torch.empty_like(logits)}
     kernels.policy_loss(logits, batch, transform, objective.lower(), **options)
     kernels.logprob_policy_loss(rows[3], None, batch, objective.lower(), sequence_level=True)
+    # Without KL and entropy terms, as which it has to look at weights.
+    plain = objective.lower()._replace(kl_coef=0.0)
+    kernels.computed_rows(batch, V, plain, skip_inactive=True, sequence_level=True)
     kernels.scale_gradient(logits, torch.ones(()))
     compute = torch.ones(B, T, dtype=torch.bool)
     statistics = kernels.token_statistics(logits, tokens.clone(), compute, transform, entropy=True)
