@@ -317,7 +317,6 @@ def _kernels(evidence: Evidence) -> Iterator[str]:
         [
             *(f"{target}: not covered: {reason}" for target, reason in kernels["unavailable"].items()),
             *kernels["broken"],
-            *(f"{line} (no limit there yet)" for line in kernels["beyond"]),
         ]
     )
     predictions = [Prediction(**one) for one in kernels["predictions"]]

@@ -23,6 +23,7 @@ testing = pytest.importorskip("typer.testing", reason="needs the bench extra")
 from rich.console import Console  # noqa: E402
 
 from hpo_fused.bench import all_command, all_report, all_units, environment, equivalence  # noqa: E402
+from hpo_fused.bench.compile_document import CompileDocument  # noqa: E402
 from hpo_fused.bench.evidence import Evidence  # noqa: E402
 from hpo_fused.bench.evidence import Tests as Outcome  # noqa: E402
 from hpo_fused.bench.linear.cases import HEADS  # noqa: E402
@@ -424,3 +425,15 @@ def test_without_matplotlib_there_are_no_pictures(invoke: Invoke, monkeypatch: p
     assert list(all_command._draw(evidence, Path())) == []
     assert "pip install 'hpo-fused[bench]'" in evidence.dropped[0]
     assert list(Path().iterdir()) == []
+
+
+def test_machine_code_is_told() -> None:
+    """From a document as ``compile`` makes it today."""
+    evidence = ready()
+    evidence.environment |= {"created": "now"}
+    made = CompileDocument({}, "Covered: what there was.", [], {"gfx950": "no assembler"}, ["sm_80 x: spills 8 bytes"])
+    evidence.kernels = made.as_dict()
+    text = all_report.markdown(evidence)
+    for said in ("Covered: what there was.", "gfx950: not covered: no assembler", "sm_80 x: spills 8 bytes"):
+        assert said in text
+    assert "0 kernels compiled, 1 limits broken" in " ".join(all_report.verdict(evidence))
