@@ -457,7 +457,9 @@ def test_the_part_at_work_was_interrupted(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(all_units, stop, interrupt)
-    done = invoke("all", "--budget", "600", "--output", "d", *TINY, "--no-kernels")
+    # Enough for every unit on a busy machine; the suite, which takes a share of any budget, only where it is stopped.
+    budget = ("--budget", "100") if stop == "run_tests" else ("--budget", "600", "--no-tests")
+    done = invoke("all", *budget, "--output", "d", *TINY, "--no-kernels")
     assert done.exit_code == 130, done.output
     evidence = Evidence.read(Path("d/result.json"))
     assert evidence.interrupted
@@ -465,8 +467,7 @@ def test_the_part_at_work_was_interrupted(
     assert [line for line in evidence.dropped if line.startswith(f"{name}: not reached")] == []
     assert [part.interrupted for part in evidence.parts] == parts
     assert evidence.tests is not None
-    notes = {"run_linear": "not reached before the interruption", "run_tests": "interrupted after 2 of 9 tests"}
-    assert stop not in notes or evidence.tests.note == notes[stop]
+    assert stop != "run_tests" or evidence.tests.note == "interrupted after 2 of 9 tests"
     if stop == "run_tests":
         assert "2 passed, 0 failed, 0 skipped in 0 s (interrupted after 2 of 9 tests)" in " ".join(done.stdout.split())
 
