@@ -38,7 +38,8 @@ def compile_report(*arguments: str) -> Report:
     return Report(**json.loads(finished.stdout))
 
 
-@pytest.fixture(scope="module")
+# Of the session: other tests of this group would end a module in between.
+@pytest.fixture(scope="session")
 def records() -> list[dict[str, Any]]:
     report = compile_report(*TARGETS)
     assert report.failures == []
