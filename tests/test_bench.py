@@ -14,21 +14,21 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("rich", reason="needs the bench extra")
-testing = pytest.importorskip("typer.testing", reason="needs the bench extra")
+pytest.importorskip("typer", reason="needs the bench extra")
 
-from rich.console import Console  # noqa: E402
+from rich.console import Console
 
-from hpo_fused.bench import accuracy, cli, measure, report  # noqa: E402
-from hpo_fused.bench.cases import SHAPES, Case, Inputs, Shape, draw  # noqa: E402
-from hpo_fused.bench.display import Display  # noqa: E402
-from hpo_fused.bench.labels import number  # noqa: E402
-from hpo_fused.bench.measure import Failure, Task, peak_extra_bytes, rounds  # noqa: E402
-from hpo_fused.bench.providers import PROVIDERS, Output, Provider, Unavailable  # noqa: E402
-from hpo_fused.bench.providers.plain import Eager  # noqa: E402
-from hpo_fused.bench.results import ColumnErrors, Errors, Result, Row, median_ratio, quantiles, summarise  # noqa: E402
-from hpo_fused.bench.sheet import NAME_WIDTH, folded  # noqa: E402
+from hpo_fused.bench import accuracy, cli, measure, report
+from hpo_fused.bench.cases import SHAPES, Case, Inputs, Shape, draw
+from hpo_fused.bench.display import Display
+from hpo_fused.bench.labels import number
+from hpo_fused.bench.measure import Failure, Task, peak_extra_bytes, rounds
+from hpo_fused.bench.providers import PROVIDERS, Output, Provider, Unavailable
+from hpo_fused.bench.providers.plain import Eager
+from hpo_fused.bench.results import ColumnErrors, Errors, Result, Row, median_ratio, quantiles, summarise
+from hpo_fused.bench.sheet import NAME_WIDTH, folded
 
-from .bench_helpers import step, tiny_case  # noqa: E402
+from .bench_helpers import step, tiny_case
 
 CPU = torch.device("cpu")
 TINY = ("--shape", "custom:V=300", "--tokens", "48", "--device", "cpu", "--repeats", "4")

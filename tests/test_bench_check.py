@@ -36,9 +36,6 @@ from hpo_fused.bench.trial import Step  # noqa: E402
 from .bench_helpers import as_step, step, tiny_case  # noqa: E402
 
 CPU = torch.device("cpu")
-TINY = ("--shape", "custom:V=300", "--tokens", "48", "--device", "cpu", "--repeats", "4")
-EAGER_ONLY = ("--provider", "hpo_fused:torch", "--provider", "eager")
-Invoke = Callable[..., Any]
 
 
 # ---------------------------------------------------------------------------------------------------------------

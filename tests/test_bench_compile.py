@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 pytest.importorskip("rich", reason="needs the bench extra")
-testing = pytest.importorskip("typer.testing", reason="needs the bench extra")
+pytest.importorskip("typer", reason="needs the bench extra")
 
-from hpo_fused.bench import compile_report, compile_table, gpus, occupancy, roofline, traffic  # noqa: E402
-from hpo_fused.bench.compile_document import SCHEMA_VERSION, document  # noqa: E402
-from hpo_fused.bench.compile_limits import SWEEPS, broken_limits, instruction_limit  # noqa: E402
-from hpo_fused.bench.compile_plan import (  # noqa: E402
+from hpo_fused.bench import compile_report, compile_table, gpus, occupancy, roofline, traffic
+from hpo_fused.bench.compile_document import SCHEMA_VERSION, document
+from hpo_fused.bench.compile_limits import SWEEPS, broken_limits, instruction_limit
+from hpo_fused.bench.compile_plan import (
     CAPPED,
     CORE,
     DEFAULT,
@@ -31,13 +31,13 @@ from hpo_fused.bench.compile_plan import (  # noqa: E402
     covering_variants,
     plan,
 )
-from hpo_fused.bench.compile_report import Report  # noqa: E402
-from hpo_fused.bench.gpus import GPUS, REFERENCE  # noqa: E402
-from hpo_fused.bench.instruction_classes import AMD_CLASSES, NVIDIA_CLASSES, instruction_class  # noqa: E402
-from hpo_fused.bench.machine_code import Instruction, main_loops, read_amdgcn  # noqa: E402
-from hpo_fused.bench.occupancy import LIMITS, Occupancy  # noqa: E402
-from hpo_fused.bench.roofline import padding, predict  # noqa: E402
-from hpo_fused.bench.traffic import USABLE, row_traffic  # noqa: E402
+from hpo_fused.bench.compile_report import Report
+from hpo_fused.bench.gpus import GPUS, REFERENCE
+from hpo_fused.bench.instruction_classes import AMD_CLASSES, NVIDIA_CLASSES, instruction_class
+from hpo_fused.bench.machine_code import Instruction, main_loops, read_amdgcn
+from hpo_fused.bench.occupancy import LIMITS, Occupancy
+from hpo_fused.bench.roofline import padding, predict
+from hpo_fused.bench.traffic import USABLE, row_traffic
 
 Invoke = Callable[..., Any]
 LAUNCH = SimpleNamespace(lanes=1024, vec=8, unroll=4, rows_in_flight=132)

@@ -17,29 +17,23 @@ import pytest
 import torch
 
 pytest.importorskip("rich", reason="needs the bench extra")
-typer = pytest.importorskip("typer", reason="needs the bench extra")
-testing = pytest.importorskip("typer.testing", reason="needs the bench extra")
+pytest.importorskip("typer", reason="needs the bench extra")
 
-from rich.console import Console  # noqa: E402
+from rich.console import Console
 
-from hpo_fused.bench import all_command, all_report, all_units, environment, equivalence  # noqa: E402
-from hpo_fused.bench.compile_document import CompileDocument  # noqa: E402
-from hpo_fused.bench.evidence import Evidence  # noqa: E402
-from hpo_fused.bench.evidence import Tests as Outcome  # noqa: E402
-from hpo_fused.bench.linear.cases import HEADS  # noqa: E402
-from hpo_fused.bench.results import (  # noqa: E402
+from hpo_fused.bench import all_command, all_report, all_units, environment, equivalence
+from hpo_fused.bench.compile_document import CompileDocument
+from hpo_fused.bench.evidence import Evidence
+from hpo_fused.bench.evidence import Tests as Outcome
+from hpo_fused.bench.linear.cases import HEADS
+from hpo_fused.bench.results import (
     Result,
     Row,
 )
 
-from .bench_helpers import Silent, timed  # noqa: E402
+from .bench_helpers import Silent, timed
 
 CPU = torch.device("cpu")
-TINY = (
-    "--shape", "custom:V=300", "--shape", "custom:H=48,V=300", "--tokens", "64", "--device", "cpu",
-    "--provider", "hpo_fused:torch", "--provider", "eager", "--provider", "gemms",
-)  # fmt: skip
-ALONE = ("--no-tests", "--no-kernels")
 Invoke = Callable[..., Any]
 
 

@@ -12,26 +12,25 @@ import torch
 import hpo_fused as hf
 
 pytest.importorskip("rich", reason="needs the bench extra")
-testing = pytest.importorskip("typer.testing", reason="needs the bench extra")
+pytest.importorskip("typer", reason="needs the bench extra")
 
 
-from hpo_fused.bench import files  # noqa: E402
-from hpo_fused.bench.linear import limits, memory  # noqa: E402
-from hpo_fused.bench.linear.cases import HEADS, HeadShape  # noqa: E402
-from hpo_fused.bench.linear.draw import LinearInputs  # noqa: E402
-from hpo_fused.bench.linear.providers import PROVIDERS, create  # noqa: E402
-from hpo_fused.bench.linear.providers.fused import Fused  # noqa: E402
-from hpo_fused.bench.linear.providers.plain import Eager  # noqa: E402
-from hpo_fused.bench.linear.results import LinearResult  # noqa: E402
-from hpo_fused.bench.providers import Output  # noqa: E402
-from hpo_fused.bench.results import (  # noqa: E402
+from hpo_fused.bench import files
+from hpo_fused.bench.linear import limits, memory
+from hpo_fused.bench.linear.cases import HEADS, HeadShape
+from hpo_fused.bench.linear.draw import LinearInputs
+from hpo_fused.bench.linear.providers import PROVIDERS, create
+from hpo_fused.bench.linear.providers.fused import Fused
+from hpo_fused.bench.linear.providers.plain import Eager
+from hpo_fused.bench.linear.results import LinearResult
+from hpo_fused.bench.providers import Output
+from hpo_fused.bench.results import (
     Prediction,
 )
-from hpo_fused.bench.trial import Step  # noqa: E402
+from hpo_fused.bench.trial import Step
 
-from .bench_helpers import zero_row  # noqa: E402
+from .bench_helpers import zero_row
 
-CPU = torch.device("cpu")
 SHAPE = "custom:H=48,V=300"
 TINY = ("--shape", SHAPE, "--device", "cpu")
 TIMED = (*TINY, "--tokens", "64", "--repeats", "3", "--no-memory")

@@ -29,14 +29,6 @@ from hpo_fused.bench.trial import Step  # noqa: E402
 
 from .bench_helpers import problem_of, zero_row  # noqa: E402
 
-CPU = torch.device("cpu")
-SHAPE = "custom:H=48,V=300"
-TINY = ("--shape", SHAPE, "--device", "cpu")
-TIMED = (*TINY, "--tokens", "64", "--repeats", "3", "--no-memory")
-PLAIN = ("--provider", "hpo_fused:torch", "--provider", "eager", "--provider", "gemms")
-Invoke = Callable[..., Any]
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # inputs
 

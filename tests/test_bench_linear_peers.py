@@ -12,17 +12,14 @@ import torch
 from torch import Tensor
 
 from hpo_fused import reference
-from hpo_fused.bench.cases import MODES, Case, Inputs, Mode, Op, Shape, draw
-from hpo_fused.bench.check import Oracle
+from hpo_fused.bench.cases import MODES, Mode
 from hpo_fused.bench.linear import providers as of_heads
 from hpo_fused.bench.linear.check import LinearOracle
 from hpo_fused.bench.linear.draw import draw as draw_linear
 from hpo_fused.bench.linear.draw import draw_weight
 from hpo_fused.bench.linear.exact import Exact
 from hpo_fused.bench.linear.run import LinearTrial
-from hpo_fused.bench.providers import Output, Provider, Unavailable, create, linear_peers
-from hpo_fused.bench.results import Errors
-from hpo_fused.bench.trial import Step
+from hpo_fused.bench.providers import Output, Unavailable, linear_peers
 from hpo_fused.objective import Objective
 
 from .bench_helpers import linear_case
@@ -30,55 +27,8 @@ from .bench_helpers import linear_case
 DISTRIBUTIONS = {"trl:eager": "trl", "trl:triton": "trl", "liger:triton": "liger_kernel"}
 PRESETS = list(Objective.presets())
 LIGER_LACKS = ("mhpo", "mhpo_ahpo")
-SUPPORTED = [
-    (name, preset)
-    for name in DISTRIBUTIONS
-    for preset in PRESETS
-    if name != "liger:triton" or preset not in LIGER_LACKS
-]
-# Which operations an adapter has, and in which modes.
-OPS: dict[str, dict[Op, tuple[Mode, ...]]] = {
-    "trl:eager": {"logits": MODES, "logprobs": MODES},
-    "trl:triton": {"logits": MODES, "logprobs": MODES},
-    "liger:triton": {"logits": MODES},
-    "liger:logprobs": {"logprobs": ("forward",)},
-}
 INSTALLED = {"trl": "trl", "liger": "liger_kernel", "cce": "cut_cross_entropy"}  # by the name's first part
-ROUNDED = ["fp16", "bf16"] if torch.cuda.is_available() else ["fp16"]
 CPU = torch.device("cpu")
-
-
-def tiny_case(**changes: Any) -> Case:
-    """A case of milliseconds, of a width that no block divides."""
-    values = {"shape": Shape("tiny", 97), "responses": 8, "length": 5, "dtype": "fp32", "ragged": True}
-    return Case(**{**values, **changes})
-
-
-def prepared(name: str, case: Case, device: torch.device) -> Provider:
-    """The provider, ready for the case; skips the test where it is not installed."""
-    pytest.importorskip(INSTALLED[name.partition(":")[0]])
-    provider = create(name)
-    provider.prepare(case, device)
-    return provider
-
-
-def run(provider: Provider, inputs: Inputs) -> tuple[Output, Tensor]:
-    """Output and gradient, as the benchmark takes them."""
-    output = provider.forward(inputs, inputs.logits)
-    upstream = torch.tensor(inputs.case.upstream, device=inputs.logits.device)
-    (gradient,) = torch.autograd.grad(output.loss, (inputs.logits,), upstream)
-    return output, gradient
-
-
-def as_step(output: Output, gradient: Tensor) -> Step:
-    """What a trial returns."""
-    return Step(output, (gradient,))
-
-
-def errors_of(name: str, case: Case, device: torch.device) -> Errors:
-    """Of a provider against the float64 oracle."""
-    inputs = draw(case, device, 0)
-    return Oracle.of(inputs).judge(inputs, as_step(*run(prepared(name, case, device), inputs)))
 
 
 # ---------------------------------------------------------------------------------------------------------------

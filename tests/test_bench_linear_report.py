@@ -17,30 +17,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hpo_fused as hf
 
 pytest.importorskip("rich", reason="needs the bench extra")
-testing = pytest.importorskip("typer.testing", reason="needs the bench extra")
+pytest.importorskip("typer", reason="needs the bench extra")
 
-from rich.console import Console  # noqa: E402
+from rich.console import Console
 
-from hpo_fused.bench import files  # noqa: E402
-from hpo_fused.bench.linear import limits, memory, report  # noqa: E402
-from hpo_fused.bench.linear.cases import HEADS, HeadShape, LinearCase  # noqa: E402
-from hpo_fused.bench.linear.providers.fused import Fused  # noqa: E402
-from hpo_fused.bench.linear.providers.gemms import Gemms  # noqa: E402
-from hpo_fused.bench.linear.results import LinearErrors, LinearResult, LinearRow, RowErrors, summarise  # noqa: E402
-from hpo_fused.bench.results import (  # noqa: E402
+from hpo_fused.bench import files
+from hpo_fused.bench.linear import limits, memory, report
+from hpo_fused.bench.linear.cases import HEADS, HeadShape, LinearCase
+from hpo_fused.bench.linear.providers.fused import Fused
+from hpo_fused.bench.linear.providers.gemms import Gemms
+from hpo_fused.bench.linear.results import LinearErrors, LinearResult, LinearRow, RowErrors, summarise
+from hpo_fused.bench.results import (
     MemoryRow,
     Prediction,
     Result,
 )
-from hpo_fused.bench.sheet import Sheet  # noqa: E402
+from hpo_fused.bench.sheet import Sheet
 
-from .bench_helpers import problem_of  # noqa: E402
+from .bench_helpers import problem_of
 
 CPU = torch.device("cpu")
-SHAPE = "custom:H=48,V=300"
-TINY = ("--shape", SHAPE, "--device", "cpu")
-TIMED = (*TINY, "--tokens", "64", "--repeats", "3", "--no-memory")
-PLAIN = ("--provider", "hpo_fused:torch", "--provider", "eager", "--provider", "gemms")
 Invoke = Callable[..., Any]
 
 
