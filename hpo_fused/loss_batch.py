@@ -177,7 +177,6 @@ _NO_COUNTS = (None, None, None, None)
 
 
 def unit_stride(value: Tensor) -> Tensor:
-    """The tensor as kernels address it, copied where its last dimension is strided or its entries lie too far apart."""
     """The tensor as kernels can address it: last dimension contiguous, offsets within 32 bits."""
     near = value.stride(0) * value.shape[0] < 2**31
     return value if near and (value.stride(-1) == 1 or value.shape[-1] <= 1) else value.contiguous()
