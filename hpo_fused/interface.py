@@ -1,0 +1,128 @@
+"""Plain values that pass between the public functions and a backend.
+
+A *row* is one token position with its V logits. Per-token tensors are [B, T]; packed responses are [1, N]. Both backends
+(``hpo_fused.kernels`` and ``hpo_fused.torch_backend``) offer the same six operations on these types, so nothing above
+them knows which one is in use, and neither sees an :class:`~hpo_fused.objective.Objective`:
+
+    token_terms(batch, spec, vocabulary, skip_inactive) -> TokenTerms     a call's arguments, as numbers per token
+    policy_loss(logits, targets, terms, spec, transform, results, out)    both sweeps: loss and gradient
+    token_statistics(logits, targets, transform, statistics)              first sweep
+    token_gradient(logits, targets, statistics, c, h, transform, out)     second sweep
+    logprob_loss(logprobs, entropy, terms, spec) -> LogprobLoss           between the sweeps
+    scale_gradient(gradient, factor)                                      the upstream gradient
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeAlias
+
+from torch import Tensor
+
+# Codes in ``targets`` where no token's id stands.
+MASKED = -1
+SKIPPED = -2
+
+# Order of the per-token terms along the first dimension of ``TokenTerms.values``.
+ADVANTAGE, POLICY_WEIGHT, KL_WEIGHT, ENTROPY_WEIGHT, OLD_LOGPROB, REF_LOGPROB = range(6)
+TERMS = 6
+
+# Order along the first dimension of a loss call's per-token results; the entropy may be absent.
+LOSS, LOGPROB, ENTROPY = range(3)
+
+Count: TypeAlias = int | Tensor
+
+
+class LogitTransform(NamedTuple):
+    """Transformed logits z' = softcap * tanh(z / softcap) / temperature; no cap where ``softcap`` is None."""
+
+    temperature: float = 1.0
+    softcap: float | None = None
+
+
+class LossSpec(NamedTuple):
+    """The part of a loss that is the same for every token.
+
+    ``parameters`` by ``kind``, with the neutral value of each optional one (all finite or +inf, never None):
+      clip             1 - low, 1 + high, delta (inf: none), dual (inf: none)
+      log_fidelity     c, k_pos, 1/lambda_pos, k_neg, 1/lambda_neg (both reciprocals 0: no hazard)
+      soft_gate        tau_pos, tau_neg
+      truncated_ratio  low (0: none), high
+    """
+
+    kind: str
+    parameters: tuple[float, ...]
+    max_log_ratio: float
+    off_policy: bool  # old log-probabilities are given
+    kl: bool  # a KL term; reference log-probabilities are given
+    entropy_bonus: bool
+    sequence_level: bool  # one ratio for each response
+
+
+class Batch(NamedTuple):
+    """A call's checked arguments about its tokens, every tensor as the caller passed it.
+
+    Tensors have any dtype of the right kind, are on one device, and have unit stride on their last dimension. Per-token
+    ones are [B, T], or packed [N].
+    """
+
+    rows: tuple[int, int]  # [B, T], packed [1, N]
+    responses: int
+    tokens: Tensor | None  # None: the caller has log-probabilities
+    mask: Tensor | None  # 0: masked; None: nothing is masked
+    advantages: Tensor  # per token, or [B] per response
+    token_weights: Tensor | None  # likewise
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    cu_seqlens: Tensor | None  # [B + 1]; None: padded
+    advantage_per_token: bool
+    weight_per_token: bool
+    normalization: str  # "response", "mean_length", "constant", or "given": 1 / normalizers
+    normalizers: Tensor | None  # float32 [B]: 1 / n_i of each response
+    max_length: int  # of "constant", else 1
+    weighting: str  # "none", "fixed" (alpha), "adaptive" (alpha is alpha_min)
+    alpha: float
+    kl_coef: float
+    entropy_coef: float
+    # Of the optimiser batch: responses S, tokens, and responses of positive and negative advantage; None: this call's.
+    totals: tuple[Count, Count, Count, Count] | None
+    gradient_average: float
+
+
+class TokenTerms(NamedTuple):
+    """A call's arguments as numbers per token: everything a row's loss needs besides its logits.
+
+    With s the surrogate, x the log-ratio and d the log-ratio to the reference, a token's loss is
+    ``-POLICY_WEIGHT * s(x, ADVANTAGE) + KL_WEIGHT * k3(d) - ENTROPY_WEIGHT * H``. Masks, the caller's token weights,
+    hysteretic weights, length normalisation, coefficients and gradient averaging are all in the three weights; a weight
+    of exactly 0 switches its part off whatever the other terms hold (NaN included). Terms that the :class:`LossSpec`
+    does not ask for are uninitialised.
+    """
+
+    values: Tensor  # float32 [TERMS, B, T]
+    targets: Tensor  # int32 [B, T]: the sampled token's id (0 without tokens) where a sweep computes; MASKED; SKIPPED
+    active: Tensor  # bool [B, T]: rows whose gradient can differ from 0
+    lengths: Tensor  # int32 [responses]: unmasked tokens of each response
+    signs: Tensor  # int32 [responses]: sign of the response's summed advantage; 0 for a fully masked response
+    cu_seqlens: Tensor | None  # as in Batch
+
+
+class SoftmaxStatistics(NamedTuple):
+    """Statistics of each row's transformed logits z', float32 [B, T]; NaN in rows not computed.
+
+    The softmax denominator is kept as ``maximum`` and ``others`` = sum over j != y of exp(z'_j - maximum), without the
+    sampled token y: log p_y = -log1p(others / e_y) and 1 - p_y = others / (others + e_y) then keep their relative
+    precision on peaked rows, where log p_y computed as z'_y - lse cancels to nothing.
+    """
+
+    logprobs: Tensor
+    maximum: Tensor
+    others: Tensor
+    entropy: Tensor | None
+
+
+class LogprobLoss(NamedTuple):
+    """A loss of log-probabilities, token by token, and its derivatives: the two numbers of every token."""
+
+    results: Tensor  # float32 [2 or 3, B, T]: LOSS, LOGPROB and ENTROPY, each 0 where masked
+    logprob_coefficients: Tensor  # c = dloss/dlogp, float32 [B, T]
+    entropy_coefficients: Tensor | None  # h = dloss/dH; None without an entropy bonus
