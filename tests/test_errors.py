@@ -1,4 +1,4 @@
-"""Wrong calls, one by one, of every function that takes the argument: the error names it, what was expected, what came."""
+"""Wrong calls of every function that takes the argument: the error names it, what was expected and what came."""
 
 from __future__ import annotations
 
@@ -260,7 +260,7 @@ def test_wrong_call(function: str, options: dict[str, Any], error: type[Exceptio
 
 
 def test_wrong_backend_of_a_tensor() -> None:
-    with pytest.raises(ValueError, match="backend: .*'gpu'"):
+    with pytest.raises(ValueError, match=r"backend: .*'gpu'"):
         hf.backend_for(LOGITS, "gpu")  # type: ignore[arg-type]
 
 
