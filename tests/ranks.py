@@ -1,5 +1,4 @@
-"""Run by test_batch.py and test_linear_head_layouts.py as two processes: unequal shares of a batch, averaged gradients,
-the whole batch's result.
+"""Two processes: unequal shares of a batch, averaged gradients, the whole batch's result.
 
 A script and not a function that multiprocessing spawns: tests are imported by path, and a child process could not
 find this module again.
@@ -8,6 +7,8 @@ find this module again.
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
 import sys
 
 import pytest
@@ -15,6 +16,20 @@ import torch
 from torch import distributed
 
 import hpo_fused as hf
+
+
+def run_ranks(part: str) -> None:
+    """Run a part of this script on both ranks, and fail with the first one that does."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = [
+        subprocess.Popen([sys.executable, __file__, str(rank), str(port), part], stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        _, errors = rank.communicate(timeout=120)
+        assert rank.returncode == 0, errors
 
 
 def shares(rank: int) -> None:
@@ -139,7 +154,7 @@ def sharded_heads(rank: int) -> None:
                 call()
 
 
-def main(rank: int, port: str, part: str = "shares") -> None:
+def main(rank: int, port: str, part: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     distributed.init_process_group("gloo", rank=rank, world_size=2)
     {"shares": shares, "sharded_heads": sharded_heads}[part](rank)

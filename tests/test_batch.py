@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
 import hpo_fused as hf
 
+from .ranks import run_ranks
 from .test_equivalence import PRESETS
 
 ADVANTAGES = torch.tensor([1.0, -0.5, -0.5, 0.0, -2.0, 0.3])
@@ -116,17 +112,7 @@ def test_mean_length_is_daposs_token_mean() -> None:
 @pytest.mark.distributed
 def test_ranks_add_up() -> None:
     """Two processes with unequal shares and averaged gradients give the gradient of the whole batch."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    script = str(Path(__file__).with_name("ranks.py"))
-    ranks = [
-        subprocess.Popen([sys.executable, script, str(rank), str(port)], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    for rank in ranks:
-        _, errors = rank.communicate(timeout=120)
-        assert rank.returncode == 0, errors
+    run_ranks("shares")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ import hpo_fused as hf
 from hpo_fused import linear_inputs
 from hpo_fused.linear_inputs import choose_rows
 
+from .samples import hidden_arguments
+
 BATCH, STEPS, WIDTH, VOCABULARY = 6, 5, 16, 101
 ACTIVE, UNMASKED = 12, 19
 
@@ -209,6 +211,33 @@ def test_rows_up_to_a_bound_cost_as_active_ones(name: str, device: torch.device)
         assert gemms.rows == (3 if name == "grpo" else 4) * count
 
 
+def test_products_of_log_probabilities(device: torch.device) -> None:
+    """One product of unmasked rows under no_grad, four where differentiated, fewer with a frozen side."""
+    values = requiring(arguments(device))
+
+    def call() -> hf.TokenLogprobs:
+        return hf.linear_token_logprobs(
+            values["base"][:, :-1], values["weight"], values["tokens"], mask=values["mask"],
+            chunk_bytes=5 * VOCABULARY * 4,
+        )  # fmt: skip
+
+    call().logprobs.sum().backward()
+    with Gemms() as gemms, torch.no_grad():
+        quiet = call()
+    assert gemms.rows == UNMASKED
+    with Gemms() as gemms:
+        loud = call()
+        assert gemms.rows == UNMASKED
+        loud.logprobs.sum().backward()
+    assert gemms.rows == 4 * UNMASKED
+    assert not quiet.logprobs.requires_grad
+    assert torch.equal(quiet.logprobs, loud.logprobs)
+    requiring(values, "weight", "bias")
+    with Gemms() as gemms:
+        call().logprobs.sum().backward()
+    assert gemms.rows == 3 * UNMASKED
+
+
 @pytest.mark.parametrize("name", ["grpo", "gspo"])
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("slack", [None, 4])
@@ -337,6 +366,24 @@ def test_choosing_too_few_is_asserted_on_the_device(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(linear_inputs, "values_readable", lambda value: False)
     with pytest.raises(RuntimeError, match="active_count: expected at least the number of active rows"):
         choose_rows(torch.ones(2, 3, dtype=torch.bool), 5)
+
+
+@pytest.mark.parametrize("function", ["linear_policy_loss", "policy_loss"])
+def test_adaptive_alpha_stays_on_the_device(function: str, device: torch.device) -> None:
+    """masked_fill with a 0-d tensor fetches it to the host on CUDA."""
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.overloadpacket in (aten.masked_fill, aten.masked_fill_):
+                assert not isinstance(args[2], Tensor), "a value that CUDA would synchronise to read"
+            return func(*args, **(kwargs or {}))
+
+    hidden, weight, tokens, advantages, _ = hidden_arguments(device)
+    with Watch():
+        if function == "policy_loss":
+            hf.policy_loss(hidden @ weight.t(), tokens, advantages, objective="ahpo", backend="torch")
+        else:
+            hf.linear_policy_loss(hidden, weight, tokens, advantages, objective="ahpo", backend="torch")
 
 
 @pytest.mark.gpu

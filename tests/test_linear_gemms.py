@@ -103,6 +103,17 @@ def test_float32_logits(gemms: Gemms) -> None:
     assert gemms.written == (1 if gemms.able.write else 0)
 
 
+def test_fake_tensors_tell_nothing_about_the_device(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setattr(linear_head, "_float32_gemms", {})
+    with FakeTensorMode():
+        linear_head.float32_gemms(device, torch.bfloat16)
+    assert not linear_head._float32_gemms
+    linear_head.float32_gemms(device, torch.bfloat16)
+    assert linear_head._float32_gemms
+
+
 def test_the_probe_tells_what_the_device_has(device: torch.device) -> None:
     able = linear_head.float32_gemms(device, torch.bfloat16)
     a = torch.ones(16, 16, dtype=torch.bfloat16, device=device)

@@ -162,6 +162,15 @@ def test_main_grad_needs_no_accumulator(device: torch.device) -> None:
     assert buffer.any()
 
 
+def test_bias_makes_no_float32_copy_of_the_logits(device: torch.device) -> None:
+    """Such a copy would be twice the chunk of bfloat16 logits, on top of it."""
+    # cuBLASLt, which adds a bias in its epilogue, takes a workspace of 32 MiB: less than a chunk has to be, there.
+    rows, vocabulary, workspace = (1024, 5000, 0) if device.type == "cpu" else (1024, 32768, 33 * MIB)
+    with_bias, without = (measured(step(rows, 32, vocabulary, device, bias=bias), device) for bias in (True, False))
+    assert with_bias <= hf.linear_memory(rows, 32, vocabulary, bias=True, device=device).peak
+    assert with_bias - without <= rows * vocabulary * 2 + workspace
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # the plan
 
@@ -202,3 +211,19 @@ def test_frozen_sides_cost_nothing() -> None:
     assert full.gradients == 2 * 64 * (8192 + 32000)
     assert full.accumulator == 4 * 64 * 32000
     assert hf.linear_memory(8192, 64, 32000, dtype=FP32).accumulator == 0
+
+
+def test_memory_under_another_narrow_autocast(device: torch.device) -> None:
+    """The gradient's dtype is not the GEMMs': a single chunk, too, is summed in float32 and then cast."""
+    memory = hf.linear_memory(64, 512, 150_000, dtype=torch.float16, autocast=torch.bfloat16, device=device)
+    assert memory.accumulator == 4 * 512 * 150_000
+    same = hf.linear_memory(64, 512, 150_000, dtype=torch.bfloat16, autocast=torch.bfloat16, device=device)
+    assert same.accumulator == 0
+    assert hf.linear_memory(0, 512, 150_000, dtype=torch.float16, autocast=torch.bfloat16).accumulator == 0
+
+
+def test_plan_refuses_as_the_call_does() -> None:
+    for chunk_bytes, error in ((True, TypeError), (2.5, TypeError), (21, ValueError)):
+        with pytest.raises(error, match="chunk_bytes"):
+            ChunkPlan.of(8, 11, BF16, BF16, "cpu", chunk_bytes)
+    assert ChunkPlan.of(8, 11, BF16, BF16, "cpu", 22) == (1, 8)

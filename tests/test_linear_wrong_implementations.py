@@ -27,7 +27,7 @@ linear_policy_loss = importlib.import_module("hpo_fused.linear_policy_loss")  # 
 Patch = pytest.MonkeyPatch
 MUTANTS: dict[str, Callable[[Patch], None]] = {}
 
-# Few cases, each with much in it: all that test_linear_policy_loss.py holds the right code against is far more.
+# Few cases, each with much in it: all that test_linear_equivalence.py holds the right code against is far more.
 _OBJECTIVE = hf.Objective.preset("mhpo_ahpo", kl_coef=0.04, entropy_coef=0.02)
 _TRANSFORM = {"temperature": 0.7, "softcap": 6.0}
 SUITE = [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,26 +13,14 @@ from torch import Tensor
 import hpo_fused as hf
 
 from .equivalence import Case, build
+from .samples import logits_arguments
 from .test_equivalence import PRESETS
-
-
-def arguments(device: torch.device, vocabulary: int = 211) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    logits = 2 * torch.randn(5, 4, vocabulary, generator=generator)
-    tokens = torch.randint(vocabulary, (5, 4), generator=generator)
-    old = hf.token_logprobs(logits, tokens).logprobs + 0.2 * torch.randn(5, 4, generator=generator)
-    return (
-        logits.to(device),
-        tokens.to(device),
-        torch.tensor([1.0, -1.0, 0.0, 0.5, -2.0], device=device),
-        old.to(device),
-    )
 
 
 @pytest.mark.parametrize("name", ["mhpo_ahpo", "gspo"])
 @pytest.mark.parametrize("vocabulary", [211, 50257])
 def test_bitwise_reproducible(name: str, vocabulary: int, backend: str, device: torch.device) -> None:
-    logits, tokens, advantages, old = arguments(device, vocabulary)
+    logits, tokens, advantages, old = logits_arguments(device, vocabulary)
     results = []
     for _ in range(2):
         leaf = logits.clone().requires_grad_()
@@ -44,7 +34,7 @@ def test_bitwise_reproducible(name: str, vocabulary: int, backend: str, device: 
 @pytest.mark.parametrize("vocabulary", [208, 211, 50257])
 def test_a_row_does_not_depend_on_the_others(vocabulary: int, backend: str, device: torch.device) -> None:
     """Bit for bit. Rows of whole 16-byte groups may also move: others are grouped from their own first boundary."""
-    logits, tokens, advantages, old = arguments(device, vocabulary)
+    logits, tokens, advantages, old = logits_arguments(device, vocabulary)
     statistics = hf.BatchStatistics.from_batch(advantages, torch.ones_like(tokens))
     whole = logits.clone().requires_grad_()
     out = hf.policy_loss(whole, tokens, advantages, old_logprobs=old, statistics=statistics, backend=backend)
@@ -62,27 +52,28 @@ def test_a_row_does_not_depend_on_the_others(vocabulary: int, backend: str, devi
 
 
 @pytest.mark.parametrize("name", ["mhpo_ahpo", "gspo"])
-@pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_nan_stays_in_its_row(name: str, poison: float, backend: str, device: torch.device) -> None:
-    logits, tokens, advantages, old = arguments(device)
+def test_nan_stays_in_its_row(name: str, backend: str, device: torch.device) -> None:
+    logits, tokens, advantages, old = logits_arguments(device)
     gradients = []
-    for value in (0.0, poison):
+    for broken in (False, True):
         leaf = logits.clone()
-        leaf[1, 2, 7] += value
+        if broken:
+            leaf[1, 2, 7], leaf[3, 1, 7] = math.nan, math.inf
         leaf.requires_grad_()
         out = hf.policy_loss(leaf, tokens, advantages, old_logprobs=old, objective=name, backend=backend)
         out.loss.backward()
         gradients.append(leaf.grad)
     assert out.loss.isnan()
-    assert gradients[1][1, 2].isnan().any()
     spared = torch.ones(5, 4, dtype=torch.bool)
-    spared[1, 2 if name == "mhpo_ahpo" else slice(None)] = False  # one ratio serves the whole response in GSPO
+    for b, t in ((1, 2), (3, 1)):
+        assert gradients[1][b, t].isnan().any()
+        spared[b, t if name == "mhpo_ahpo" else slice(None)] = False  # one ratio serves the whole response in GSPO
     torch.testing.assert_close(gradients[1][spared], gradients[0][spared], rtol=0, atol=0)
 
 
 def test_rows_of_weight_zero_ignore_nan(backend: str, device: torch.device) -> None:
     """A = 0, a caller's weight of 0 and alpha = 0 switch a row off, whatever it holds."""
-    logits, tokens, advantages, old = arguments(device)
+    logits, tokens, advantages, old = logits_arguments(device)
     weights = torch.ones(5, 4, device=device)
     weights[0, 1] = 0
     logits[2], logits[0, 1], logits[1] = torch.nan, torch.inf, torch.nan
@@ -108,21 +99,15 @@ def test_rows_of_weight_zero_ignore_nan(backend: str, device: torch.device) -> N
 
 
 @pytest.mark.parametrize("name", sorted(set(PRESETS) - {"cispo"}))
-@pytest.mark.parametrize("old", [math.inf, -math.inf, 100.0, -100.0])
-def test_extreme_log_ratios_stay_finite(name: str, old: float, backend: str, device: torch.device) -> None:
-    logits, tokens, advantages, _ = arguments(device)
+def test_extreme_log_ratios_stay_finite(name: str, backend: str, device: torch.device) -> None:
+    logits, tokens, advantages, _ = logits_arguments(device)
     leaf = logits.requires_grad_()
     objective = hf.Objective.preset(name, kl_coef=0.1, max_length=4)
-    extreme = torch.full((5, 4), old, device=device)
-    out = hf.policy_loss(
-        leaf,
-        tokens,
-        advantages,
-        old_logprobs=extreme,
-        ref_logprobs=extreme,
-        objective=objective,
-        backend=backend,
-    )
+    extreme = torch.tensor([math.inf, -math.inf, 100.0, -100.0], device=device).expand(5, 4)
+    if objective.ratio_level == "sequence":  # one kind to a response, or their mean would be NaN
+        extreme = torch.tensor([[math.inf], [-math.inf], [100.0], [-100.0], [100.0]], device=device).expand(5, 4)
+    out = hf.policy_loss(leaf, tokens, advantages, old_logprobs=extreme, ref_logprobs=extreme, objective=objective,
+                         backend=backend)  # fmt: skip
     out.loss.backward()
     assert out.loss.isfinite()
     # Beyond max_log_ratio every derivative with respect to the log-ratio is zero.
@@ -130,7 +115,7 @@ def test_extreme_log_ratios_stay_finite(name: str, old: float, backend: str, dev
 
 
 def test_inactive_rows_are_loud(backend: str, device: torch.device) -> None:
-    logits, tokens, advantages, old = arguments(device)
+    logits, tokens, advantages, old = logits_arguments(device)
     lazy, full = (
         hf.policy_loss(logits, tokens, advantages, old_logprobs=old, skip_inactive=skip, backend=backend)
         for skip in (True, False)
@@ -173,7 +158,7 @@ def test_metrics(device: torch.device) -> None:
 
 
 def test_metrics_of_a_fused_call_skip_inactive_rows(backend: str, device: torch.device) -> None:
-    logits, tokens, advantages, old = arguments(device)
+    logits, tokens, advantages, old = logits_arguments(device)
     out = hf.policy_loss(logits, tokens, advantages, old_logprobs=old, backend=backend)
     active = out.active
     ratio = (out.logprobs - old)[active].exp().mean()
@@ -182,27 +167,28 @@ def test_metrics_of_a_fused_call_skip_inactive_rows(backend: str, device: torch.
     assert out.metrics()["active_fraction"].item() == pytest.approx(0.8)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8])
-def test_any_integer_tokens(dtype: torch.dtype, backend: str, device: torch.device) -> None:
-    logits, tokens, advantages, old = arguments(device, 100)
-    losses = [
-        hf.policy_loss(logits, t, advantages, old_logprobs=old, backend=backend).loss
-        for t in (tokens, tokens.to(dtype))
-    ]
-    assert losses[0].item() == losses[1].item()
+def test_any_integer_tokens(backend: str, device: torch.device) -> None:
+    logits, tokens, advantages, old = logits_arguments(device, 100)
+    losses = {
+        hf.policy_loss(logits, tokens.to(dtype), advantages, old_logprobs=old, backend=backend).loss.item()
+        for dtype in (torch.int64, torch.int8, torch.int16, torch.int32, torch.uint8)
+    }
+    assert len(losses) == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32, torch.bfloat16])
-def test_any_mask(dtype: torch.dtype, device: torch.device) -> None:
-    logits, tokens, advantages, old = arguments(device)
-    mask = torch.rand(5, 4, device=device) < 0.5
-    losses = [hf.policy_loss(logits, tokens, advantages, old_logprobs=old, mask=m).loss for m in (mask, mask.to(dtype))]
-    assert losses[0].item() == losses[1].item()
+def test_any_mask(backend: str, device: torch.device) -> None:
+    logits, _, advantages, old = logits_arguments(device, 4)
+    logprobs, mask = -logits[..., 0].abs(), torch.rand(5, 4, device=device) < 0.5
+    losses = {
+        hf.logprob_policy_loss(logprobs, advantages, old_logprobs=old, mask=mask.to(dtype), backend=backend).loss.item()
+        for dtype in (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32, torch.bfloat16)
+    }
+    assert len(losses) == 1
 
 
 def test_transposed_and_sliced_logits(backend: str, device: torch.device) -> None:
     """Only the last dimension has to be contiguous."""
-    logits, tokens, advantages, old = arguments(device)
+    logits, tokens, advantages, old = logits_arguments(device)
     expected = hf.policy_loss(logits, tokens, advantages, old_logprobs=old, backend=backend)
     padded = torch.zeros(5, 4, 300, device=device)
     padded[..., 50:261] = logits
@@ -246,7 +232,7 @@ def test_backend_for(device: torch.device, backend: str) -> None:
 
 def test_more_than_65535_rows(backend: str, device: torch.device) -> None:
     """No grid dimension may run out (65,535 is CUDA's limit for all but the first)."""
-    rows = 100 if backend == "triton" and device.type == "cpu" else 70000  # the interpreter has no such limit
+    rows = 10 if backend == "triton" and device.type == "cpu" else 70000  # the interpreter has no such limit
     logits = torch.zeros(rows, 1, 2, device=device, requires_grad=True)
     tokens = torch.zeros(rows, 1, dtype=torch.long, device=device)
     out = hf.policy_loss(logits, tokens, torch.ones(rows, device=device), objective="grpo", backend=backend)
@@ -263,3 +249,106 @@ def test_wide_strides_do_not_overflow(backend: str, device: torch.device) -> Non
     small = hf.token_logprobs(logits.clone(), tokens, backend=backend)
     wide = hf.token_logprobs(logits, tokens, backend=backend)
     assert torch.equal(small.logprobs, wide.logprobs)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# per-token tensors in every layout that a trainer's slicing leaves them in: both backends see the same values
+
+Change = Callable[[Tensor], Tensor]
+
+
+def _stretched(value: Tensor) -> Tensor:
+    """Every second entry of a tensor twice as long."""
+    return value.repeat_interleave(2, dim=-1)[..., ::2]
+
+
+def _transposed(value: Tensor) -> Tensor:
+    return value.mT.contiguous().mT if value.dim() > 1 else value
+
+
+def _sliced(value: Tensor) -> Tensor:
+    """As ``mask[:, 1:]`` is: rows start off any boundary."""
+    return torch.cat([value[..., :1], value], -1)[..., 1:]
+
+
+def _last_of_three(value: Tensor) -> Tensor:
+    return torch.stack([value, value, value], -1)[..., 2]
+
+
+LAYOUTS: dict[str, Change] = {
+    "stretched": _stretched, "transposed": _transposed, "sliced": _sliced, "last of three": _last_of_three,
+}  # fmt: skip
+
+
+def per_token(device: torch.device) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logprobs = -3 * torch.rand(3, 4, generator=generator)
+    values = {
+        "logprobs": logprobs,
+        "advantages": torch.randn(3, 4, generator=generator),
+        "old_logprobs": logprobs - 0.3 * torch.randn(3, 4, generator=generator),
+        "ref_logprobs": logprobs + 0.1 * torch.randn(3, 4, generator=generator),
+        "token_weights": torch.rand(3, 4, generator=generator),
+        "entropy": torch.rand(3, 4, generator=generator),
+        "mask": torch.rand(3, 4, generator=generator) < 0.7,
+    }
+    values["advantages"][2] = 0.0
+    return {name: value.to(device) for name, value in values.items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_logprob_loss_of_any_strides(level: Any, layout: str, backend: str, device: torch.device) -> None:
+    objective = hf.Objective(ratio_level=level, kl_coef=0.1, entropy_coef=0.01)
+    values = per_token(device)
+
+    def run(change: Change, name: str) -> tuple[Tensor, ...]:
+        given = {key: change(value) for key, value in values.items()}
+        leaves = [given.pop(key).detach().requires_grad_() for key in ("logprobs", "entropy")]
+        out = hf.logprob_policy_loss(leaves[0], given.pop("advantages"), entropy=leaves[1], objective=objective,
+                                     backend=name, **given)  # fmt: skip
+        return out.loss, *torch.autograd.grad(out.loss, leaves), out.logprobs, out.active
+
+    expected = run(lambda value: value.contiguous(), "torch")
+    for ours, wanted in zip(run(LAYOUTS[layout], backend), expected, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_logprobs_expanded_along_the_response(backend: str, device: torch.device) -> None:
+    values = per_token(device)
+    leaf = values["logprobs"][:, :1].clone().requires_grad_()
+    out = hf.logprob_policy_loss(leaf.expand(3, 4), values["advantages"], objective="grpo", backend=backend)
+    full = values["logprobs"][:, :1].repeat(1, 4).requires_grad_()
+    wanted = hf.logprob_policy_loss(full, values["advantages"], objective="grpo", backend="torch")
+    torch.testing.assert_close(out.loss, wanted.loss)
+    (gradient,), (expected,) = torch.autograd.grad(out.loss, leaf), torch.autograd.grad(wanted.loss, full)
+    torch.testing.assert_close(gradient, expected.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("skip_inactive", [True, False])
+@pytest.mark.parametrize("layout", [*LAYOUTS, "expanded"])
+@pytest.mark.parametrize(("objective", "dtype"), [("gspo", "float32"), ("grpo", "float16"), ("mhpo_ahpo", "float32")])
+def test_per_token_tensors_of_any_strides(
+    objective: str, dtype: str, layout: str, skip_inactive: bool, backend: str, device: torch.device
+) -> None:
+    values = per_token(device)
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(3, 4, 33, generator=generator).to(device, getattr(torch, dtype))
+    tokens = torch.randint(33, (3, 4), generator=generator).to(device)
+    mask = values["mask"]
+    if layout == "expanded":
+        mask = (torch.arange(4, device=device) < 3).expand(3, 4)
+
+    def run(change: Change, name: str) -> tuple[Tensor, ...]:
+        leaf = logits.clone().requires_grad_()
+        given = {key: change(values[key]) for key in ("advantages", "old_logprobs", "token_weights")}
+        out = hf.policy_loss(
+            leaf, change(tokens), given.pop("advantages"), mask=mask if layout == "expanded" else change(mask),
+            objective=objective, skip_inactive=skip_inactive, backend=name, **given,
+        )  # fmt: skip
+        return out.loss, *torch.autograd.grad(out.loss, leaf), out.logprobs, out.active
+
+    expected = run(lambda value: value.contiguous(), "torch")
+    close = {"rtol": 2e-3, "atol": 1e-6} if dtype == "float16" else {"rtol": 2e-5, "atol": 1e-7}
+    for ours, wanted in zip(run(LAYOUTS.get(layout, _sliced), backend), expected, strict=True):
+        torch.testing.assert_close(ours, wanted, equal_nan=True, **close)

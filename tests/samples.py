@@ -1,0 +1,41 @@
+"""Small inputs that many tests share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import hpo_fused as hf
+
+
+def leaves(*tensors: Tensor) -> list[Tensor]:
+    """Copies that require a gradient."""
+    return [tensor.detach().clone().requires_grad_() for tensor in tensors]
+
+
+def _batch(logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, advantages (one of them 0) and old log-probabilities."""
+    tokens = torch.randint(logits.shape[-1], logits.shape[:-1], generator=generator)
+    old = hf.token_logprobs(logits, tokens).logprobs + 0.2 * torch.randn(tokens.shape, generator=generator)
+    return tokens, torch.tensor([1.0, -1.0, 0.0, 0.5, -2.0]), old
+
+
+def logits_arguments(
+    device: torch.device, vocabulary: int = 211, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits [5, 4, V], tokens, advantages and old log-probabilities."""
+    generator = torch.Generator().manual_seed(3)
+    logits = 2 * torch.randn(5, 4, vocabulary, generator=generator)
+    tokens, advantages, old = _batch(logits, generator)
+    return logits.to(device, dtype), tokens.to(device), advantages.to(device), old.to(device)
+
+
+def hidden_arguments(
+    device: torch.device, vocabulary: int = 211, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states [5, 4, 24], weight, tokens, advantages and old log-probabilities."""
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(5, 4, 24, generator=generator)
+    weight = torch.randn(vocabulary, 24, generator=generator) / 3
+    tokens, advantages, old = _batch(hidden @ weight.t(), generator)
+    return hidden.to(device, dtype), weight.to(device, dtype), tokens.to(device), advantages.to(device), old.to(device)
