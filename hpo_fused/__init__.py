@@ -2,9 +2,9 @@
 
 from .backend import backend_for
 from .batch import BatchStatistics
-from .linear_plan import LinearMemory, linear_memory
-from .linear_policy_loss import linear_policy_loss
-from .linear_token_logprobs import linear_token_logprobs
+from .linear import LinearMemory, linear_memory, linear_policy_loss, linear_token_logprobs
+from .logprobs import TokenLogprobs, token_logprobs
+from .losses import PolicyLossOutput, logprob_policy_loss, policy_loss
 from .objective import (
     AdaptiveHysteretic,
     Clip,
@@ -15,8 +15,6 @@ from .objective import (
     SoftGate,
     TruncatedRatio,
 )
-from .policy_loss import PolicyLossOutput, logprob_policy_loss, policy_loss
-from .token_logprobs import TokenLogprobs, token_logprobs
 
 __version__ = "0.1.0"
 

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias, get_args
 
 from torch import Tensor
 
-from . import eager
+from . import torch_backend
 
 Backend: TypeAlias = Literal["triton", "torch", "auto"]
 
@@ -45,7 +45,7 @@ def backend_for(tensor: Tensor, backend: Backend = "auto") -> Literal["triton", 
     if backend == "triton":
         if kernels is None:
             raise ValueError(f"backend: expected triton to be installed for 'triton', got {_triton_missing}")
-        if not (tensor.is_cuda or kernels.interpreting()):
+        if not kernels.serves(tensor):
             raise ValueError(
                 f"backend: expected a CUDA or ROCm tensor for 'triton', got one on {tensor.device} (set "
                 "TRITON_INTERPRET=1 before triton is imported to run the kernels in its interpreter)"
@@ -57,6 +57,6 @@ def backend_for(tensor: Tensor, backend: Backend = "auto") -> Literal["triton", 
 def implementation(name: str) -> ModuleType:
     """The module behind a resolved backend's name."""
     if name == "torch":
-        return eager
+        return torch_backend
     assert kernels is not None
     return kernels

@@ -1,4 +1,4 @@
-"""Layouts of responses, totals of the optimiser batch, and the two weights that every token's loss carries."""
+"""Layouts of responses, their checks, and totals of the optimiser batch."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_positive, check_tensor, found, values_readable
-from .objective import AdaptiveHysteretic, Hysteretic, Objective
-from .rows import TokenTerms
+from .checks import check_positive, check_tensor, described, same_device, values_readable
+from .interface import MASKED, TokenTerms
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -27,51 +26,32 @@ class Layout(NamedTuple):
     responses: int
 
     @classmethod
-    def of(
-        cls,
-        name: str,
-        shape: torch.Size,
-        device: torch.device,
-        mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-    ) -> Layout:
-        """The layout of per-token tensors of ``shape``; ``name`` is the argument that ``shape`` was taken from.
-
-        Raises:
-            TypeError, ValueError: a mask or cu_seqlens of wrong dtype, shape, device or (where reading them costs
-                no synchronisation) values.
-        """
-        responses = check_boundaries(name, shape, device, cu_seqlens)
-        rows = (1, shape[0]) if len(shape) == 1 else tuple(shape)
-        mask = as_mask(mask, shape, device).reshape(rows).contiguous()  # kernels read it row after row
+    def of(cls, mask: Tensor, responses: int, cu_seqlens: Tensor | None) -> Layout:
+        """The layout of a bool mask [B, T], packed [1, N], and checked boundaries."""
         if cu_seqlens is None:
             return cls(mask, None, responses)
-        return cls(mask, _response_of_row(cu_seqlens, shape[0], device), responses)
+        rows, boundaries = mask.shape[1], cu_seqlens.to(torch.int64)
+        if not values_readable(boundaries):
+            message = f"cu_seqlens: expected boundaries that rise from 0 to N = {rows}"
+            torch._assert_async(_rises(boundaries, rows), message)
+        position = torch.arange(rows, device=mask.device)
+        response = torch.searchsorted(boundaries[1:], position, right=True).clamp(max=max(responses - 1, 0))
+        return cls(mask, response, responses)
 
-    def rows(self, value: Tensor) -> Tensor:
-        """A [B] or per-token tensor as one entry per row: [B, T] or [1, N], by broadcasting or gathering."""
+    @classmethod
+    def of_terms(cls, terms: TokenTerms) -> Layout:
+        """The layout of a call whose terms are known."""
+        return cls.of(terms.targets != MASKED, terms.lengths.shape[0], terms.cu_seqlens)
+
+    def of_each_row(self, value: Tensor) -> Tensor:
+        """A per-response tensor [B] as one entry per row: [B, T] or [1, N], by broadcasting or gathering."""
         if self.response_of_row is None:
-            return (value if value.dim() == 2 else value.unsqueeze(-1)).expand(self.mask.shape)
-        if value.shape[0] == self.responses and value.dim() == 1:
-            value = value[self.response_of_row]
-        return value.reshape(self.mask.shape)
+            return value.unsqueeze(-1).expand(self.mask.shape)
+        return value[self.response_of_row].unsqueeze(0)
 
-    def per_token(self, name: str, value: object, kind: str = "floating") -> Tensor:
-        """Check a [B, T] (packed: [N]) tensor and give it the rows' shape, detached, in float32."""
-        shape = (self.mask.shape[1],) if self.response_of_row is not None else tuple(self.mask.shape)
-        checked = check_tensor(name, value, [shape], kind, self.mask.device)
-        return checked.detach().to(torch.float32).reshape(self.mask.shape)
-
-    def per_response_or_token(self, name: str, value: object) -> Tensor:
-        """Check a [B], [B, 1] or [B, T] (packed: [B] or [N]) tensor and give it the rows' shape, in float32.
-
-        Packed input with as many responses as rows is taken as [B].
-        """
-        batch, length = self.mask.shape
-        shapes = [(batch,), (batch, length), (batch, 1)]
-        if self.response_of_row is not None:
-            shapes = [(self.responses,), (length,)]
-        return self.rows(check_tensor(name, value, shapes, "number", self.mask.device).detach().to(torch.float32))
+    def rows(self, value: Tensor, per_token: bool) -> Tensor:
+        """A checked tensor, per token or per response, as one entry per row."""
+        return value.reshape(self.mask.shape) if per_token else self.of_each_row(value)
 
     def response_sum(self, value: Tensor) -> Tensor:
         """Sum of the unmasked rows of each response, [B]; bitwise reproducible."""
@@ -90,7 +70,7 @@ class Layout(NamedTuple):
     def response_mean(self, value: Tensor) -> Tensor:
         """Each unmasked row's entry replaced by its response's mean over unmasked rows; 0 at masked rows."""
         mean = self.response_sum(value) / self.lengths().clamp(min=1)
-        return torch.where(self.mask, self.rows(mean), 0)
+        return torch.where(self.mask, self.of_each_row(mean), 0)
 
 
 def check_mask(mask: object, shape: torch.Size, device: torch.device) -> Tensor:
@@ -100,18 +80,38 @@ def check_mask(mask: object, shape: torch.Size, device: torch.device) -> Tensor:
         return checked
     if not bool(((checked == 0) | (checked == 1)).all()):
         raise ValueError(
-            f"mask: expected only 0 and 1 (fractional weights belong in token_weights), got {found(mask)} with "
+            f"mask: expected only 0 and 1 (fractional weights belong in token_weights), got {described(mask)} with "
             "other values"
         )
     return checked
 
 
-def as_mask(mask: Tensor | None, shape: torch.Size, device: torch.device) -> Tensor:
-    """``mask`` as bool of ``shape`` (None: all True); TypeError or ValueError unless it is bool or 0/1."""
+def as_mask(mask: Tensor | None, shape: torch.Size | tuple[int, ...], device: torch.device) -> Tensor:
+    """A checked mask, any dtype, as contiguous bool of ``shape``; all True for None."""
     if mask is None:
         return torch.ones(shape, dtype=torch.bool, device=device)
-    checked = check_mask(mask, shape, device)
-    return checked if checked.dtype == torch.bool else checked != 0
+    return (mask if mask.dtype == torch.bool else mask != 0).reshape(shape).contiguous()
+
+
+def check_per_response(
+    name: str, value: object, shape: torch.Size, responses: int, device: torch.device
+) -> tuple[Tensor, bool]:
+    """A tensor that has one entry per response or per token, as [B] or of ``shape``; and whether it is per token.
+
+    Takes [B] and, padded, [B, 1] and [B, T], or packed [N]. Packed input with as many responses as rows is per
+    response, as is a tensor that is expanded along T.
+
+    Raises:
+        TypeError, ValueError: another dtype than integer or floating, another shape or device.
+    """
+    packed = len(shape) == 1
+    shapes = [(responses,), tuple(shape)] if packed else [(responses,), tuple(shape), (responses, 1)]
+    checked = check_tensor(name, value, shapes, "number", device)
+    if packed:
+        return checked, checked.shape[0] != responses
+    if checked.dim() == 2 and checked.shape[1] == shape[1] and checked.stride(1) != 0:
+        return checked, True
+    return (checked if checked.dim() == 1 else checked[:, 0]), False
 
 
 def check_boundaries(name: str, shape: torch.Size, device: torch.device, cu_seqlens: object) -> int:
@@ -129,15 +129,15 @@ def check_boundaries(name: str, shape: torch.Size, device: torch.device, cu_seql
     if packed and cu_seqlens is None:
         raise ValueError(f"cu_seqlens: expected response boundaries [B + 1] for packed {name} {list(shape)}, got None")
     if not packed and cu_seqlens is not None:
-        raise ValueError(f"cu_seqlens: expected None for padded {name} {list(shape)}, got {found(cu_seqlens)}")
+        raise ValueError(f"cu_seqlens: expected None for padded {name} {list(shape)}, got {described(cu_seqlens)}")
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         kind = TypeError if not isinstance(cu_seqlens, Tensor) else ValueError
-        raise kind(f"cu_seqlens: expected an integer tensor of shape [B + 1], got {found(cu_seqlens)}")
+        raise kind(f"cu_seqlens: expected an integer tensor of shape [B + 1], got {described(cu_seqlens)}")
     if cu_seqlens.shape[0] == 1 and shape[0] > 0:
         raise ValueError(f"cu_seqlens: expected boundaries of a response at least for N = {shape[0]}, got one entry")
     boundaries = check_tensor("cu_seqlens", cu_seqlens, [tuple(cu_seqlens.shape)], "integer", device)
     if values_readable(boundaries) and not bool(_rises(boundaries, shape[0])):
-        shown = boundaries.tolist() if len(boundaries) <= 16 else found(cu_seqlens)
+        shown = boundaries.tolist() if len(boundaries) <= 16 else described(cu_seqlens)
         raise ValueError(f"cu_seqlens: expected boundaries that rise from 0 to N = {shape[0]}, got {shown}")
     return boundaries.shape[0] - 1
 
@@ -146,13 +146,11 @@ def _rises(boundaries: Tensor, rows: int) -> Tensor:
     return (boundaries[1:] >= boundaries[:-1]).all() & (boundaries[0] == 0) & (boundaries[-1] == rows)
 
 
-def _response_of_row(cu_seqlens: Tensor, rows: int, device: torch.device) -> Tensor:
-    boundaries = cu_seqlens.to(torch.int64)
-    if not values_readable(boundaries):
-        message = f"cu_seqlens: expected boundaries that rise from 0 to N = {rows}"
-        torch._assert_async(_rises(boundaries, rows), message)
-    position = torch.arange(rows, device=device)
-    return torch.searchsorted(boundaries[1:], position, right=True).clamp(max=max(len(boundaries) - 2, 0))
+def check_groups(groups: object, responses: int, device: torch.device) -> Tensor | None:
+    """``groups`` as int64 [B]; TypeError or ValueError unless it is None or an integer tensor [B]."""
+    if groups is None:
+        return None
+    return check_tensor("groups", groups, [(responses,)], "integer", device).to(torch.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,9 +186,9 @@ class BatchStatistics:
         for name in ("responses", "tokens", "positive", "negative"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, Tensor)):
-                raise TypeError(f"{name}: expected an int or a 0-d tensor, got {found(value)}")
+                raise TypeError(f"{name}: expected an int or a 0-d tensor, got {described(value)}")
             if isinstance(value, Tensor) and value.dim() != 0:
-                raise ValueError(f"{name}: expected an int or a 0-d tensor, got {found(value)}")
+                raise ValueError(f"{name}: expected an int or a 0-d tensor, got {described(value)}")
             if isinstance(value, int) and value < 0:
                 raise ValueError(f"{name}: expected a count >= 0, got {value}")
         check_positive("gradient_average", self.gradient_average)
@@ -201,8 +199,8 @@ class BatchStatistics:
         """ValueError unless every tensor among the totals is on ``device``."""
         for name in ("responses", "tokens", "positive", "negative", "group_ids", "group_lengths"):
             value = getattr(self, name)
-            if isinstance(value, Tensor) and value.device != device:
-                raise ValueError(f"statistics: expected {name} on {device}, got {found(value)}")
+            if isinstance(value, Tensor) and not same_device(value.device, device):
+                raise ValueError(f"statistics: expected {name} on {device}, got {described(value)}")
 
     @classmethod
     def from_batch(
@@ -230,9 +228,9 @@ class BatchStatistics:
                 the responses cannot be told (advantages [B] with neither mask nor cu_seqlens).
         """
         if not isinstance(advantages, Tensor):
-            raise TypeError(f"advantages: expected a tensor, got {found(advantages)}")
+            raise TypeError(f"advantages: expected a tensor, got {described(advantages)}")
         if mask is not None and not isinstance(mask, Tensor):
-            raise TypeError(f"mask: expected a tensor or None, got {found(mask)}")
+            raise TypeError(f"mask: expected a tensor or None, got {described(mask)}")
         if mask is not None:
             name, shape = "mask", mask.shape
         elif isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() == 1 and len(cu_seqlens) > 0:
@@ -242,20 +240,28 @@ class BatchStatistics:
         else:
             raise ValueError(
                 "mask: expected a mask, cu_seqlens or per-token advantages to tell the responses' "
-                f"lengths from, got None with advantages {found(advantages)}"
+                f"lengths from, got None with advantages {described(advantages)}"
             )
-        layout = Layout.of(name, shape, advantages.device, mask, cu_seqlens)
-        local = cls._of_layout(layout, layout.per_response_or_token("advantages", advantages), groups, gradient_average)
+        responses, device = check_boundaries(name, shape, advantages.device, cu_seqlens), advantages.device
+        if mask is not None:
+            check_mask(mask, shape, device)
+        values, per_token = check_per_response("advantages", advantages, shape, responses, device)
+        rows = (1, shape[0]) if len(shape) == 1 else tuple(shape)
+        layout = Layout.of(as_mask(mask, rows, device), responses, cu_seqlens)
+        local = cls._of_layout(layout, values, per_token, check_groups(groups, responses, device), gradient_average)
         return local if process_group is None else local._all_reduced(process_group)
 
     @classmethod
     def _of_layout(
-        cls, layout: Layout, advantages: Tensor, groups: Tensor | None, gradient_average: float = 1.0
+        cls,
+        layout: Layout,
+        advantages: Tensor,
+        per_token: bool,
+        groups: Tensor | None,
+        gradient_average: float = 1.0,
     ) -> BatchStatistics:
         lengths = layout.lengths()
-        signs = layout.response_sum(advantages)
-        if groups is not None:
-            groups = check_tensor("groups", groups, [(layout.responses,)], "integer", lengths.device).to(torch.int64)
+        signs = layout.response_sum(layout.rows(advantages.detach().to(torch.float32), per_token))
         return cls(
             layout.responses,
             lengths.sum(),
@@ -300,128 +306,8 @@ class BatchStatistics:
         known = (last > first).all()
         if values_readable(groups):
             if not bool(known):
-                raise ValueError(f"groups: expected groups that statistics has seen, got {found(groups)} with others")
+                raise ValueError(f"groups: expected groups that statistics has seen, got {described(groups)} with others")
         else:
             torch._assert_async(known, "groups: expected groups that statistics has seen")
         count = (ids[1:] != ids[:-1]).sum() + 1
         return (count * (total[last] - total[first]).clamp(min=1)).to(torch.float32)
-
-    def alpha(self, weighting: Hysteretic | AdaptiveHysteretic | None) -> float | Tensor:
-        """Weight of negative advantages: 1, alpha, or clip(N+ / N-, alpha_min, 1) (arXiv 2605.30201)."""
-        if weighting is None:
-            return 1.0
-        if isinstance(weighting, Hysteretic):
-            return weighting.alpha
-        if isinstance(self.positive, int) and isinstance(self.negative, int):
-            quotient = self.positive / self.negative if self.negative else 1.0
-            return min(max(quotient, weighting.alpha_min), 1.0)
-        quotient_ = torch.as_tensor(self.positive).to(torch.float32) / torch.as_tensor(self.negative).clamp(min=1)
-        quotient_ = torch.where(torch.as_tensor(self.negative) == 0, 1.0, quotient_)
-        return quotient_.clamp(weighting.alpha_min, 1.0)
-
-
-class PreparedBatch(NamedTuple):
-    """A call's inputs in the form the backends take, and what its metrics need."""
-
-    layout: Layout
-    terms: TokenTerms
-    active: Tensor  # bool, rows' shape
-    alpha: float | Tensor
-    signs: tuple[int | Tensor, int | Tensor]  # N+ and N-
-
-
-def _at_least_one(count: int | Tensor) -> int | Tensor:
-    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
-
-
-def _normalizer(
-    objective: Objective, layout: Layout, statistics: BatchStatistics, groups: Tensor | None
-) -> float | Tensor:
-    """1 / n_i of the README's table: a number, a 0-d tensor or one entry per row."""
-    responses = _at_least_one(statistics.responses)
-    if objective.normalization == "response":
-        return layout.rows((responses * layout.lengths().clamp(min=1)).to(torch.float32))
-    if objective.normalization == "mean_length":
-        return _at_least_one(statistics.tokens)
-    if objective.normalization == "group_mean_length":
-        check_groups(groups, statistics)
-        ids = check_tensor("groups", groups, [(layout.responses,)], "integer", layout.mask.device)
-        return layout.rows(statistics.group_normalizer(ids.to(torch.int64)))
-    return responses * check_max_length(objective)
-
-
-def check_max_length(objective: Objective) -> int:
-    """The objective's max_length; ValueError where there is none."""
-    if objective.max_length is None:
-        raise ValueError(
-            "max_length: expected a positive int on the objective for normalization='constant', got "
-            "None; use e.g. Objective.preset('dr_grpo', max_length=4096)"
-        )
-    return objective.max_length
-
-
-def check_groups(groups: Tensor | None, statistics: BatchStatistics | None) -> None:
-    """ValueError where a call with normalization="group_mean_length" lacks groups, or its statistics do."""
-    if groups is None:
-        raise ValueError("groups: expected an integer tensor [B] for normalization='group_mean_length', got None")
-    if statistics is not None and statistics.group_ids is None:
-        raise ValueError(
-            "statistics: expected group counts for normalization='group_mean_length', got none; "
-            "pass groups to BatchStatistics.from_batch"
-        )
-
-
-def prepare(
-    objective: Objective,
-    layout: Layout,
-    advantages: Tensor,
-    *,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    token_weights: Tensor | None,
-    groups: Tensor | None,
-    statistics: BatchStatistics | None,
-) -> PreparedBatch:
-    """Fold mask, caller's weights, hysteresis, normalisation and gradient averaging into two weights per token.
-
-    Raises:
-        TypeError, ValueError: as :func:`policy_loss` documents.
-    """
-    signal = layout.per_response_or_token("advantages", advantages)
-    if statistics is None:
-        statistics = BatchStatistics._of_layout(layout, signal, groups)
-    elif not isinstance(statistics, BatchStatistics):
-        raise TypeError(f"statistics: expected a BatchStatistics or None, got {found(statistics)}")
-    else:
-        statistics.check_device(signal.device)
-    if objective.kl_coef != 0 and ref_logprobs is None:
-        raise ValueError(
-            f"ref_logprobs: expected reference log-probabilities for kl_coef={objective.kl_coef}, got None"
-        )
-    old = None if old_logprobs is None else layout.per_token("old_logprobs", old_logprobs)
-    ref = None if ref_logprobs is None else layout.per_token("ref_logprobs", ref_logprobs)
-
-    # Quotients of integers and numbers in torch.where take the default dtype, which may be a narrow one.
-    normalizer = _normalizer(objective, layout, statistics, groups)
-    if isinstance(normalizer, Tensor):
-        normalizer = normalizer.to(torch.float32)
-    penalty = layout.mask.to(torch.float32) * (statistics.gradient_average / normalizer)
-    alpha = statistics.alpha(objective.weighting)
-    policy = penalty
-    if objective.weighting is not None:  # not masked_fill: on CUDA it would fetch alpha, a tensor, to the host
-        policy = penalty * torch.where(signal < 0, alpha, torch.ones_like(signal))
-    if token_weights is not None:
-        caller = layout.per_response_or_token("token_weights", token_weights)
-        policy = torch.where(layout.mask & (policy != 0), policy * caller, 0.0)
-    live = (policy != 0) & (signal != 0)
-    if objective.ratio_level == "sequence":  # one live token moves the whole response's ratio
-        live = layout.mask & layout.rows(layout.response_sum(live.to(torch.int64)) > 0)
-    active = layout.mask if objective.kl_coef != 0 or objective.entropy_coef != 0 else live
-    terms = TokenTerms(
-        signal.contiguous(),
-        policy.to(torch.float32).contiguous(),
-        penalty.contiguous(),
-        None if old is None else old.contiguous(),
-        None if ref is None else ref.contiguous(),
-    )
-    return PreparedBatch(layout, terms, active.contiguous(), alpha, (statistics.positive, statistics.negative))

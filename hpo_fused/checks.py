@@ -9,6 +9,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from .interface import LogitTransform
+
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -27,8 +29,8 @@ _ARTICLE = {
 }
 
 
-def found(value: object) -> str:
-    """What came, in words: dtype, shape and device of a tensor, type and value of anything else."""
+def described(value: object) -> str:
+    """A value in words: dtype, shape and device of a tensor, type and value of anything else."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
     return f"{type(value).__name__} {value!r}"
@@ -36,6 +38,11 @@ def found(value: object) -> str:
 
 def _listed(shapes: Sequence[tuple[int, ...]]) -> str:
     return " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
+
+
+def same_device(first: torch.device, second: torch.device) -> bool:
+    """Whether two devices are one; a device without an index is any of its type."""
+    return first == second or (first.type == second.type and None in (first.index, second.index))
 
 
 def check_tensor(
@@ -55,20 +62,20 @@ def check_tensor(
         ValueError: another shape or device.
     """
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected {_ARTICLE[kind]} tensor of shape {_listed(shapes)}, got {found(value)}")
+        raise TypeError(f"{name}: expected {_ARTICLE[kind]} tensor of shape {_listed(shapes)}, got {described(value)}")
     if value.dtype not in _DTYPES[kind]:
-        raise TypeError(f"{name}: expected {_ARTICLE[kind]} tensor of shape {_listed(shapes)}, got {found(value)}")
+        raise TypeError(f"{name}: expected {_ARTICLE[kind]} tensor of shape {_listed(shapes)}, got {described(value)}")
     if tuple(value.shape) not in shapes:
-        raise ValueError(f"{name}: expected shape {_listed(shapes)}, got {found(value)}")
-    if value.device != device:
-        raise ValueError(f"{name}: expected a tensor on {device}, got {found(value)}")
+        raise ValueError(f"{name}: expected shape {_listed(shapes)}, got {described(value)}")
+    if not same_device(value.device, device):
+        raise ValueError(f"{name}: expected a tensor on {device}, got {described(value)}")
     return value
 
 
 def check_floating(name: str, value: object) -> Tensor:
     """``value`` itself, if it is a floating tensor; TypeError otherwise."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(f"{name}: expected a floating tensor, got {found(value)}")
+        raise TypeError(f"{name}: expected a floating tensor, got {described(value)}")
     return value
 
 
@@ -80,13 +87,13 @@ def check_logits(name: str, value: object) -> Tensor:
         ValueError: another number of dimensions, V = 0, or a strided last dimension.
     """
     if not isinstance(value, Tensor) or value.dtype not in LOGIT_DTYPES:
-        raise TypeError(f"{name}: expected a float16, bfloat16 or float32 tensor, got {found(value)}")
+        raise TypeError(f"{name}: expected a float16, bfloat16 or float32 tensor, got {described(value)}")
     if value.dim() not in (2, 3) or value.shape[-1] == 0:
-        raise ValueError(f"{name}: expected shape [B, T, V] or [N, V] with V > 0, got {found(value)}")
+        raise ValueError(f"{name}: expected shape [B, T, V] or [N, V] with V > 0, got {described(value)}")
     if value.stride(-1) != 1 and value.shape[-1] > 1 and value.numel() > 0:
         raise ValueError(
             f"{name}: expected a contiguous last dimension (stride 1; the others may be strided), got strides "
-            f"{value.stride()} of {found(value)}"
+            f"{value.stride()} of {described(value)}"
         )
     return value
 
@@ -95,11 +102,19 @@ def check_positive(name: str, value: object) -> float:
     """``value`` as a float, if it is a finite number above zero; TypeError or ValueError otherwise."""
     # int and float by name: while torch.compile traces, a symbolic float is one of them but no registered Real.
     if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
-        raise TypeError(f"{name}: expected a finite number > 0, got {found(value)}")
+        raise TypeError(f"{name}: expected a finite number > 0, got {described(value)}")
     number = float(value)
     if not 0 < number < math.inf:
         raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
     return number
+
+
+def check_transform(temperature: object, softcap: object) -> LogitTransform:
+    """The logits' transform; TypeError or ValueError naming the argument unless both are finite and above zero."""
+    return LogitTransform(
+        check_positive("temperature", temperature),
+        None if softcap is None else check_positive("softcap", softcap),
+    )
 
 
 def values_readable(value: Tensor) -> bool:

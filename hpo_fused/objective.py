@@ -7,13 +7,12 @@ in ``surrogate.py`` (torch), ``kernels/surrogate.py`` (device) and ``reference.p
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Literal, TypeAlias, get_args
 
-from .rows import SurrogateSpec
+from .interface import LossSpec
 
 RatioLevel: TypeAlias = Literal["token", "sequence"]
 Normalization: TypeAlias = Literal["response", "mean_length", "group_mean_length", "constant"]
@@ -71,7 +70,7 @@ class Clip:
             _number("Clip.dual", self.dual, "a finite number >= 1 or None", low=1.0)
 
     def lower(self) -> tuple[str, tuple[float, ...]]:
-        """Kind and parameters as :class:`~hpo_fused.rows.SurrogateSpec` orders them."""
+        """Kind and parameters as :class:`~hpo_fused.interface.LossSpec` orders them."""
         delta = math.inf if self.delta is None else float(self.delta)
         dual = math.inf if self.dual is None else float(self.dual)
         return "clip", (1.0 - self.low, 1.0 + self.high, delta, dual)
@@ -125,7 +124,7 @@ class LogFidelity:
             raise TypeError(f"LogFidelity.hazard: expected a Hazard or None, got {self.hazard!r}")
 
     def lower(self) -> tuple[str, tuple[float, ...]]:
-        """Kind and parameters as :class:`~hpo_fused.rows.SurrogateSpec` orders them."""
+        """Kind and parameters as :class:`~hpo_fused.interface.LossSpec` orders them."""
         hazard = self.hazard
         if hazard is None:  # a zero reciprocal scale makes each cumulative hazard (softplus * 0)^1 = 0
             return "log_fidelity", (float(self.c), 1.0, 0.0, 1.0, 0.0)
@@ -159,7 +158,7 @@ class SoftGate:
             _number(f"SoftGate.{name}", getattr(self, name), "a finite number > 0", low=0.0, open_low=True)
 
     def lower(self) -> tuple[str, tuple[float, ...]]:
-        """Kind and parameters as :class:`~hpo_fused.rows.SurrogateSpec` orders them."""
+        """Kind and parameters as :class:`~hpo_fused.interface.LossSpec` orders them."""
         return "soft_gate", (float(self.tau_pos), float(self.tau_neg))
 
 
@@ -191,7 +190,7 @@ class TruncatedRatio:
             )
 
     def lower(self) -> tuple[str, tuple[float, ...]]:
-        """Kind and parameters as :class:`~hpo_fused.rows.SurrogateSpec` orders them."""
+        """Kind and parameters as :class:`~hpo_fused.interface.LossSpec` orders them."""
         return "truncated_ratio", (0.0 if self.low is None else float(self.low), float(self.high))
 
 
@@ -349,15 +348,13 @@ class Objective:
         """
         return dict(_PRESETS)
 
-    @functools.cached_property
-    def lowered(self) -> SurrogateSpec:
-        """:meth:`lower`, done once; not for code that torch.compile traces."""
-        return self.lower()
-
-    def lower(self) -> SurrogateSpec:
-        """The plain values that a backend needs."""
+    def lower(self, *, off_policy: bool) -> LossSpec:
+        """The plain values that a backend needs; ``off_policy``: old log-probabilities are given."""
         kind, parameters = self.shaping.lower()
-        return SurrogateSpec(kind, parameters, float(self.max_log_ratio), float(self.kl_coef), float(self.entropy_coef))
+        return LossSpec(
+            kind, parameters, float(self.max_log_ratio), off_policy, self.kl_coef != 0, self.entropy_coef != 0,
+            self.ratio_level == "sequence",
+        )  # fmt: skip
 
 
 _PRESETS: dict[str, Objective] = {

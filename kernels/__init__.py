@@ -1,27 +1,28 @@
-"""The Triton backend: seven operations, the same as ``hpo_fused.eager``.
+"""The Triton backend: the six operations of ``hpo_fused.interface``.
 
 Importing this raises ImportError where Triton is absent.
 """
 
 from __future__ import annotations
 
-from .computed_rows import computed_rows
-from .elementary import INTERPRETED
-from .fused_policy_loss import fused_policy_loss, policy_loss
-from .logprob_policy_loss import logprob_policy_loss
+from .launch import serves
+from .logprob_loss import logprob_loss
+from .numerics import INTERPRETED
+from .policy_loss import policy_loss
 from .scale_gradient import scale_gradient
 from .token_gradient import token_gradient
 from .token_statistics import token_statistics
+from .token_terms import token_terms
 
 __all__ = [
-    "computed_rows",
-    "fused_policy_loss",
     "interpreting",
-    "logprob_policy_loss",
+    "logprob_loss",
     "policy_loss",
     "scale_gradient",
+    "serves",
     "token_gradient",
     "token_statistics",
+    "token_terms",
 ]
 
 

@@ -7,22 +7,23 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch_configuration, on_device_of
-from .vocab_sweep import row_offset, scale_row
+from .sweeps import row_offset, scale_row
 
 
 @triton.jit(do_not_specialize=["N", "T", "V", "stride_b", "stride_t"])
 def scale_gradient_kernel(
     gradient,  # [B, T, V], unit stride on V
     factor,  # [] float32
-    N,
+    N,  # B * T
     T,
     V,
     stride_b,
     stride_t,
     LANES: tl.constexpr,
-    VEC: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
+    """``gradient`` *= ``factor``, a row per iteration of persistent programs."""
+    VEC: tl.constexpr = 128 // gradient.dtype.element_ty.primitive_bitwidth  # elements in 16 bytes
     # Decided here and not on the host, which would have to wait for the device to learn the factor.
     multiplier = tl.load(factor)
     if multiplier != 1.0:
@@ -39,5 +40,5 @@ def scale_gradient(gradient: Tensor, factor: Tensor) -> None:
     with on_device_of(gradient):
         scale_gradient_kernel[launch.grid(B * T)](
             gradient, factor, B * T, T, V, gradient.stride(0), gradient.stride(1),
-            LANES=launch.lanes, VEC=launch.vec, UNROLL=launch.unroll, num_warps=launch.num_warps, **launch.options,
+            LANES=launch.lanes, UNROLL=launch.unroll, num_warps=launch.num_warps, **launch.options,
         )  # fmt: skip

@@ -9,7 +9,7 @@ is as accurate. ``parameters`` travel at run time: a new epsilon, temperature or
 import triton
 import triton.language as tl
 
-from .elementary import LOG2E, exp_minus_one_minus, log1p_unit
+from .numerics import LOG2E, exp_minus_one_minus, log1p_unit
 
 
 @triton.jit
@@ -20,6 +20,7 @@ def _bounded(value, low, high):
 
 @triton.jit
 def clip(x, advantage, parameters):
+    """PPO's clipped surrogate with its two extra bounds, see ``objective.Clip``."""
     low, high, delta, dual = parameters[0], parameters[1], parameters[2], parameters[3]
     ratio = tl.exp(x)
     plain = tl.where(ratio > delta, delta, ratio) * advantage
@@ -37,6 +38,7 @@ def clip(x, advantage, parameters):
 
 @triton.jit
 def log_fidelity(x, advantage, parameters):
+    """MHPO's log-fidelity modulation with hazard penalty, see ``objective.LogFidelity``."""
     c, k_pos, inverse_lambda_pos = parameters[0], parameters[1], parameters[2]
     k_neg, inverse_lambda_neg = parameters[3], parameters[4]
     # tanh and sech^2 from e = exp(-2|x|/c) in (0, 1]: as 1 - tanh^2, sech^2 would lose every digit where |x| >> c.
@@ -55,6 +57,7 @@ def log_fidelity(x, advantage, parameters):
 
 @triton.jit
 def soft_gate(x, advantage, parameters):
+    """SAPO's soft gate, see ``objective.SoftGate``."""
     tau = tl.where(advantage > 0, parameters[0], parameters[1])
     ratio = tl.exp(x)
     offset = tau * (ratio - 1.0)
@@ -67,6 +70,7 @@ def soft_gate(x, advantage, parameters):
 
 @triton.jit
 def truncated_ratio(x, advantage, parameters, logprob):
+    """CISPO's truncated importance weight, see ``objective.TruncatedRatio``."""
     weight = _bounded(tl.exp(x), parameters[0], parameters[1]) * advantage
     return weight * logprob, weight
 
@@ -97,24 +101,29 @@ def token_loss(
     entropy,
     advantage,
     policy_weight,
-    penalty_weight,
+    kl_weight,
+    entropy_weight,
     log_ratio,
     ref_logprob,
     parameters,
     max_log_ratio,
-    kl_coef,
-    entropy_coef,
     KIND: tl.constexpr,
-    HAS_OLD: tl.constexpr,
-    HAS_KL: tl.constexpr,
-    ENTROPY_TERM: tl.constexpr,
+    OFF_POLICY: tl.constexpr,
+    KL: tl.constexpr,
+    ENTROPY_BONUS: tl.constexpr,
 ):
-    """(loss, c, h) of one token: its loss, dloss/dlogp and dloss/dH.
+    """(loss, c, h) of tokens: their losses and gradient coefficients c = dloss/dlogp, h = dloss/dH.
 
-    ``log_ratio``: logp - old_logp before the clamp, or a response's mean of it; not read without HAS_OLD.
     A weight of exactly 0 switches its part off whatever the other values hold, hence ``where`` and not products.
+
+    Args:
+        logprob, entropy: of the token; the entropy is read with ENTROPY_BONUS only.
+        advantage, policy_weight, kl_weight, entropy_weight, ref_logprob: terms of the token, see ``TokenTerms``; what
+            no constexpr asks for is not read.
+        log_ratio: logp - old_logp before the clamp, or a response's mean of it; read with OFF_POLICY only.
+        parameters, max_log_ratio, KIND, OFF_POLICY, KL, ENTROPY_BONUS: fields of ``LossSpec``.
     """
-    if HAS_OLD:
+    if OFF_POLICY:
         x = _bounded(log_ratio, -max_log_ratio, max_log_ratio)
         # NaN counts as inside, so that it reaches the derivative: a NaN loss with gradient 0 would go unnoticed.
         inside = (tl.abs(log_ratio) > max_log_ratio) == 0
@@ -126,17 +135,15 @@ def token_loss(
     loss = tl.where(live, -policy_weight * value, 0.0)
     c = tl.where(live, -policy_weight * derivative, 0.0)
     h = tl.full((), 0.0, tl.float32)
-    penalised = penalty_weight != 0
-    if HAS_KL:
+    if KL:
         difference = ref_logprob - logprob
         d = _bounded(difference, -max_log_ratio, max_log_ratio)
         inside = (tl.abs(difference) > max_log_ratio) == 0
         k3 = exp_minus_one_minus(d)
-        scale = kl_coef * penalty_weight
-        loss += tl.where(penalised, scale * k3, 0.0)
-        c += tl.where(penalised & inside, -scale * (k3 + d), 0.0)
-    if ENTROPY_TERM:
-        scale = -entropy_coef * penalty_weight
-        loss += tl.where(penalised, scale * entropy, 0.0)
-        h = tl.where(penalised, scale, 0.0)
+        penalised = kl_weight != 0
+        loss += tl.where(penalised, kl_weight * k3, 0.0)
+        c += tl.where(penalised & inside, -kl_weight * (k3 + d), 0.0)
+    if ENTROPY_BONUS:
+        loss += tl.where(entropy_weight != 0, -entropy_weight * entropy, 0.0)
+        h = -entropy_weight
     return loss, c, h

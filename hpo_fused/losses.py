@@ -1,4 +1,4 @@
-"""The policy losses: validation, then dispatch."""
+"""The policy losses from logits and from log-probabilities: arguments in, per-token terms, one autograd function."""
 
 from __future__ import annotations
 
@@ -7,27 +7,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from . import autograd
+from . import autograd, ops
 from .backend import Backend, backend_for
-from .batch import BatchStatistics, PreparedBatch
-from .checks import (
-    check_floating,
-    check_logits,
-    check_positive,
-    check_tensor,
-    check_token_ids,
-    found,
-    values_readable,
-)
-from .loss_batch import LossBatch, unit_stride
+from .batch import BatchStatistics
+from .checks import check_floating, check_logits, check_tensor, check_transform, described
+from .interface import ENTROPY, LOGPROB, Batch, TokenTerms
 from .metrics import policy_metrics
 from .objective import Objective, resolve_objective
-from .rows import LogitTransform, SurrogateSpec
+from .token_terms import check_batch
 
 
 @dataclass(frozen=True, eq=False)
 class PolicyLossOutput:
-    """What a loss call returns; every tensor but ``loss`` is detached.
+    """The result of a loss call; every tensor but ``loss`` is detached.
 
     Attributes:
         loss: float32 scalar, differentiable once.
@@ -42,12 +34,11 @@ class PolicyLossOutput:
     entropy: Tensor | None
     active: Tensor
     _objective: Objective = field(repr=False)
-    _batch: LossBatch | PreparedBatch = field(repr=False)
+    _batch: Batch = field(repr=False)
+    _terms: TokenTerms = field(repr=False)
 
     def metrics(self) -> dict[str, Tensor]:
         """Diagnostics as 0-d float32 tensors on the loss's device, computed now; no synchronisation.
-
-        Computed from the tensors that the call was given, which must not have been written to since.
 
         Averages run over unmasked rows whose log-probability is known (with ``skip_inactive=True``: the active
         ones), ``positive_fraction`` over responses with a sign, ``active_fraction`` over unmasked rows. Where
@@ -59,18 +50,9 @@ class PolicyLossOutput:
         * kl_ref: mean k3 estimate of KL(policy || reference); needs ref_logprobs
         * entropy; hysteretic_weight (alpha); positive_fraction: N+ / (N+ + N-); active_fraction
         """
-        batch = self._batch.prepared if isinstance(self._batch, LossBatch) else self._batch
-        shape = batch.active.shape
+        shape = self._terms.targets.shape
         entropy = None if self.entropy is None else self.entropy.reshape(shape)
-        return policy_metrics(self._objective, batch, self.logprobs.reshape(shape), entropy)
-
-
-def check_transform(temperature: object, softcap: object) -> LogitTransform:
-    """The logits' transform; TypeError or ValueError naming the argument unless both are finite and above zero."""
-    return LogitTransform(
-        check_positive("temperature", temperature),
-        None if softcap is None else check_positive("softcap", softcap),
-    )
+        return policy_metrics(self._objective, self._batch, self._terms, self.logprobs.reshape(shape), entropy)
 
 
 def check_in_place(logits: Tensor) -> None:
@@ -82,7 +64,7 @@ def check_in_place(logits: Tensor) -> None:
     base = logits if logits._base is None else logits._base
     if base.is_leaf and base.requires_grad:
         raise ValueError(
-            f"inplace: expected logits that an operation produced, got a leaf that requires grad ({found(logits)}); "
+            f"inplace: expected logits that an operation produced, got a leaf that requires grad ({described(logits)}); "
             "its values would be lost to the optimiser"
         )
     span = 1
@@ -90,24 +72,19 @@ def check_in_place(logits: Tensor) -> None:
         if stride < span:
             raise ValueError(
                 f"inplace: expected logits whose rows have memory of their own, got strides {logits.stride()} of "
-                f"{found(logits)} (expanded or overlapping); pass logits.contiguous()"
+                f"{described(logits)} (expanded or overlapping); pass logits.contiguous()"
             )
         span = stride * (size - 1) + span
 
 
 def policy_output(
-    loss: Tensor,
-    logprobs: Tensor,
-    entropy: Tensor | None,
-    objective: Objective,
-    batch: PreparedBatch,
-    shape: torch.Size,
+    loss: Tensor, results: Tensor, objective: Objective, batch: Batch, terms: TokenTerms, shape: torch.Size
 ) -> PolicyLossOutput:
-    """What a loss call returns, from rows' results: masked positions 0, tensors in the tokens' ``shape``."""
-    mask = batch.layout.mask
-    logprobs = torch.where(mask, logprobs.detach(), 0.0).reshape(shape)
-    entropy = None if entropy is None else torch.where(mask, entropy.detach(), 0.0).reshape(shape)
-    return PolicyLossOutput(loss, logprobs, entropy, batch.active.reshape(shape), objective, batch)
+    """The result of a call from its per-token results [2 or 3, B, T], in the tokens' ``shape``."""
+    entropy = results[ENTROPY].view(shape) if results.shape[0] > ENTROPY else None
+    return PolicyLossOutput(
+        loss, results[LOGPROB].view(shape), entropy, terms.active.view(shape), objective, batch, terms
+    )
 
 
 def policy_loss(
@@ -185,77 +162,31 @@ def policy_loss(
     check_logits("logits", logits)
     shape, device = logits.shape[:-1], logits.device
     check_tensor("tokens", tokens, [tuple(shape)], "integer", device)
-    batch = LossBatch(
-        resolved,
-        "tokens",
-        shape,
-        device,
-        tokens,
-        advantages,
-        old_logprobs=old_logprobs,
-        ref_logprobs=ref_logprobs,
-        mask=mask,
-        token_weights=token_weights,
-        cu_seqlens=cu_seqlens,
-        groups=groups,
-        statistics=statistics,
-    )
+    batch = check_batch(
+        resolved, "tokens", shape, device, tokens, advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
+        mask=mask, token_weights=token_weights, cu_seqlens=cu_seqlens, groups=groups, statistics=statistics,
+    )  # fmt: skip
     name = backend_for(logits, backend)
     if inplace and logits.requires_grad:
         check_in_place(logits)
+    spec = resolved.lower(off_policy=old_logprobs is not None)
+    terms = ops.token_terms(batch, spec, logits.shape[-1], skip_inactive, name)
+    entropy = entropy or spec.entropy_bonus
     rows = logits if logits.dim() == 3 else logits.unsqueeze(0)
-    if values_readable(tokens):
-        check_token_ids(tokens, mask, logits.shape[-1])
-    tracing = torch.compiler.is_compiling()
-    spec = resolved.lower() if tracing else resolved.lowered
-    entropy = entropy or spec.entropy_coef != 0
-    if resolved.ratio_level == "token" and logits.dtype != torch.float16:
-        loss, logprobs, entropies, active = autograd.fused_policy_loss(
-            rows, batch, transform, spec, skip_inactive=skip_inactive, entropy=entropy, inplace=inplace, backend=name
+    if spec.sequence_level or logits.dtype == torch.float16:
+        logprobs, entropies = autograd.token_statistics(
+            rows, terms.targets, transform, entropy=entropy, inplace=inplace, backend=name
         )
-        if len(shape) == 1:
-            logprobs, active = logprobs.view(shape), active.view(shape)
-            entropies = None if entropies is None else entropies.view(shape)
-        output = PolicyLossOutput(loss, logprobs, entropies, active, resolved, batch)
+        loss, results = autograd.logprob_loss(logprobs, entropies, terms, spec, name)
     else:
-        output = _two_kernels(rows, batch, transform, spec, skip_inactive, entropy, inplace, name)
-    if inplace and not tracing:
+        loss, results = autograd.policy_loss(
+            rows, terms, spec, transform, entropy=entropy, inplace=inplace, backend=name
+        )
+    if inplace and not torch.compiler.is_compiling():
         # A view whose version has moved rebuilds its grad_fn when that is next read; register_hook does not read it
         # first and crashes (PyTorch 2.13, segmentation fault).
         _ = logits.grad_fn
-    return output
-
-
-def _two_kernels(
-    logits: Tensor, batch: LossBatch, transform: LogitTransform, spec: SurrogateSpec, skip_inactive: bool,
-    entropy: bool, inplace: bool, backend: str,
-) -> PolicyLossOutput:  # fmt: skip
-    """Objectives and dtypes that need something between the sweeps."""
-    assert batch.tokens is not None
-    compute, statistics = autograd.computed_rows(logits, batch, spec, skip_inactive=skip_inactive, backend=backend)
-    tokens = batch.tokens.to(torch.int64).reshape(compute.shape).contiguous()
-    logprobs, entropies = autograd.token_statistics(
-        logits, tokens, compute, transform, entropy=entropy, inplace=inplace, backend=backend
-    )
-    return _logprob_output(logprobs, entropies, batch, spec, backend, statistics)
-
-
-def _logprob_output(
-    logprobs: Tensor, entropy: Tensor | None, batch: LossBatch, spec: SurrogateSpec, backend: str,
-    statistics: Tensor | None = None,
-) -> PolicyLossOutput:  # fmt: skip
-    """What a call returns, from differentiable log-probabilities and entropies of any shape with as many entries."""
-    objective = batch.objective
-    if autograd.traced(logprobs):
-        prepared = batch.prepared
-        rows = logprobs.to(torch.float32).reshape(prepared.active.shape)
-        entropies = None if entropy is None else entropy.to(torch.float32).reshape(rows.shape)
-        loss = autograd.logprob_policy_loss(rows, entropies, prepared, spec, objective.ratio_level == "sequence")
-        return policy_output(loss, rows, entropies, objective, prepared, batch.shape)
-    logprobs = unit_stride(logprobs.reshape(batch.shape))
-    entropy = None if entropy is None else unit_stride(entropy.reshape(batch.shape))
-    loss, found_rows = autograd.batch_logprob_loss(logprobs, entropy, batch, spec, backend, statistics)
-    return PolicyLossOutput(loss, found_rows.logprobs, found_rows.entropy, found_rows.active, objective, batch)
+    return policy_output(loss, results, resolved, batch, terms, shape)
 
 
 def logprob_policy_loss(
@@ -303,25 +234,16 @@ def logprob_policy_loss(
     resolved = resolve_objective(objective)
     check_floating("logprobs", logprobs)
     shape, device = logprobs.shape, logprobs.device
-    batch = LossBatch(
-        resolved,
-        "logprobs",
-        shape,
-        device,
-        None,
-        advantages,
-        old_logprobs=old_logprobs,
-        ref_logprobs=ref_logprobs,
-        mask=mask,
-        token_weights=token_weights,
-        cu_seqlens=cu_seqlens,
-        groups=groups,
-        statistics=statistics,
-    )
+    batch = check_batch(
+        resolved, "logprobs", shape, device, None, advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
+        mask=mask, token_weights=token_weights, cu_seqlens=cu_seqlens, groups=groups, statistics=statistics,
+    )  # fmt: skip
     name = backend_for(logprobs, backend)
     if entropy is not None:
         check_tensor("entropy", entropy, [tuple(shape)], "floating", device)
     elif resolved.entropy_coef != 0:
         raise ValueError(f"entropy: expected each token's entropy for entropy_coef={resolved.entropy_coef}, got None")
-    spec = resolved.lower() if torch.compiler.is_compiling() else resolved.lowered
-    return _logprob_output(logprobs, entropy, batch, spec, name)
+    spec = resolved.lower(off_policy=old_logprobs is not None)
+    terms = ops.token_terms(batch, spec, None, skip_inactive, name)
+    loss, results = autograd.logprob_loss(logprobs, entropy, terms, spec, name)
+    return policy_output(loss, results, resolved, batch, terms, shape)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from . import autograd
 from .backend import Backend, backend_for
-from .batch import as_mask
-from .checks import check_logits, check_tensor, check_token_ids
-from .policy_loss import check_transform
+from .batch import as_mask, check_mask
+from .checks import check_logits, check_tensor, check_token_ids, check_transform
+from .token_terms import token_targets
 
 
 class TokenLogprobs(NamedTuple):
@@ -62,23 +62,17 @@ def token_logprobs(
     check_logits("logits", logits)
     shape = logits.shape[:-1]
     tokens = check_tensor("tokens", tokens, [tuple(shape)], "integer", logits.device)
-    compute = as_mask(mask, shape, logits.device)
-    name = backend_for(logits, backend)
-    rows = shape if len(shape) == 2 else torch.Size((1, *shape))
-    compute = compute.reshape(rows)
-    ids, compute = tokens.to(torch.int64).reshape(rows).contiguous(), compute.contiguous()
-    check_token_ids(ids, compute, logits.shape[-1])
+    if mask is not None:
+        mask = check_mask(mask, shape, logits.device)
+    check_token_ids(tokens, mask, logits.shape[-1])
+    rows = logits if logits.dim() == 3 else logits.unsqueeze(0)
+    row_mask = as_mask(mask, rows.shape[:2], logits.device)
     logprobs, entropies = autograd.token_statistics(
-        logits if logits.dim() == 3 else logits.unsqueeze(0),
-        ids,
-        compute,
-        transform,
-        entropy=entropy,
-        inplace=False,
-        backend=name,
-    )
+        rows, token_targets(tokens, row_mask, logits.shape[-1]), transform, entropy=entropy, inplace=False,
+        backend=backend_for(logits, backend),
+    )  # fmt: skip
 
     def shaped(value: Tensor) -> Tensor:
-        return torch.where(compute, value, 0.0).reshape(shape)
+        return torch.where(row_mask, value, 0.0).reshape(shape)
 
     return TokenLogprobs(shaped(logprobs), None if entropies is None else shaped(entropies))

@@ -1,0 +1,138 @@
+"""Kernel and launcher: the whole line of a token-level objective in one launch, loss and gradient.
+
+    logits --sweep 1--> logp, H --token_loss--> loss, c, h --sweep 2 (cache)--> dlogits
+
+Device-memory traffic is one read of the logits and one write of the gradient: the second sweep follows the first
+before the row has left the last-level cache.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hpo_fused.interface import LogitTransform, LossSpec
+
+from .launch import launch_configuration, on_device_of, same_alignment, transform_constants
+from .numerics import to_float32
+from .surrogate import token_loss
+from .sweeps import lane_statistics, row_gradient, row_offset, row_statistics, zero_row
+from .token_terms import ADVANTAGE, ENTROPY_WEIGHT, KL_WEIGHT, MASKED, OLD_LOGPROB, POLICY_WEIGHT, REF_LOGPROB
+
+
+@triton.jit(
+    do_not_specialize=[
+        "targets", "values", "results", "N", "T", "V", "stride_b", "stride_t", "out_stride_b", "out_stride_t",
+    ]
+)  # fmt: skip
+def policy_loss_kernel(
+    logits,  # [B, T, V], unit stride on V
+    out,  # [B, T, V], unit stride on V: the gradient; may be logits; None: no second sweep
+    targets,  # int32 [B, T]: see TokenTerms
+    values,  # float32 [TERMS, B, T]: see TokenTerms
+    results,  # float32 [2 or 3, B, T]: losses, log-probabilities, entropies
+    transform,  # of launch.transform_constants
+    parameters,  # this to ENTROPY_BONUS: fields of LossSpec
+    max_log_ratio,
+    N,  # B * T
+    T,
+    V,
+    stride_b,
+    stride_t,
+    out_stride_b,
+    out_stride_t,
+    KIND: tl.constexpr,
+    OFF_POLICY: tl.constexpr,
+    KL: tl.constexpr,
+    ENTROPY_BONUS: tl.constexpr,
+    ENTROPY: tl.constexpr,  # results has entropies
+    ALIGNED_OUT: tl.constexpr,  # see sweeps.row_gradient
+    LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """A row per iteration of persistent programs: 1. statistics; 2. loss and coefficients; 3. gradient."""
+    VEC: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth  # elements in 16 bytes
+    # The row is read again only if a gradient follows.
+    FIRST_READ: tl.constexpr = "evict_last" if out is not None else "evict_first"
+    for row in range(tl.program_id(0), N, tl.num_programs(0)):
+        y = tl.load(targets + row)
+        unknown = tl.full((), float("nan"), tl.float32)
+        loss = tl.full((), 0.0, tl.float32)
+        c, h = loss, loss
+        maximum, others, z_y = unknown, unknown, unknown
+        logprob = tl.where(y == MASKED, loss, unknown)
+        entropy = logprob
+        start = logits + row_offset(row, T, stride_b, stride_t)
+        if y >= 0:
+            lanes = lane_statistics(start, V, y, transform, LANES, VEC, UNROLL, ENTROPY, FIRST_READ)
+            # Asked for here, the row's terms arrive while the lanes meet, and occupy no register before. In place, the
+            # lanes' barriers also give every thread its copy of z_y before any thread overwrites it.
+            z_y = to_float32(tl.load(start + y))
+            advantage = tl.load(values + ADVANTAGE * N + row)
+            policy_weight = tl.load(values + POLICY_WEIGHT * N + row)
+            kl_weight, entropy_weight, old_logprob, ref_logprob = loss, loss, loss, loss
+            if OFF_POLICY:
+                old_logprob = tl.load(values + OLD_LOGPROB * N + row)
+            if KL:
+                kl_weight = tl.load(values + KL_WEIGHT * N + row)
+                ref_logprob = tl.load(values + REF_LOGPROB * N + row)
+            if ENTROPY_BONUS:
+                entropy_weight = tl.load(values + ENTROPY_WEIGHT * N + row)
+            logprob, maximum, others, entropy = row_statistics(lanes, z_y, transform, ENTROPY)
+            loss, c, h = token_loss(
+                logprob, entropy, advantage, policy_weight, kl_weight, entropy_weight, logprob - old_logprob,
+                ref_logprob, parameters, max_log_ratio, KIND, OFF_POLICY, KL, ENTROPY_BONUS,
+            )  # fmt: skip
+        tl.store(results + row, loss)
+        tl.store(results + N + row, logprob)
+        if ENTROPY:
+            tl.store(results + 2 * N + row, entropy)
+        if out is not None:
+            destination = out + row_offset(row, T, out_stride_b, out_stride_t)
+            # NaN differs from 0: an undefined row gets a NaN gradient, never a silent 0.
+            if (c != 0) | (h != 0):
+                row_gradient(
+                    start, destination, V, y, z_y, maximum, others, entropy, c, h, transform,
+                    LANES, VEC, UNROLL, ENTROPY_BONUS, ALIGNED_OUT,
+                )  # fmt: skip
+            else:
+                zero_row(destination, V, LANES, VEC, UNROLL)
+
+
+def policy_loss(
+    logits: Tensor,
+    targets: Tensor,
+    values: Tensor,
+    spec: LossSpec,
+    transform: LogitTransform,
+    results: Tensor,
+    out: Tensor | None,
+) -> None:
+    """Write every token's loss, log-probability and entropy, and the gradient of the losses' sum.
+
+    Args:
+        logits: [B, T, V], unit stride on V.
+        targets, values: of ``TokenTerms``; contiguous int32 [B, T] and float32 [TERMS, B, T].
+        spec: the lowered objective, token-level.
+        transform: temperature and softcap.
+        results: contiguous float32 [2, B, T], or [3, B, T] where entropies are wanted; written in every row: LOSS,
+            LOGPROB, ENTROPY, all 0 where masked; loss 0 and NaN where skipped.
+        out: where the gradient goes, [B, T, V], any floating dtype, or ``logits`` itself; None: one sweep, no gradient.
+    """
+    B, T, V = logits.shape
+    if B * T == 0:
+        return
+    entropy, aligned = results.shape[0] == 3, out is None or same_alignment(logits, out)
+    launch = launch_configuration(
+        logits, reread=out is not None, narrow=transform.softcap is not None or not aligned
+    )
+    out_stride_b, out_stride_t = (0, 0) if out is None else out.stride()[:2]
+    with on_device_of(logits):
+        policy_loss_kernel[launch.grid(B * T)](
+            logits, out, targets, values, results, transform_constants(*transform), spec.parameters,
+            spec.max_log_ratio, B * T, T, V, logits.stride(0), logits.stride(1), out_stride_b, out_stride_t,
+            KIND=spec.kind, OFF_POLICY=spec.off_policy, KL=spec.kl, ENTROPY_BONUS=spec.entropy_bonus,
+            ENTROPY=entropy, ALIGNED_OUT=aligned, LANES=launch.lanes, UNROLL=launch.unroll,
+            num_warps=launch.num_warps, **launch.options,
+        )  # fmt: skip

@@ -1,0 +1,294 @@
+"""The two sweeps over one row of V logits: its softmax statistics, and its gradient. Neither knows the objective.
+
+Everything runs in the scaled domain of base-2 exponentials: with v = z, or tanh(z / softcap) under a softcap, and
+``scale`` = log2(e) / temperature (times softcap), the transformed logit is z' = ln2 * scale * v and
+exp(z' - max) = exp2(u) with u = scale * v - peak: one FFMA and one MUFU.EX2 per element.
+
+Each lane keeps a running maximum, sum and first moment of its own, rescaled once per UNROLL * VEC elements; lanes meet
+once, after the last step (``row_tiles.py`` has the picture). The sampled token y is kept out of the sum of
+exponentials, because subtracting it afterwards would cancel on peaked rows: the one step that contains it sees -inf
+there. All other steps pay one uniform branch.
+
+``transform`` is (scale, 1 / temperature, 2 log2(e) / softcap or None), see ``launch.transform_constants``.
+"""
+
+import triton
+import triton.language as tl
+
+from .numerics import LN2, LOG2E, log1p_unit, multiply_subtract, round_to, to_float32
+from .row_tiles import edge_columns, frame, group_mask, load_step, tile_offsets, without_target
+
+# Finite start of the running maximum and finite stand-in for a scaled -inf: no inf - inf and no 0 * inf can arise,
+# and a difference with any float32 is still finite.
+LOWEST = tl.constexpr(-1e30)
+
+
+@triton.jit
+def row_offset(row, T, stride_b, stride_t):
+    """Element offset of row b * T + t, in 64 bits: logits pass 2^31 elements at 14,000 tokens of a 150k vocabulary."""
+    b = row // T
+    t = row - b * T
+    return tl.cast(b, tl.int64) * stride_b + tl.cast(t, tl.int64) * stride_t
+
+
+@triton.jit
+def softcapped(z, transform):
+    """v of raw logits, and dv'/dz up to the constant 1 / temperature: 1, or 1 - tanh^2 under a softcap.
+
+    With q = 1 / (1 + exp2(2 log2(e) z / softcap)): tanh = 1 - 2q, absolute error one ulp of 1; 1 - tanh^2 = 4q(1 - q).
+    q as the square of rsqrt: one MUFU.RSQ, where a division costs range checks as well.
+    """
+    z = to_float32(z)
+    if transform[2] is not None:
+        root = tl.rsqrt(1.0 + tl.exp2(z * transform[2]))
+        q = root * root
+        return 1.0 - 2.0 * q, 4.0 * q * (1.0 - q)
+    else:
+        return z, 1.0
+
+
+@triton.jit
+def _absorb(
+    peak, total, moment, tiles, scale, UNROLL: tl.constexpr, ENTROPY: tl.constexpr, FIRST: tl.constexpr = False
+):
+    """Fold tiles of v into the lanes' running maximum, sum of exp2(u) and, for the entropy, sum of exp2(u) * u.
+
+    The maximum skips NaN, as the hardware's does; u then carries it into the sums. ``FIRST``: the sums are still 0.
+    """
+    top = tl.max(tiles[0], axis=1)
+    for i in tl.static_range(1, UNROLL):
+        top = tl.maximum(top, tl.max(tiles[i], axis=1))
+    raised = tl.maximum(peak, top * scale)
+    if not FIRST:
+        drop = peak - raised
+        decay = tl.exp2(drop)
+        if ENTROPY:
+            moment = decay * (moment + drop * total)
+        total = decay * total
+    for i in tl.static_range(UNROLL):
+        u = multiply_subtract(tiles[i], scale, raised[:, None])
+        e = tl.exp2(u)
+        total += tl.sum(e, axis=1)
+        if ENTROPY:
+            moment += tl.sum(e * tl.maximum(u, LOWEST), axis=1)
+    return raised, total, moment
+
+
+@triton.jit
+def _target_terms(z_y, maximum, others, transform):
+    """Of the sampled token: u, exp2(u), the softcap's slope; of the row: the log of its sum of exponentials."""
+    v, slope = softcapped(z_y, transform)
+    u = multiply_subtract(v, transform[0], maximum * LOG2E)
+    e = tl.exp2(u)
+    log_total = tl.where(others < e, u * LN2 + log1p_unit(others / e), tl.log(others + e))
+    return u, e, slope, log_total
+
+
+@triton.jit
+def lane_statistics(
+    row, V, y, transform,
+    LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr, ENTROPY: tl.constexpr, POLICY: tl.constexpr,
+):  # fmt: skip
+    """First sweep, before the lanes meet: each lane's maximum, sum and moment over its share, without the token y.
+
+    Steps: 1. the edge, one element per lane; 2. whole steps; 3. the masked last step, tile by tile.
+
+    Args:
+        row: pointer to the row's first logit.
+        V: logits in the row.
+        y: the sampled token.
+        transform: constants of the logits' transform.
+        ENTROPY: whether the moment is wanted; it is 0 otherwise.
+        POLICY: eviction policy of the loads.
+    """
+    scale = transform[0]
+    head, groups = frame(row, V, VEC)
+    moment = tl.zeros([LANES], tl.float32)
+    peak, total = tl.full([LANES], LOWEST, tl.float32), moment
+    edge = V - groups * VEC
+    if edge > 0:
+        columns = edge_columns(head, groups, LANES, VEC)
+        mask = tl.arange(0, LANES) < edge
+        v, _ = softcapped(tl.load(row + columns, mask=mask, other=float("-inf")), transform)
+        v = tl.where(mask & (columns != y), v, float("-inf"))
+        peak, total, moment = _absorb(peak, total, moment, (v[:, None],), scale, 1, ENTROPY, True)
+
+    body = tl.multiple_of(row + head, 16)
+    steps = groups // (LANES * UNROLL)
+    y_element = y - head
+    # An edge token before the first group must not select step 0: hence not the truncating division of a negative.
+    y_step = tl.where(y_element < 0, -1, y_element // (LANES * VEC * UNROLL))
+    for step in range(0, steps):
+        raw = load_step(body, step, groups, LANES, VEC, UNROLL, False, POLICY)
+        tiles = ()
+        for i in tl.static_range(UNROLL):
+            v, _ = softcapped(raw[i], transform)
+            tiles = tiles + (v,)  # type: ignore[assignment]
+        if step == y_step:
+            without_y = ()
+            for i in tl.static_range(UNROLL):
+                without_y = without_y + (without_target(tiles[i], step, i, y_element, LANES, VEC, UNROLL),)  # type: ignore[assignment]
+            tiles = without_y
+        peak, total, moment = _absorb(peak, total, moment, tiles, scale, UNROLL, ENTROPY)
+    if steps * (LANES * UNROLL) < groups:
+        raw = load_step(body, steps, groups, LANES, VEC, UNROLL, True, POLICY)
+        for i in tl.static_range(UNROLL):
+            if (steps * UNROLL + i) * LANES < groups:  # a tile beyond the row costs its (masked) load and this branch
+                v, _ = softcapped(raw[i], transform)
+                if transform[2] is not None:  # a padded -inf has become -1, the smallest legitimate value
+                    v = tl.where(group_mask(steps, i, groups, LANES, UNROLL), v, float("-inf"))
+                v = without_target(v, steps, i, y_element, LANES, VEC, UNROLL)
+                peak, total, moment = _absorb(peak, total, moment, (v,), scale, 1, ENTROPY)
+    return peak, total, moment
+
+
+@triton.jit
+def row_statistics(lanes, z_y, transform, ENTROPY: tl.constexpr):
+    """First sweep, the lanes' meeting: (logp, maximum, others, entropy) of the row, see ``SoftmaxStatistics``.
+
+    ``maximum`` is in natural units and everything after it is relative to maximum * log2(e) as float32 rounds it,
+    so that a second kernel which starts from ``maximum`` finds exactly the same u.
+
+    Args:
+        lanes: of :func:`lane_statistics`.
+        z_y: the sampled token's raw logit.
+        transform: constants of the logits' transform.
+        ENTROPY: whether the lanes have moments; the entropy is 0 otherwise.
+    """
+    peak, total, moment = lanes
+    v_y, _ = softcapped(z_y, transform)
+    maximum = tl.maximum(tl.max(peak, axis=0), v_y * transform[0]) * LN2
+    shift = peak - maximum * LOG2E
+    decay = tl.exp2(shift)
+    others = tl.sum(decay * total, axis=0)
+    u, e, _, log_total = _target_terms(z_y, maximum, others, transform)
+    peaked = others < e
+    logprob = tl.where(peaked, -log1p_unit(others / e), u * LN2 - log_total)
+    entropy = tl.full((), 0.0, tl.float32)
+    if ENTROPY:
+        moments = tl.sum(decay * (moment + shift * total), axis=0)
+        # H = log S - ln2 (moments + e u) / S. On a peaked row log S and u are the same rounding residue and cancel:
+        # with log S = u ln2 - logp, H = -logp + ln2 (u others - moments) / S keeps its relative precision.
+        reciprocal = LN2 / (others + e)
+        spread = log_total - (moments + e * tl.maximum(u, LOWEST)) * reciprocal
+        entropy = tl.where(peaked, (u * others - moments) * reciprocal - logprob, spread)
+    return logprob, maximum, others, entropy
+
+
+@triton.jit
+def _gradient(raw, transform, peak, constant, slope, ENTROPY_BONUS: tl.constexpr):
+    """dloss/dz of raw logits other than the sampled token's: exp2(u) (constant - slope u), times the softcap's slope."""
+    v, derivative = softcapped(raw, transform)
+    u = multiply_subtract(v, transform[0], peak)
+    if ENTROPY_BONUS:
+        g = tl.exp2(u) * (constant - slope * tl.maximum(u, LOWEST))
+    else:
+        g = tl.exp2(u) * constant
+    if transform[2] is not None:
+        g = g * derivative
+    return g
+
+
+@triton.jit
+def row_gradient(
+    row, out, V, y, z_y, maximum, others, entropy, c, h, transform,
+    LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
+    ENTROPY_BONUS: tl.constexpr, ALIGNED_OUT: tl.constexpr,
+):  # fmt: skip
+    """Second sweep: dloss/dz of the whole row, written to ``out``.
+
+    For j != y, g_j = p_j (h (E[z'] - z'_j) - c) dz'/dz = exp2(u_j) (constant - slope u_j) dz'/dz, with the row's
+    constants folded: E[z'] - z'_j = (log S - H) - ln2 u_j relative to the maximum. The sampled token gets its own
+    value, c (1 - p_y) with 1 - p_y = others / S, in one scalar store after a barrier: no per-element comparison.
+
+    Steps: 1. the masked last step; 2. whole steps backwards, since the end of the row is nearest in the cache; 3. the
+    edge; 4. the sampled token.
+
+    Args:
+        row, out: pointers to the row's first logit and to its gradient's, which may be the same.
+        V, y, z_y, transform: as in the first sweep; z_y was read before anything is written.
+        maximum, others, entropy: the row's statistics; the entropy is read with ENTROPY_BONUS only.
+        c, h: the row's gradient coefficients dloss/dlogp and dloss/dH.
+        ENTROPY_BONUS: whether h can differ from 0.
+        ALIGNED_OUT: whether ``out`` is as far from a 16-byte boundary as ``row``.
+    """
+    head, groups = frame(row, V, VEC)
+    body = tl.multiple_of(row + head, 16)
+    out_body = out + head
+    if ALIGNED_OUT:  # the rows' alignment; otherwise the compiler itself finds narrower, coalesced stores
+        out_body = tl.multiple_of(out_body, 16)
+    dtype: tl.constexpr = out.dtype.element_ty
+    peak = maximum * LOG2E
+    u_y, e_y, slope_y, log_total = _target_terms(z_y, maximum, others, transform)
+    normalizer = transform[1] / (others + e_y)
+    constant = -c * normalizer
+    slope = 0.0
+    target = c * others * normalizer
+    if ENTROPY_BONUS:
+        mean = log_total - entropy
+        constant = (h * mean - c) * normalizer
+        slope = h * LN2 * normalizer
+        target += h * e_y * normalizer * (mean - LN2 * tl.maximum(u_y, LOWEST))
+    if transform[2] is not None:
+        target = target * slope_y
+
+    steps = groups // (LANES * UNROLL)
+    if steps * (LANES * UNROLL) < groups:
+        raw = load_step(body, steps, groups, LANES, VEC, UNROLL, True, "evict_first")
+        for i in tl.static_range(UNROLL):
+            if (steps * UNROLL + i) * LANES < groups:
+                base, offsets = tile_offsets(steps, i, LANES, VEC, UNROLL)
+                g = _gradient(raw[i], transform, peak, constant, slope, ENTROPY_BONUS)
+                mask = group_mask(steps, i, groups, LANES, UNROLL)
+                tl.store(out_body + base + offsets, round_to(g, dtype), mask=mask, eviction_policy="evict_first")
+    for index in range(0, steps):
+        step = steps - 1 - index
+        raw = load_step(body, step, groups, LANES, VEC, UNROLL, False, "evict_first")
+        for i in tl.static_range(UNROLL):
+            base, offsets = tile_offsets(step, i, LANES, VEC, UNROLL)
+            g = _gradient(raw[i], transform, peak, constant, slope, ENTROPY_BONUS)
+            tl.store(out_body + base + offsets, round_to(g, dtype), eviction_policy="evict_first")
+    edge = V - groups * VEC
+    if edge > 0:
+        columns = edge_columns(head, groups, LANES, VEC)
+        mask = tl.arange(0, LANES) < edge
+        raw = tl.load(row + columns, mask=mask, other=float("-inf"))
+        g = _gradient(raw, transform, peak, constant, slope, ENTROPY_BONUS)
+        tl.store(out + columns, round_to(g, dtype), mask=mask)
+    tl.debug_barrier()  # orders the sampled token's store after the sweep's
+    tl.store(out + y, round_to(target, dtype))
+
+
+@triton.jit
+def zero_row(out, V, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr):
+    """Zeros in a row of V elements: the gradient of a row without gradient coefficients."""
+    head, groups = frame(out, V, VEC)
+    body = tl.multiple_of(out + head, 16)
+    zeros = tl.zeros([LANES, VEC], out.dtype.element_ty)
+    for step in range(tl.cdiv(groups, LANES * UNROLL)):
+        for i in tl.static_range(UNROLL):
+            base, offsets = tile_offsets(step, i, LANES, VEC, UNROLL)
+            mask = group_mask(step, i, groups, LANES, UNROLL)
+            tl.store(body + base + offsets, zeros, mask=mask, eviction_policy="evict_first")
+    columns = edge_columns(head, groups, LANES, VEC)
+    mask = tl.arange(0, LANES) < V - groups * VEC
+    tl.store(out + columns, tl.zeros([LANES], out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def scale_row(row, V, factor, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr):
+    """A row of V elements times ``factor`` in place: float32 products, rounded once."""
+    head, groups = frame(row, V, VEC)
+    body = tl.multiple_of(row + head, 16)
+    dtype: tl.constexpr = row.dtype.element_ty
+    for step in range(tl.cdiv(groups, LANES * UNROLL)):
+        raw = load_step(body, step, groups, LANES, VEC, UNROLL, True, "evict_first")
+        for i in tl.static_range(UNROLL):
+            base, offsets = tile_offsets(step, i, LANES, VEC, UNROLL)
+            mask = group_mask(step, i, groups, LANES, UNROLL)
+            product = round_to(to_float32(raw[i]) * factor, dtype)
+            tl.store(body + base + offsets, product, mask=mask, eviction_policy="evict_first")
+    columns = edge_columns(head, groups, LANES, VEC)
+    mask = tl.arange(0, LANES) < V - groups * VEC
+    edge = tl.load(row + columns, mask=mask, other=0.0)
+    tl.store(row + columns, round_to(to_float32(edge) * factor, dtype), mask=mask)

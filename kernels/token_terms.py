@@ -1,0 +1,338 @@
+"""Kernels and launcher: a call's arguments to numbers per token, see ``TokenTerms``.
+
+1. ``response_statistics_kernel``, one program per response: its length and the sign of its advantage.
+2. ``token_terms_kernel``, one program per response: totals of the batch from those, reduced once per program; then
+   the terms of each of its tokens.
+
+Nothing is added up by atomics: bitwise the same every run. The torch twin is ``hpo_fused/token_terms.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from hpo_fused import interface
+from hpo_fused.interface import Batch, LossSpec, TokenTerms
+
+from .launch import on_device_of
+from .numerics import INTERPRETED, to_float32
+
+ADVANTAGE = tl.constexpr(interface.ADVANTAGE)
+POLICY_WEIGHT = tl.constexpr(interface.POLICY_WEIGHT)
+KL_WEIGHT = tl.constexpr(interface.KL_WEIGHT)
+ENTROPY_WEIGHT = tl.constexpr(interface.ENTROPY_WEIGHT)
+OLD_LOGPROB = tl.constexpr(interface.OLD_LOGPROB)
+REF_LOGPROB = tl.constexpr(interface.REF_LOGPROB)
+MASKED = tl.constexpr(interface.MASKED)
+SKIPPED = tl.constexpr(interface.SKIPPED)
+
+# Tokens per step of a program, and responses per step of the totals. Fixed: a new length must not recompile.
+TOKENS_BLOCK = 1024
+RESPONSES_BLOCK = tl.constexpr(128)
+NUM_WARPS = 4
+
+
+@triton.jit
+def response_range(response, cu_seqlens, N, T):
+    """First of the response's rows, and the one after its last; no row outside [0, N), whatever the boundaries say."""
+    first = response * T
+    last = first + T
+    if cu_seqlens is not None:
+        first = tl.maximum(tl.load(cu_seqlens + response).to(tl.int32), 0)
+        last = tl.minimum(tl.load(cu_seqlens + response + 1).to(tl.int32), N)
+    return first, last
+
+
+@triton.jit
+def _per_token(tensor, response, row, inside, T, stride, PACKED: tl.constexpr):
+    """Entries of a caller's tensor [B, T], packed [N], at rows of a response."""
+    if PACKED:
+        return tl.load(tensor + row, mask=inside, other=0)
+    else:
+        return tl.load(tensor + tl.cast(response, tl.int64) * stride + (row - response * T), mask=inside, other=0)
+
+
+@triton.jit
+def _per_token_or_response(
+    tensor, response, row, inside, T, stride, PACKED: tl.constexpr, PER_TOKEN: tl.constexpr
+):  # fmt: skip
+    """Float32 entries of a caller's tensor that has one per token, or one per response."""
+    if PER_TOKEN:
+        return to_float32(_per_token(tensor, response, row, inside, T, stride, PACKED))
+    else:
+        return tl.zeros(row.shape, tl.float32) + to_float32(tl.load(tensor + response))
+
+
+@triton.jit(
+    debug=True,
+    do_not_specialize=["statistics", "mask", "advantages", "cu_seqlens", "N", "T", "B", "mask_stride", "stride"],
+)
+def response_statistics_kernel(
+    statistics,  # int32 [2, B]: lengths; signs of the advantages
+    mask,  # this to cu_seqlens: fields of Batch
+    advantages,
+    cu_seqlens,
+    N,  # rows in all
+    T,
+    B,  # responses
+    mask_stride,
+    stride,  # of advantages
+    PER_TOKEN: tl.constexpr,  # of advantages
+    BLOCK: tl.constexpr,
+):
+    """Unmasked tokens of each response, and the sign of its unmasked advantages' sum; 0 where all is masked."""
+    response = tl.program_id(0)
+    PACKED: tl.constexpr = cu_seqlens is not None
+    if PACKED:
+        before, after = tl.load(cu_seqlens + response).to(tl.int64), tl.load(cu_seqlens + response + 1).to(tl.int64)
+        ordered = (before >= 0) & (before <= after) & (after <= N)
+        ends = ((response > 0) | (before == 0)) & ((response < B - 1) | (after == N))
+        tl.device_assert(ordered & ends, "cu_seqlens: expected boundaries that rise from 0 to N")
+    first, last = response_range(response, cu_seqlens, N, T)
+    count = tl.zeros([BLOCK], tl.int32)
+    signal = tl.zeros([BLOCK], tl.float32)
+    for start in range(first, last, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        unmasked = row < last
+        if mask is not None:
+            unmasked = unmasked & (_per_token(mask, response, row, unmasked, T, mask_stride, PACKED) != 0)
+        count += unmasked.to(tl.int32)
+        if PER_TOKEN:
+            signal += to_float32(_per_token(advantages, response, row, unmasked, T, stride, PACKED))
+    length = tl.sum(count)
+    if PER_TOKEN:
+        total = tl.sum(signal)
+    else:
+        total = to_float32(tl.load(advantages + response))
+    sign = (total > 0).to(tl.int32) - (total < 0).to(tl.int32)
+    tl.store(statistics + response, length)
+    tl.store(statistics + B + response, tl.where(length > 0, sign, 0))
+
+
+@triton.jit
+def _total(totals, numbers, index: tl.constexpr):
+    """A given total of the optimiser batch as float32, from the device where it lies there."""
+    if totals[index] is not None:
+        return tl.load(totals[index]).to(tl.float32)
+    else:
+        return numbers[index]
+
+
+@triton.jit
+def _shared_factors(
+    statistics, totals, numbers, B, NORMALIZATION: tl.constexpr, WEIGHTING: tl.constexpr, OWN_TOTALS: tl.constexpr
+):
+    """(factor, alpha): the part of the normalisation that all tokens share, and the weight of negative advantages.
+
+    The factor is n_i itself, but for "response", where 1 / max(L_i, 1) is left, and "given", where it is
+    gradient_average and 1 / normalizers[i] is left.
+    """
+    tokens = tl.full((), 0.0, tl.float32)
+    positive, negative = tokens, tokens
+    if OWN_TOTALS:
+        lengths = tl.zeros([RESPONSES_BLOCK], tl.int32)
+        above, below = lengths, lengths
+        for start in range(0, B, RESPONSES_BLOCK):
+            response = start + tl.arange(0, RESPONSES_BLOCK)
+            lengths += tl.load(statistics + response, mask=response < B, other=0)
+            sign = tl.load(statistics + B + response, mask=response < B, other=0)
+            above += (sign > 0).to(tl.int32)
+            below += (sign < 0).to(tl.int32)
+        tokens = tl.sum(lengths).to(tl.float32)
+        positive, negative = tl.sum(above).to(tl.float32), tl.sum(below).to(tl.float32)
+    else:
+        tokens = _total(totals, numbers, 1)
+        positive, negative = _total(totals, numbers, 2), _total(totals, numbers, 3)
+    average, max_length, given_alpha = numbers[4], numbers[5], numbers[6]
+    factor = average + tl.full((), 0.0, tl.float32)
+    if NORMALIZATION == "mean_length":
+        factor = average / tl.maximum(tokens, 1.0)
+    elif NORMALIZATION != "given":
+        factor = average / (tl.maximum(_total(totals, numbers, 0), 1.0) * max_length)
+    alpha = tl.full((), 1.0, tl.float32)
+    if WEIGHTING == "adaptive":  # arXiv 2605.30201: clip(N+ / N-, alpha_min, 1), our 1 where N- is 0
+        quotient = tl.where(negative == 0, 1.0, positive / tl.maximum(negative, 1.0))
+        alpha = tl.minimum(tl.maximum(quotient, given_alpha), 1.0)
+    elif WEIGHTING == "fixed":
+        alpha = alpha * given_alpha
+    return factor, alpha
+
+
+@triton.jit
+def _policy_terms(
+    response, row, inside, T, penalty, alpha, mask, mask_stride, advantages, advantages_stride, token_weights,
+    weights_stride,
+    WEIGHTING: tl.constexpr, PACKED: tl.constexpr, ADVANTAGE_PER_TOKEN: tl.constexpr, WEIGHT_PER_TOKEN: tl.constexpr,
+):  # fmt: skip
+    """(unmasked, advantage, policy weight, penalty weight) of rows; both weights are 0 where masked."""
+    unmasked = inside
+    if mask is not None:
+        unmasked = inside & (_per_token(mask, response, row, inside, T, mask_stride, PACKED) != 0)
+    advantage = _per_token_or_response(
+        advantages, response, row, inside, T, advantages_stride, PACKED, ADVANTAGE_PER_TOKEN
+    )
+    penalty = tl.where(unmasked, penalty, 0.0)
+    policy = penalty
+    if WEIGHTING != "none":
+        policy = tl.where(advantage < 0, penalty * alpha, penalty)
+    if token_weights is not None:
+        caller = _per_token_or_response(
+            token_weights, response, row, inside, T, weights_stride, PACKED, WEIGHT_PER_TOKEN
+        )
+        policy = tl.where(policy != 0, policy * caller, 0.0)
+    return unmasked, advantage, policy, penalty
+
+
+# Flat and unspecialised throughout: micro-batches are slices of larger tensors, whose alignment varies with T.
+@triton.jit(
+    debug=True,
+    do_not_specialize=[
+        "values", "targets", "active", "statistics", "tokens", "mask", "advantages", "token_weights", "old_logprobs",
+        "ref_logprobs", "cu_seqlens", "normalizers", "N", "T", "B", "V", "tokens_stride", "mask_stride",
+        "advantages_stride", "weights_stride", "old_stride", "ref_stride",
+    ],
+)  # fmt: skip
+def token_terms_kernel(
+    values,  # this to active: fields of TokenTerms
+    targets,
+    active,
+    statistics,  # of response_statistics_kernel
+    tokens,  # this to normalizers: fields of Batch
+    mask,
+    advantages,
+    token_weights,
+    old_logprobs,
+    ref_logprobs,
+    cu_seqlens,
+    normalizers,
+    totals,  # (S, tokens, N+, N-), each a pointer to a number on the device or None
+    numbers,  # the same as floats; then gradient_average, max_length, alpha, kl_coef, entropy_coef
+    N,  # rows in all
+    T,
+    B,  # responses
+    V,
+    tokens_stride,
+    mask_stride,
+    advantages_stride,
+    weights_stride,
+    old_stride,
+    ref_stride,
+    NORMALIZATION: tl.constexpr,  # this to WEIGHT_PER_TOKEN: fields of Batch
+    WEIGHTING: tl.constexpr,
+    OWN_TOTALS: tl.constexpr,  # tokens, N+ and N- are this call's
+    ADVANTAGE_PER_TOKEN: tl.constexpr,
+    WEIGHT_PER_TOKEN: tl.constexpr,
+    KL: tl.constexpr,
+    ENTROPY_BONUS: tl.constexpr,
+    SEQUENCE: tl.constexpr,  # one token with a signal makes its whole response active
+    SKIP: tl.constexpr,  # rows that are not active are not computed
+    BLOCK: tl.constexpr,
+):
+    """The terms of each token of a response: 1. shared factors; 2. its tokens with a signal; 3. the terms."""
+    response = tl.program_id(0)
+    PACKED: tl.constexpr = cu_seqlens is not None
+    penalty, alpha = _shared_factors(statistics, totals, numbers, B, NORMALIZATION, WEIGHTING, OWN_TOTALS)
+    if NORMALIZATION == "response":
+        penalty = penalty / tl.maximum(tl.load(statistics + response), 1).to(tl.float32)
+    elif NORMALIZATION == "given":
+        penalty = penalty / tl.load(normalizers + response)
+    first, last = response_range(response, cu_seqlens, N, T)
+    signals = tl.full((), 0, tl.int32)
+    if SEQUENCE:
+        count = tl.zeros([BLOCK], tl.int32)
+        for start in range(first, last, BLOCK):
+            row = start + tl.arange(0, BLOCK)
+            _, advantage, policy, _ = _policy_terms(
+                response, row, row < last, T, penalty, alpha, mask, mask_stride, advantages, advantages_stride,
+                token_weights, weights_stride, WEIGHTING, PACKED, ADVANTAGE_PER_TOKEN, WEIGHT_PER_TOKEN,
+            )  # fmt: skip
+            count += ((policy != 0) & (advantage != 0)).to(tl.int32)
+        signals = tl.sum(count)
+    for start in range(first, last, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        inside = row < last
+        unmasked, advantage, policy, weight = _policy_terms(
+            response, row, inside, T, penalty, alpha, mask, mask_stride, advantages, advantages_stride,
+            token_weights, weights_stride, WEIGHTING, PACKED, ADVANTAGE_PER_TOKEN, WEIGHT_PER_TOKEN,
+        )  # fmt: skip
+        live = unmasked
+        if not (KL or ENTROPY_BONUS):
+            if SEQUENCE:
+                live = unmasked & (signals > 0)
+            else:
+                live = (policy != 0) & (advantage != 0)
+        target = tl.zeros([BLOCK], tl.int32)
+        if tokens is not None:
+            token = _per_token(tokens, response, row, unmasked, T, tokens_stride, PACKED).to(tl.int64)
+            valid = (token >= 0) & (token < V)
+            tl.device_assert(valid | (unmasked == 0), "tokens: expected ids in [0, V) at unmasked positions")
+            target = tl.where(valid, token, SKIPPED).to(tl.int32)  # nobody reads outside a row, even while this fails
+        if SKIP:
+            target = tl.where(live, target, SKIPPED)
+        tl.store(targets + row, tl.where(unmasked, target, MASKED), mask=inside)
+        tl.store(active + row, live, mask=inside)
+        tl.store(values + ADVANTAGE * N + row, advantage, mask=inside)
+        tl.store(values + POLICY_WEIGHT * N + row, policy, mask=inside)
+        if old_logprobs is not None:
+            old = _per_token(old_logprobs, response, row, inside, T, old_stride, PACKED)
+            tl.store(values + OLD_LOGPROB * N + row, to_float32(old), mask=inside)
+        if ref_logprobs is not None:
+            ref = _per_token(ref_logprobs, response, row, inside, T, ref_stride, PACKED)
+            tl.store(values + REF_LOGPROB * N + row, to_float32(ref), mask=inside)
+        if KL:
+            tl.store(values + KL_WEIGHT * N + row, weight * numbers[7], mask=inside)
+        if ENTROPY_BONUS:
+            tl.store(values + ENTROPY_WEIGHT * N + row, weight * numbers[8], mask=inside)
+
+
+def token_terms(batch: Batch, spec: LossSpec, vocabulary: int | None, skip_inactive: bool) -> TokenTerms:
+    """The terms of every token, in two launches.
+
+    Boundaries or token ids out of range are a device-side assert.
+
+    Args:
+        batch: the call's arguments.
+        spec: the lowered objective.
+        vocabulary: V; None: the batch has no tokens.
+        skip_inactive: whether no sweep is to compute rows without a learning signal.
+    """
+    B, T = batch.rows
+    rows, responses, device = B * T, batch.responses, batch.advantages.device
+    values = torch.empty(interface.TERMS, B, T, dtype=torch.float32, device=device)
+    targets = torch.empty(B, T, dtype=torch.int32, device=device)
+    active = torch.empty(B, T, dtype=torch.bool, device=device)
+    statistics = torch.empty(2, responses, dtype=torch.int32, device=device)
+    terms = TokenTerms(values, targets, active, statistics[0], statistics[1], batch.cu_seqlens)
+    if responses == 0:
+        return terms
+    given = batch.totals or (responses, 0, 0, 0)
+    pointers = tuple(total if isinstance(total, torch.Tensor) else None for total in given)
+    numbers = (
+        *(0.0 if isinstance(total, torch.Tensor) else float(total) for total in given),
+        batch.gradient_average, float(batch.max_length), batch.alpha, batch.kl_coef, batch.entropy_coef,
+    )  # fmt: skip
+    tokens_stride, mask_stride, advantages_stride, weights_stride, old_stride, ref_stride = (
+        0 if tensor is None else tensor.stride(0)
+        for tensor in (
+            batch.tokens, batch.mask, batch.advantages, batch.token_weights, batch.old_logprobs, batch.ref_logprobs
+        )
+    )  # fmt: skip
+    # Compiled with the assertions that the kernels state, not with one for every integer sum.
+    options = {} if INTERPRETED.value else {"sanitize_overflow": False}
+    with on_device_of(values):
+        response_statistics_kernel[(responses,)](
+            statistics, batch.mask, batch.advantages, batch.cu_seqlens, rows, T, responses, mask_stride,
+            advantages_stride, PER_TOKEN=batch.advantage_per_token, BLOCK=TOKENS_BLOCK, num_warps=NUM_WARPS, **options,
+        )  # fmt: skip
+        token_terms_kernel[(responses,)](
+            values, targets, active, statistics, batch.tokens, batch.mask, batch.advantages, batch.token_weights,
+            batch.old_logprobs, batch.ref_logprobs, batch.cu_seqlens, batch.normalizers, pointers, numbers,
+            rows, T, responses, vocabulary or 0, tokens_stride, mask_stride, advantages_stride, weights_stride,
+            old_stride, ref_stride, NORMALIZATION=batch.normalization, WEIGHTING=batch.weighting,
+            OWN_TOTALS=batch.totals is None, ADVANTAGE_PER_TOKEN=batch.advantage_per_token,
+            WEIGHT_PER_TOKEN=batch.weight_per_token, KL=spec.kl, ENTROPY_BONUS=spec.entropy_bonus,
+            SEQUENCE=spec.sequence_level, SKIP=skip_inactive, BLOCK=TOKENS_BLOCK, num_warps=NUM_WARPS, **options,
+        )  # fmt: skip
+    return terms
