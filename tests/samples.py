@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import hpo_fused as hf
+from hpo_fused.interface import ADVANTAGE, POLICY_WEIGHT, TERMS, SoftmaxStatistics
 
 
 def leaves(*tensors: Tensor) -> list[Tensor]:
@@ -39,3 +40,16 @@ def hidden_arguments(
     weight = torch.randn(vocabulary, 24, generator=generator) / 3
     tokens, advantages, old = _batch(hidden @ weight.t(), generator)
     return hidden.to(device, dtype), weight.to(device, dtype), tokens.to(device), advantages.to(device), old.to(device)
+
+
+def room_for_statistics(targets: Tensor, *, entropy: bool = True) -> SoftmaxStatistics:
+    """What a backend's token_statistics writes to."""
+    logprobs, maximum, others, entropies = torch.full((4, *targets.shape), 7.0, device=targets.device)
+    return SoftmaxStatistics(logprobs, maximum, others, entropies if entropy else None)
+
+
+def values_of(advantages: Tensor, weights: Tensor | float = 1.0) -> Tensor:
+    """Terms of an on-policy call without penalties."""
+    values = torch.full((TERMS, *advantages.shape), torch.nan, device=advantages.device)
+    values[ADVANTAGE], values[POLICY_WEIGHT] = advantages, weights
+    return values
