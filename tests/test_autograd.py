@@ -1,4 +1,4 @@
-"""The backward contract: scaling, second backward, in place, compilation, operator registration."""
+"""The backward contract: scaling, second backward, in place, what is handed over."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import hpo_fused as hf
 from hpo_fused import autograd
 
-from .equivalence import Case, build
 from .samples import logits_arguments
-from .test_equivalence import PRESETS
 
 TOKEN_AND_SEQUENCE = ["grpo", "gspo"]
 
@@ -231,87 +228,6 @@ def test_stored_gradient_is_handed_over(device: torch.device) -> None:
     assert logits.grad.data_ptr() == pointer
 
 
-def op_inputs(gradient: bool, name: str = "mhpo_ahpo") -> tuple[Any, ...]:
-    case = Case("opcheck", hf.Objective.preset(name, kl_coef=0.1, entropy_coef=0.1))
-    logits, tokens, advantages, old = logits_arguments(torch.device("cpu"), 37)
-    batch = hf.batch.prepare(
-        case.objective, hf.batch.Layout.of("tokens", tokens.shape, tokens.device, None, None), advantages,
-        ref_logprobs=old + 0.1, token_weights=None, groups=None, statistics=None, old_logprobs=old,
-    )  # fmt: skip
-    logits = logits.requires_grad_(gradient)
-    spec = case.objective.lower()
-    return logits, tokens, batch, spec
-
-
-@pytest.mark.parametrize("gradient", [False, True])
-def test_opcheck(gradient: bool) -> None:
-    logits, tokens, batch, spec = op_inputs(gradient)
-    # test_schema compares outputs bit for bit between calls, test_aot_dispatch_dynamic runs autograd under tracing.
-    torch.library.opcheck(
-        autograd._fused_op,
-        (logits, tokens, batch.active, *batch.terms, 0.9, 5.0, *spec, True, gradient, "torch"),
-    )
-    torch.library.opcheck(autograd._statistics_op, (logits, tokens, batch.active, 0.9, None, True, "torch"))
-    logprobs, entropy, maximum, rest = autograd._statistics_op(
-        logits.detach(), tokens, batch.active, 0.9, None, True, "torch"
-    )
-    c = torch.randn_like(logprobs)
-    torch.library.opcheck(
-        autograd._gradient_op,
-        (logits.detach(), tokens, logprobs, entropy, maximum, rest, c, c, 0.9, None, "torch"),
-    )
-    for sequence in (False, True):
-        torch.library.opcheck(
-            autograd._logprob_op,
-            (logprobs.requires_grad_(gradient), entropy, *batch.terms, *batch.layout, sequence, *spec),
-        )
-
-
-@pytest.mark.parametrize("name", ["mhpo_ahpo", "gspo"])
-@pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_compiles_as_one_graph(name: str, layout: str) -> None:
-    """torch.compile(fullgraph=True) of a step that calls the op gives the eager step's loss and gradient."""
-    case = Case(f"compile-{name}-{layout}", PRESETS[name], layout=layout, small_ratios=name == "gspo")
-    made = build(case, torch.device("cpu"))
-
-    def step(base: Tensor) -> Tensor:
-        logits = base[:, :-1] if layout == "padded" else base
-        out = hf.policy_loss(logits * 1.5, *made.positional, **made.keywords)
-        return out.loss * 2 + out.metrics()["ratio_mean"] * 0
-
-    results = []
-    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        leaf = made.base.detach().clone().requires_grad_()
-        loss = function(leaf)
-        loss.backward()
-        results.append((loss.detach(), leaf.grad))
-    torch.testing.assert_close(results[1][0], results[0][0])
-    torch.testing.assert_close(results[1][1], results[0][1], equal_nan=True)
-
-
-@pytest.mark.parametrize(
-    ("objective", "dynamic"),
-    [(None, None), (None, True), ("grpo", None), ("gspo", None), ("gspo", True), ("hpo", True)],
-)
-@torch._dynamo.config.patch(recompile_limit=64)  # counted over all parameters of this test
-def test_preset_names_and_changing_values_compile(objective: str | None, dynamic: bool | None) -> None:
-    """The default call, presets by name, symbolic sizes, and a temperature that changes between calls."""
-    logits, tokens, advantages, old = logits_arguments(torch.device("cpu"), 37)
-    options = {} if objective is None else {"objective": objective}
-
-    def step(z: Tensor, temperature: float) -> Tensor:
-        return hf.policy_loss(z, tokens, advantages, old_logprobs=old, temperature=temperature, **options).loss
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for temperature in (1.0, 0.9, 0.8):
-        gradients = [
-            torch.autograd.grad(f(z, temperature), z)[0]
-            for f in (step, compiled)
-            for z in (logits.clone().requires_grad_(),)
-        ]
-        torch.testing.assert_close(gradients[1], gradients[0])
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_default_dtype_does_not_matter(dtype: torch.dtype, backend: str, device: torch.device) -> None:
     logits, tokens, advantages, old = logits_arguments(device, 37)
@@ -343,18 +259,3 @@ def test_hooks_on_packed_views_survive_inplace(backend: str, device: torch.devic
     )
     produced.register_hook(lambda gradient: None)
     out.loss.backward()
-
-
-def test_compiled_token_logprobs() -> None:
-    logits, tokens, _, _ = logits_arguments(torch.device("cpu"), 37)
-
-    def step(z: Tensor) -> Tensor:
-        result = hf.token_logprobs(z, tokens, temperature=0.8)
-        return result.logprobs.sum() - 0.1 * result.entropy.sum()
-
-    gradients = []
-    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        leaf = logits.clone().requires_grad_()
-        function(leaf).backward()
-        gradients.append(leaf.grad)
-    torch.testing.assert_close(gradients[1], gradients[0])
