@@ -21,7 +21,10 @@ import torch
 from torch import Tensor
 
 import hpo_fused as hf
-from hpo_fused import linear_autograd, linear_head, reference
+from hpo_fused import reference
+from hpo_fused.linear.autograd import _Chunks
+from hpo_fused.linear.head import GemmDtypes, float32_gemms
+from hpo_fused.linear.rows import Rows
 
 from .equivalence import (
     ROUNDING,
@@ -69,13 +72,15 @@ class LinearCase(Case):
         fields = {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
         return cls(**{**fields, "name": f"{case.name}-{name}" if name else case.name, **changes})
 
-    def chunk_bytes(self) -> int | None:
+    def dtypes(self, device: torch.device) -> GemmDtypes:
+        """What the GEMMs run in, which the device decides."""
+        return GemmDtypes.of(self.dtype, self.logits_dtype or self.dtype, device)
+
+    def chunk_bytes(self, device: torch.device) -> int | None:
         """What makes chunks of ``chunk_rows`` rows."""
-        if self.chunk_rows is None:
-            return None
-        logits = self.logits_dtype or self.dtype
-        entry = logits.itemsize if logits == self.dtype else logits.itemsize + self.dtype.itemsize
-        return self.chunk_rows * self.vocabulary * entry
+        return (
+            None if self.chunk_rows is None else self.chunk_rows * self.vocabulary * self.dtypes(device).bytes_per_logit
+        )
 
 
 @dataclass
@@ -173,27 +178,27 @@ def recorded(device: torch.device) -> Iterator[list[list[Chunk]]]:
     On a GPU, GEMMs inside sum in float32 all through: PyTorch lets cuBLAS round partial sums to the inputs' dtype.
     """
     passes: list[list[Chunk]] = []
-    original = linear_autograd._chunks
+    original = _Chunks.__iter__
 
-    def spy(call: Any, rows: Any, *rest: Any) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def spy(self: _Chunks) -> Iterator[tuple[Rows, Tensor, Tensor]]:
         chunks: list[Chunk] = []
         passes.append(chunks)
-        for part, x, logits in original(call, rows, *rest):
-            positions = rows.positions[part]
-            chosen = slice(None) if rows.selected is None else rows.selected[part]
-            chunks.append(Chunk(positions[chosen], logits[chosen].double()))
-            yield part, x, logits
+        for rows, x, logits in original(self):
+            positions = torch.arange(self.hidden.shape[:2].numel(), device=device)[rows.positions]
+            chosen = slice(None) if rows.exact else rows.targets >= 0
+            chunks.append(Chunk(positions[chosen], logits[0][chosen].double()))
+            yield rows, x, logits
 
     settings = torch.backends.cuda.matmul
     names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
     before = {name: getattr(settings, name) for name in names} if device.type == "cuda" else {}
     try:
-        linear_autograd._chunks = spy
+        _Chunks.__iter__ = spy  # type: ignore[method-assign]
         for name in before:
             setattr(settings, name, False)
         yield passes
     finally:
-        linear_autograd._chunks = original
+        _Chunks.__iter__ = original  # type: ignore[method-assign]
         for name, value in before.items():
             setattr(settings, name, value)
 
@@ -287,11 +292,13 @@ def head_bounds(
     g = plain.rounded(compute)
     x, w = (value.detach().to(compute).double() for value in (inputs.hidden, inputs.weight))
     x = x.reshape(-1, x.shape[-1])
-    of_hidden = g.product(w, gemm_error(w.shape[0], device)).rounded(compute, stored)
-
-    # A product is rounded before it is added where GEMMs cannot add into a wider sum.
+    # GEMMs of widened operands leave float32. Others round their product, before it is added where they cannot add into
+    # a wider sum.
+    widened = case.dtypes(device).widened
+    of_hidden = g.product(w, gemm_error(w.shape[0], device))
+    of_hidden = of_hidden.rounded(stored) if widened else of_hidden.rounded(compute, stored)
     sums = torch.float32 if start is not None or len(chunks) > 1 else stored
-    rounds = sums != compute and not linear_head.float32_gemms(device, compute).write
+    rounds = sums != compute and not widened and not float32_gemms(device, compute).write
     total = torch.zeros_like(w) if start is None else start.double()
     low, high, size = total, total, total.abs()
     bias_center, bias_radius = torch.zeros_like(w[:, 0]), torch.zeros_like(w[:, 0])
@@ -383,7 +390,9 @@ def hold_logits(case: LinearCase, inputs: LinearInputs, z: Tensor, known: Tensor
 
 def options_of(case: LinearCase, inputs: LinearInputs, rows: Tensor) -> dict[str, Any]:
     """Keywords of both functions that say how, not what, to compute; ``rows`` enter the GEMMs."""
-    options: dict[str, Any] = {"chunk_bytes": case.chunk_bytes(), "logits_dtype": case.logits_dtype}
+    options: dict[str, Any] = {
+        "chunk_bytes": case.chunk_bytes(inputs.weight.device), "logits_dtype": case.logits_dtype,
+    }  # fmt: skip
     if case.weight_grad:
         start = torch.randn(inputs.weight.shape, generator=torch.Generator().manual_seed(7))
         options["weight_grad"] = start.to(inputs.weight.device)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import hpo_fused as hf
-from hpo_fused.linear_inputs import gathered
+from hpo_fused.linear.arguments import gathered
 
 from .ranks import run_ranks
 from .samples import hidden_arguments, leaves

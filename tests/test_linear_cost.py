@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hpo_fused as hf
-from hpo_fused import linear_inputs
-from hpo_fused.linear_inputs import choose_rows
+from hpo_fused.interface import MASKED, SKIPPED
+from hpo_fused.linear import rows as linear_rows
+from hpo_fused.linear.rows import choose_rows
 
 from .samples import hidden_arguments
 
@@ -329,21 +330,25 @@ def test_stored_gradients_are_handed_over(device: torch.device) -> None:
 SYNCHRONISING = {"_local_scalar_dense", "nonzero", "is_nonzero", "item", "equal", "masked_select", "unique", "_unique2"}
 
 
-@pytest.mark.parametrize("rest", [0, 1])
-def test_choosing_rows_looks_at_values_once(rest: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def chosen(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Targets [5, 7] and which rows are active: every second one; of the others every second is masked."""
+    targets = torch.arange(35, dtype=torch.int32, device=device)
+    active = targets % 2 == 1
+    return torch.where(targets % 4 == 0, MASKED, targets).view(5, 7), active.view(5, 7)
+
+
+@pytest.mark.parametrize("idle", [False, True])
+def test_choosing_rows_looks_at_values_once(idle: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """For all selections together; a bool mask as an index would be a nonzero for each."""
-    chosen = torch.rand(5, 7, device=device) < 0.5
+    targets, active = chosen(device)
     original, looks = Tensor.tolist, []
-    monkeypatch.setattr(Tensor, "tolist", lambda self: looks.append(self.shape) or original(self))
-    with Allocations() as made:
-        rows, *others = choose_rows(chosen, None, *[~chosen] * rest)
-    assert len(looks) == 1
-    assert not SYNCHRONISING & set(made.names)
-    assert torch.equal(rows.positions, chosen.reshape(-1).nonzero().squeeze(1))
-    assert rows.selected is None
-    assert len(others) == rest
-    for other in others:
-        assert torch.equal(other.positions, (~chosen).reshape(-1).nonzero().squeeze(1))
+    with Allocations() as made, monkeypatch.context() as patch:
+        patch.setattr(Tensor, "tolist", lambda self: looks.append("tolist") or original(self))
+        rows, *others = choose_rows(targets, active, None, idle=idle)
+    assert len([*looks, *(name for name in made.names if name in SYNCHRONISING)]) == 1
+    assert rows.exact
+    assert rows.positions.tolist() == rows.targets.tolist() == list(range(1, 35, 2))
+    assert [other.positions.tolist() for other in others] == ([list(range(2, 35, 4))] if idle else [])
 
 
 @pytest.mark.parametrize("count", [20, 35])
@@ -351,21 +356,22 @@ def test_choosing_a_known_number_looks_at_nothing(
     count: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a device whose values cannot be read for nothing."""
-    chosen = (torch.arange(35, device=device) % 2 == 1).view(5, 7)
-    monkeypatch.setattr(linear_inputs, "values_readable", lambda value: False)
+    targets, active = chosen(device)
+    targets = torch.where(active, targets, SKIPPED)
+    monkeypatch.setattr(linear_rows, "values_readable", lambda value: False)
     with Allocations() as made:
-        (rows,) = choose_rows(chosen, count)
+        (rows,) = choose_rows(targets, active, count, idle=False)
     assert not SYNCHRONISING & set(made.names)
     assert len(rows) == count
-    assert rows.selected is not None
-    assert rows.positions[rows.selected].tolist() == list(range(1, 35, 2))
+    assert not rows.exact
+    assert rows.positions[rows.targets >= 0].tolist() == list(range(1, 35, 2))
     assert rows.positions.unique().numel() == count
 
 
 def test_choosing_too_few_is_asserted_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_inputs, "values_readable", lambda value: False)
+    monkeypatch.setattr(linear_rows, "values_readable", lambda value: False)
     with pytest.raises(RuntimeError, match="active_count: expected at least the number of active rows"):
-        choose_rows(torch.ones(2, 3, dtype=torch.bool), 5)
+        choose_rows(torch.ones(2, 3, dtype=torch.int32), torch.ones(2, 3, dtype=torch.bool), 5, idle=False)
 
 
 @pytest.mark.parametrize("function", ["linear_policy_loss", "policy_loss"])

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import hpo_fused as hf
-from hpo_fused import linear_head
-from hpo_fused.compiled_rows import ENVIRONMENT_VARIABLE, MINIMUM_WIDTH
-from hpo_fused.linear_head import Float32Gemms
+from hpo_fused.linear import head
+from hpo_fused.linear.head import Float32Gemms
+from hpo_fused.torch_backend.compiled_sweeps import ENVIRONMENT_VARIABLE, MINIMUM_WIDTH
 
+from . import linear_equivalence
 from .linear_equivalence import LinearCase, check_linear, check_linear_logprobs
 from .test_equivalence import PRESETS, difficult_rows, sequences, shapings, terms
 from .test_linear_gemms import Gemms
@@ -175,11 +176,30 @@ def test_options_match_the_oracle(case: LinearCase, backend: str, device: torch.
 def test_where_gemms_write_float32(case: LinearCase, able: Float32Gemms, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: chunks are then not rounded before they are added, and the bounds say so."""
     stand_in = Gemms(able)
-    monkeypatch.setattr(linear_head, "float32_gemms", lambda *_: able)
+    monkeypatch.setattr(head, "multiplies_in", lambda *_: True)
+    monkeypatch.setattr(head, "float32_gemms", lambda *_: able)
+    monkeypatch.setattr(linear_equivalence, "float32_gemms", lambda *_: able)
     monkeypatch.setattr(torch, "mm", stand_in.mm)
     monkeypatch.setattr(torch, "addmm", stand_in.addmm)
     check_linear(case, "torch", torch.device("cpu"))
     assert stand_in.written + stand_in.added > 0
+
+
+@pytest.mark.parametrize("multiplies", [False, True])
+@pytest.mark.parametrize("case", [
+    small("processor-token", PRESETS["mhpo_ahpo"], torch.bfloat16, bias=True, chunk_rows=3),
+    small("processor-sequence", PRESETS["gspo"], torch.float16, bias=True, chunk_rows=3),
+    small("processor-one-chunk", PRESETS["mhpo_ahpo"], torch.bfloat16),
+    small("processor-main-grad", PRESETS["mhpo_ahpo"], torch.bfloat16, chunk_rows=3, weight_grad=True),
+    small("processor-logits", PRESETS["mhpo_ahpo"], torch.bfloat16, bias=True, logits_dtype=torch.float32),
+    small("processor-autocast", PRESETS["mhpo_ahpo"], torch.bfloat16, chunk_rows=3, bias=True, stored=torch.float32),
+], ids=str)  # fmt: skip
+def test_whatever_the_processor_multiplies_in(
+    case: LinearCase, multiplies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "multiplies_in", lambda dtype, device: multiplies or dtype == torch.float32)
+    check_linear(case, "torch", torch.device("cpu"))
+    check_linear_logprobs(case, "torch", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", ["mhpo_ahpo", "gspo"])

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpo_fused import linear_head
-from hpo_fused.linear_head import Float32Gemms, Head, HeadGradients, Rows
+from hpo_fused.linear import head
+from hpo_fused.linear.head import Float32Gemms, GemmDtypes, Head, HeadGradients
+from hpo_fused.linear.rows import Rows
 
 V, H, N, CHUNK = 300, 16, 24, 7
+LOW = GemmDtypes(torch.bfloat16, torch.bfloat16, torch.bfloat16)
 
 
 class Gemms:
@@ -48,11 +50,11 @@ class Gemms:
 @pytest.fixture(params=[Float32Gemms(False, False), Float32Gemms(True, False), Float32Gemms(True, True)], ids=str)
 def gemms(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Gemms:
     stand_in = Gemms(request.param)
-    monkeypatch.setattr(linear_head, "float32_gemms", lambda *_: request.param)
+    monkeypatch.setattr(head, "float32_gemms", lambda *_: request.param)
     monkeypatch.setattr(torch, "mm", stand_in.mm)
     monkeypatch.setattr(torch, "addmm", stand_in.addmm)
     # Several slices, the last of them not full.
-    monkeypatch.setattr(linear_head, "TILE_BYTES", (128 * H * 4, 128 * H * 4))
+    monkeypatch.setattr(head, "TILE_BYTES", (128 * H * 4, 128 * H * 4))
     return stand_in
 
 
@@ -63,12 +65,12 @@ def draw(*shape: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("into", [False, True])
 def test_dweight_over_chunks(gemms: Gemms, into: bool) -> None:
     hidden, weight, gradient = draw(1, N, H, seed=0), draw(V, H, seed=1), draw(N, V, seed=2)
-    rows = Rows.of(torch.ones(1, N, dtype=torch.bool), N, exact=True)
+    rows = Rows.all(torch.zeros(1, N, dtype=torch.int32))
     buffer = torch.ones(V, H) if into else None
-    sums = HeadGradients((None, weight, None), Head(weight, None, torch.bfloat16, torch.bfloat16), rows, 4, buffer)
+    sums = HeadGradients((None, weight, None), Head(weight, None, LOW), rows, 4, buffer)
     parts = [slice(start, min(start + CHUNK, N)) for start in range(0, N, CHUNK)]
     for part in parts:
-        sums.add(part, rows.hidden(part, hidden), gradient[part])
+        sums.add(rows.part(part), rows.part(part).hidden(hidden), gradient[part])
     exact = gradient.double().t() @ hidden[0].double()
     _, dweight, _ = sums.finish()
     if buffer is None:
@@ -95,9 +97,9 @@ def test_dweight_over_chunks(gemms: Gemms, into: bool) -> None:
 
 def test_float32_logits(gemms: Gemms) -> None:
     x, weight, bias = draw(N, H, seed=0), draw(V, H, seed=1), draw(V, seed=2)
-    head = Head(weight, bias, torch.bfloat16, torch.float32)
-    logits = head.new_logits(N)
-    head.logits(x, logits)
+    made = Head(weight, bias, LOW._replace(logits=torch.float32))
+    logits = made.new_logits(N)
+    made.logits(x, logits)
     exact = x.double() @ weight.double().t() + bias.double()
     torch.testing.assert_close(logits.double(), exact, rtol=0, atol=1e-5)
     assert gemms.written == (1 if gemms.able.write else 0)
@@ -106,16 +108,16 @@ def test_float32_logits(gemms: Gemms) -> None:
 def test_fake_tensors_tell_nothing_about_the_device(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    monkeypatch.setattr(linear_head, "_float32_gemms", {})
+    monkeypatch.setattr(head, "_float32_gemms", {})
     with FakeTensorMode():
-        linear_head.float32_gemms(device, torch.bfloat16)
-    assert not linear_head._float32_gemms
-    linear_head.float32_gemms(device, torch.bfloat16)
-    assert linear_head._float32_gemms
+        head.float32_gemms(device, torch.bfloat16)
+    assert not head._float32_gemms
+    head.float32_gemms(device, torch.bfloat16)
+    assert head._float32_gemms
 
 
 def test_the_probe_tells_what_the_device_has(device: torch.device) -> None:
-    able = linear_head.float32_gemms(device, torch.bfloat16)
+    able = head.float32_gemms(device, torch.bfloat16)
     a = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
     for name, can in (("mm", able.write), ("addmm", able.add)):
         total: list[Any] = [] if name == "mm" else [torch.zeros(16, 16, device=device)]
