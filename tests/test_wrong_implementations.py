@@ -7,9 +7,9 @@ crash). A mutant that survives means a hole in a table. The cases are those that
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -46,7 +46,7 @@ from .linear_equivalence import LinearCase, check_linear, check_linear_logprobs
 from .test_equivalence import PRESETS, difficult_rows, presets, sequences, shapings, terms
 
 Patch = pytest.MonkeyPatch
-Apply = Callable[[Patch], None]
+Place = tuple[Any, str]  # an object and its attribute
 CPU = torch.device("cpu")
 kernel_terms, kernel_loss = (
     None if kernels is None else importlib.import_module(f"hpo_fused.kernels.{name}")
@@ -107,19 +107,56 @@ SUITES = {
     ),
     "linear_logprobs": Suite(LINEAR[:1], lambda case, _: check_linear_logprobs(case, "torch", CPU)),
 }
-# By suite and name; whether the interpreter is needed, because a device function is replaced.
-MUTANTS: dict[tuple[str, str], tuple[Apply, bool]] = {}
-OF_BOTH_BACKENDS = ("torch", "triton")
-OF_LINEAR = ("linear", "linear_logprobs")
+BOTH, OF_LINEAR = ("torch", "triton"), ("linear", "linear_logprobs")
 
 
-def mutant(*suites: str, interpreted: bool = False) -> Callable[[Apply], Apply]:
+class Instead:
+    """A function, method or kernel by which ``change(original, *arguments)`` stands in for the original."""
+
+    def __init__(self, original: Any, change: Callable[..., Any]) -> None:
+        self.original, self.change = original, change
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return self.change(self.original, *arguments, **options)
+
+    def __get__(self, instance: Any, owner: Any) -> Any:
+        return self if instance is None else functools.partial(self, instance)
+
+    def __getitem__(self, grid: Any) -> Instead:
+        return Instead(self.original[grid], self.change)
+
+
+class Mutant(NamedTuple):
+    """What stands in for the original at each of ``places``; ``interpreted``: a device function, so not on a GPU."""
+
+    places: Sequence[Place]
+    change: Callable[..., Any]
+    interpreted: bool
+
+    def apply(self, patch: Patch) -> None:
+        for owner, attribute in self.places:
+            patch.setattr(owner, attribute, Instead(getattr(owner, attribute), self.change))
+
+
+MUTANTS: dict[tuple[str, str], Mutant] = {}  # by suite and name
+
+
+def wrong(
+    name: str, suites: Sequence[str], places: Sequence[Place], change: Callable[..., Any], interpreted: bool = False
+) -> None:
     """Each of ``suites`` has to reject the mutant."""
+    for suite in suites:
+        MUTANTS[suite, name] = Mutant(places, change, interpreted)
 
-    def register(function: Apply) -> Apply:
-        for suite in suites:
-            MUTANTS[suite, function.__name__] = function, interpreted
-        return function
+
+def mutant(
+    suites: Sequence[str], *places: Place, interpreted: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The same as a decorator of ``change``."""
+
+    def register(change: Callable[..., Any]) -> Callable[..., Any]:
+        wrong(change.__name__, suites, places, change, interpreted)
+        return change
 
     return register
 
@@ -130,594 +167,430 @@ def test_the_suite_passes(suite: str) -> None:
     assert not SUITES[suite].fails(CPU)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# ways to replace a piece
-
-
-def _backends() -> list[ModuleType]:
-    return [torch_backend] if kernels is None else [torch_backend, kernels]
-
-
-def wrap_token_loss(patch: Patch, change: Callable[..., Any]) -> None:
-    """Replace the torch backend's per-token loss by ``change(original, spec, values, logprobs, entropy[, mean])``."""
-    patch.setattr(operations, "token_loss", lambda *arguments: change(surrogate.token_loss, *arguments))
-
-
-def wrap_gradient(patch: Patch, change: Callable[..., None]) -> None:
-    """Let ``change(out, logits, tokens, transform)`` spoil every gradient that either backend writes."""
-    for module in _backends():
-        _wrap_gradient_of(module, patch, change)
-
-
-def _wrap_gradient_of(module: ModuleType, patch: Patch, change: Callable[..., None]) -> None:
-    one_call, second_sweep = module.policy_loss, module.token_gradient
-
-    def spoiled_call(
-        logits: Tensor, targets: Tensor, values: Tensor, spec: LossSpec, transform: LogitTransform, results: Tensor,
-        out: Tensor | None,
-    ) -> None:  # fmt: skip
-        before = logits.detach().clone()
-        one_call(logits, targets, values, spec, transform, results, out)
-        if out is not None:
-            change(out, before, targets.clamp(min=0).long(), transform)
-
-    def spoiled_sweep(
-        logits: Tensor, targets: Tensor, statistics: Any, c: Any, h: Any, transform: LogitTransform, out: Tensor
-    ) -> None:
-        before = logits.detach().clone()
-        second_sweep(logits, targets, statistics, c, h, transform, out)
-        change(out, before, targets.clamp(min=0).long(), transform)
-
-    patch.setattr(module, "policy_loss", spoiled_call)
-    patch.setattr(module, "token_gradient", spoiled_sweep)
-
-
-def wrap_batch(patch: Patch, change: Callable[[Batch], Batch]) -> None:
-    """Replace what both backends are told about the batch."""
-    for module in _backends():
-        original = module.token_terms
-        patch.setattr(module, "token_terms", lambda batch, *rest, original=original: original(change(batch), *rest))
-
-
-def wrap_terms(patch: Patch, change: Callable[[Callable[[Batch], TokenTerms], Batch], TokenTerms]) -> None:
-    """Replace the terms of every token by ``change(token_terms, batch)``."""
-    for module in _backends():
-        original = module.token_terms
-        patch.setattr(
-            module, "token_terms",
-            lambda batch, *rest, original=original: change(lambda given: original(given, *rest), batch),
-        )  # fmt: skip
-
-
-def with_values(terms: TokenTerms, **changes: Tensor) -> TokenTerms:
-    """``terms`` with other values of the terms named in lower case."""
-    places = {"policy_weight": POLICY_WEIGHT, "kl_weight": KL_WEIGHT, "entropy_weight": ENTROPY_WEIGHT}
-    values = terms.values.clone()
-    for name, value in changes.items():
-        values[places[name]] = value
-    return terms._replace(values=values)
-
-
-def wrap_response_statistics(patch: Patch, change: Callable[[Tensor, Tensor, int, bool], None]) -> None:
-    """Let ``change(statistics, advantages, T, per_token)`` spoil what the kernels counted of each response."""
-    assert kernel_terms is not None
-    original = kernel_terms.response_statistics_kernel
-
-    class Spoiled:
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            def launch(
-                statistics: Tensor, mask: Any, advantages: Tensor, cu_seqlens: Any, N: int, T: int, *rest: Any,
-                **options: Any,
-            ) -> None:  # fmt: skip
-                original[grid](statistics, mask, advantages, cu_seqlens, N, T, *rest, **options)
-                change(statistics, advantages, T, options["PER_TOKEN"])
-
-            return launch
-
-    patch.setattr(kernel_terms, "response_statistics_kernel", Spoiled())
-
-
-def wrap_device_function(patch: Patch, module: Any, name: str, change: Callable[..., Any]) -> None:
-    """Replace a device function by ``change(original, *arguments)``, which the interpreter alone can call."""
-    original = getattr(module, name)
-    patch.setattr(module, name, lambda *arguments: change(original, *arguments))
+def _of_backends(attribute: str) -> list[Place]:
+    return [(module, attribute) for module in (torch_backend, kernels) if module is not None]
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # the objectives' formulas
 
-
-@mutant("torch")
-def hazard_without_stop_gradient(patch: Patch) -> None:
-    def shape(x: Tensor, advantages: Tensor, *parameters: float) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            psi, zeta = surrogate.log_fidelity_terms(leaf, *parameters)
-            value = (psi - zeta).exp() * advantages
-            (derivative,) = torch.autograd.grad(value.sum(), leaf)
-        return value.detach(), derivative
-
-    patch.setattr(surrogate, "_log_fidelity", shape)
+TORCH = ("torch",)
+CLAMPED, CLIP = [(surrogate, "clamped")], [(surrogate, "_clip")]
+HAZARD, GATE = [(surrogate, "log_fidelity_terms")], [(surrogate, "_soft_gate")]
+wrong("kl_direction_reversed", TORCH, [(surrogate, "k3")], lambda _, d: torch.expm1(-d) + d)
+wrong("log_ratio_not_clamped", TORCH, CLAMPED, lambda _, d, bound: (d, torch.ones_like(d, dtype=torch.bool)))
+wrong("clamp_with_derivative_one", TORCH, CLAMPED, lambda f, d, b: (f(d, b)[0], torch.ones_like(d, dtype=torch.bool)))
+wrong("dual_clip_ignored", TORCH, CLIP, lambda f, *arguments: f(*arguments[:5], torch.inf))
+wrong("delta_ignored", TORCH, CLIP, lambda f, *arguments: f(*arguments[:4], torch.inf, arguments[5]))
+wrong("gate_temperatures_swapped", TORCH, GATE, lambda f, x, a, pos, neg: f(x, a, neg, pos))
+wrong("hazard_of_unbounded_log_ratio", TORCH, HAZARD, lambda f, x, c, *h: (f(x, c, *h)[0], f(x, 1e6, *h)[1]))
 
 
-@mutant("torch")
-def hazard_of_unbounded_log_ratio(patch: Patch) -> None:
-    original = surrogate.log_fidelity_terms
-    patch.setattr(surrogate, "log_fidelity_terms", lambda x, c, *h: (original(x, c, *h)[0], original(x, 1e6, *h)[1]))
+@mutant(TORCH, (surrogate, "_log_fidelity"))
+def hazard_without_stop_gradient(_: Any, x: Tensor, advantages: Tensor, *parameters: float) -> Any:
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        psi, zeta = surrogate.log_fidelity_terms(leaf, *parameters)
+        value = (psi - zeta).exp() * advantages
+        (derivative,) = torch.autograd.grad(value.sum(), leaf)
+    return value.detach(), derivative
 
 
-@mutant("torch")
-def kl_direction_reversed(patch: Patch) -> None:
-    patch.setattr(surrogate, "k3", lambda d: torch.expm1(-d) + d)
+@mutant(TORCH, *CLIP)
+def clipped_whatever_the_sign(_: Any, x: Tensor, advantages: Tensor, low: float, high: float, *__: float) -> Any:
+    ratio = x.exp()
+    inside = (ratio >= low) & (ratio <= high)
+    return ratio.clamp(low, high) * advantages, torch.where(inside, ratio * advantages, 0.0)
 
 
-@mutant("torch")
-def kl_gradient_dropped(patch: Patch) -> None:
-    def change(original: Any, spec: LossSpec, *rest: Any) -> Any:
-        right, without = original(spec, *rest), original(spec._replace(kl=False), *rest)
-        return right._replace(logprob_coefficients=without.logprob_coefficients)
-
-    wrap_token_loss(patch, change)
+@mutant(TORCH, (surrogate, "_truncated_ratio"))
+def truncated_ratio_differentiated(f: Any, x: Tensor, a: Tensor, logprobs: Tensor, low: float, high: float) -> Any:
+    value, derivative = f(x, a, logprobs, low, high)
+    return value, derivative + torch.where((x.exp() > low) & (x.exp() < high), value, 0.0)
 
 
-@mutant("torch")
-def entropy_gradient_dropped(patch: Patch) -> None:
-    def change(original: Any, *arguments: Any) -> Any:
-        right = original(*arguments)
-        h = right.entropy_coefficients
-        return right._replace(entropy_coefficients=None if h is None else torch.zeros_like(h))
-
-    wrap_token_loss(patch, change)
+@mutant(TORCH, (operations, "token_loss"))
+def kl_gradient_dropped(f: Any, spec: LossSpec, *rest: Any) -> Any:
+    without = f(spec._replace(kl=False), *rest)
+    return f(spec, *rest)._replace(logprob_coefficients=without.logprob_coefficients)
 
 
-@mutant("torch")
-def log_ratio_not_clamped(patch: Patch) -> None:
-    patch.setattr(surrogate, "clamped", lambda d, bound: (d, torch.ones_like(d, dtype=torch.bool)))
+@mutant(TORCH, (operations, "token_loss"))
+def entropy_gradient_dropped(f: Any, *arguments: Any) -> Any:
+    right = f(*arguments)
+    h = right.entropy_coefficients
+    return right._replace(entropy_coefficients=None if h is None else torch.zeros_like(h))
 
 
-@mutant("torch")
-def clamp_with_derivative_one(patch: Patch) -> None:
-    patch.setattr(surrogate, "clamped", lambda d, b: (d.clamp(-b, b), torch.ones_like(d, dtype=torch.bool)))
+@mutant(TORCH, (Layout, "response_mean"))
+def sequence_mean_over_padding(_: Any, layout: Layout, value: Tensor) -> Tensor:
+    quotient = layout.of_each_row(layout.response_sum(value) / layout.mask.shape[1])
+    return torch.where(layout.mask, quotient, 0.0)
 
 
-@mutant("torch")
-def clipped_whatever_the_sign(patch: Patch) -> None:
-    def shape(x: Tensor, advantages: Tensor, low: float, high: float, *_: float) -> tuple[Tensor, Tensor]:
-        ratio = x.exp()
-        inside = (ratio >= low) & (ratio <= high)
-        return ratio.clamp(low, high) * advantages, torch.where(inside, ratio * advantages, 0.0)
+@mutant(TORCH, (operations, "token_loss"))
+def sequence_gradient_not_shared(
+    f: Any, spec: Any, values: Any, logprobs: Tensor, entropy: Any, mean: Any = None
+) -> Any:
+    calls: list[int] = []
 
-    patch.setattr(surrogate, "_clip", shape)
+    def once(value: Tensor) -> Tensor:  # forward through the mean, backward as if each token had its own ratio
+        calls.append(1)
+        return mean(value) if len(calls) == 1 else value
 
-
-@mutant("torch")
-def dual_clip_ignored(patch: Patch) -> None:
-    original = surrogate._clip
-    patch.setattr(surrogate, "_clip", lambda x, a, low, high, delta, dual: original(x, a, low, high, delta, torch.inf))
-
-
-@mutant("torch")
-def delta_ignored(patch: Patch) -> None:
-    original = surrogate._clip
-    patch.setattr(surrogate, "_clip", lambda x, a, low, high, delta, dual: original(x, a, low, high, torch.inf, dual))
-
-
-@mutant("torch")
-def gate_temperatures_swapped(patch: Patch) -> None:
-    original = surrogate._soft_gate
-    patch.setattr(surrogate, "_soft_gate", lambda x, a, pos, neg: original(x, a, neg, pos))
-
-
-@mutant("torch")
-def truncated_ratio_differentiated(patch: Patch) -> None:
-    original = surrogate._truncated_ratio
-
-    def shape(x: Tensor, a: Tensor, logprobs: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-        value, derivative = original(x, a, logprobs, low, high)
-        return value, derivative + torch.where((x.exp() > low) & (x.exp() < high), value, 0.0)
-
-    patch.setattr(surrogate, "_truncated_ratio", shape)
-
-
-@mutant("torch")
-def sequence_mean_over_padding(patch: Patch) -> None:
-    def mean(layout: Layout, value: Tensor) -> Tensor:
-        quotient = layout.of_each_row(layout.response_sum(value) / layout.mask.shape[1])
-        return torch.where(layout.mask, quotient, 0.0)
-
-    patch.setattr(Layout, "response_mean", mean)
-
-
-@mutant("torch")
-def sequence_gradient_not_shared(patch: Patch) -> None:
-    def change(original: Any, spec: Any, values: Any, logprobs: Tensor, entropy: Any, mean: Any = None) -> Any:
-        if mean is None:
-            return original(spec, values, logprobs, entropy)
-        calls: list[int] = []
-
-        def once(value: Tensor) -> Tensor:  # forward through the mean, backward as if each token had its own ratio
-            calls.append(1)
-            return mean(value) if len(calls) == 1 else value
-
-        return original(spec, values, logprobs, entropy, once)
-
-    wrap_token_loss(patch, change)
+    return f(spec, values, logprobs, entropy, None if mean is None else once)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# the terms of every token
+# the terms of every token: what a backend is told about the batch, what it makes of that
 
+TERMS = _of_backends("token_terms")
+TOTALS = [(torch_terms, "totals_of_batch")]
 
-@mutant("torch")
-def alpha_counted_per_token(patch: Patch) -> None:
-    def totals(batch: Batch, lengths: Tensor, signs: Tensor) -> Any:
-        if batch.totals is not None:
-            return batch.totals
-        return batch.responses, lengths.sum(), lengths[signs > 0].sum(), lengths[signs < 0].sum()
 
-    patch.setattr(torch_terms, "totals_of_batch", totals)
+def _told(name: str, suites: Sequence[str], change: Callable[[Batch], dict[str, Any]]) -> None:
+    """A mutant whose backends get a batch with other fields."""
+    wrong(name, suites, TERMS, lambda f, batch, *rest: f(batch._replace(**change(batch)), *rest))
 
 
-@mutant("torch")
-def zero_advantage_counted_negative(patch: Patch) -> None:
-    original = torch_terms.totals_of_batch
+def _made(name: str, term: int, change: Callable[[TokenTerms, Batch], Tensor]) -> None:
+    """A mutant with other values of a term."""
 
-    def totals(batch: Batch, lengths: Tensor, signs: Tensor) -> Any:
-        right = original(batch, lengths, signs)
-        return right if batch.totals is not None else (*right[:3], (signs <= 0).sum())
+    def instead(f: Any, batch: Batch, *rest: Any) -> TokenTerms:
+        terms: TokenTerms = f(batch, *rest)
+        values = terms.values.clone()
+        values[term] = change(terms, batch)
+        return terms._replace(values=values)
 
-    patch.setattr(torch_terms, "totals_of_batch", totals)
+    wrong(name, BOTH, TERMS, instead)
 
 
-@mutant(*OF_BOTH_BACKENDS)
-def statistics_ignored(patch: Patch) -> None:
-    wrap_batch(patch, lambda batch: batch._replace(totals=None))
+_told("statistics_ignored", BOTH, lambda batch: {"totals": None})
+_told(
+    "responses_of_the_call_alone", BOTH,
+    lambda batch: {"totals": batch.totals and (batch.responses, *batch.totals[1:])},
+)  # fmt: skip
+_told("gradient_average_forgotten", BOTH, lambda batch: {"gradient_average": 1.0})
+_told(
+    "adaptive_weight_fixed_at_its_bound", BOTH,
+    lambda batch: {"weighting": "fixed" if batch.weighting == "adaptive" else batch.weighting},
+)  # fmt: skip
+_told(
+    "token_mean_for_response_mean", BOTH,
+    lambda batch: {"normalization": "mean_length" if batch.normalization == "response" else batch.normalization},
+)  # fmt: skip
+_told("caller_weights_dropped", (*BOTH, "logprob_loss"), lambda batch: {"token_weights": None})
+_told(
+    "caller_weights_transposed", BOTH,
+    lambda batch: {"token_weights": None if batch.token_weights is None else batch.token_weights.roll(1, -1)},
+)  # fmt: skip
+_made("kl_not_normalised", KL_WEIGHT, lambda terms, batch: batch.kl_coef * (terms.values[KL_WEIGHT] != 0))
+_made("entropy_bonus_as_penalty", ENTROPY_WEIGHT, lambda terms, batch: -terms.values[ENTROPY_WEIGHT])
 
 
-@mutant(*OF_BOTH_BACKENDS)
-def responses_of_the_call_alone(patch: Patch) -> None:
-    def change(batch: Batch) -> Batch:
-        return batch if batch.totals is None else batch._replace(totals=(batch.responses, *batch.totals[1:]))
+def _weighted(terms: TokenTerms, batch: Batch, term: int) -> Tensor:
+    if batch.token_weights is None:
+        return terms.values[term]
+    layout = Layout.of_terms(terms)
+    weights = layout.rows(batch.token_weights, batch.weight_per_token)
+    return torch.where(layout.mask, terms.values[term] * weights, 0.0)
 
-    wrap_batch(patch, change)
 
+_made("caller_weights_on_the_kl_term", KL_WEIGHT, lambda terms, batch: _weighted(terms, batch, KL_WEIGHT))
+_made("caller_weights_on_the_entropy", ENTROPY_WEIGHT, lambda terms, batch: _weighted(terms, batch, ENTROPY_WEIGHT))
 
-@mutant(*OF_BOTH_BACKENDS)
-def gradient_average_forgotten(patch: Patch) -> None:
-    wrap_batch(patch, lambda batch: batch._replace(gradient_average=1.0))
 
+@mutant(BOTH, *TERMS)
+def hysteretic_weight_on_positives(f: Any, batch: Batch, *rest: Any) -> TokenTerms:
+    right, flipped = f(batch, *rest), f(batch._replace(advantages=-batch.advantages), *rest)
+    values = right.values.clone()
+    values[POLICY_WEIGHT] = flipped.values[POLICY_WEIGHT]
+    return right._replace(values=values)  # type: ignore[no-any-return]
 
-@mutant(*OF_BOTH_BACKENDS)
-def adaptive_weight_fixed_at_its_bound(patch: Patch) -> None:
-    def change(batch: Batch) -> Batch:
-        return batch._replace(weighting="fixed") if batch.weighting == "adaptive" else batch
 
-    wrap_batch(patch, change)
+@mutant(BOTH, *TERMS, (ops, "check_token_ids"), *_of_backends("policy_loss"))
+def mask_ignored(f: Any, first: Any, *rest: Any) -> Any:
+    if isinstance(first, Batch):
+        assert first.tokens is not None
+        return f(first._replace(mask=None, tokens=first.tokens.clamp(min=0)), *rest)
+    return None if len(rest) == 2 else f(torch.nan_to_num(first), *rest)  # no check of ids; garbage made plausible
 
 
-@mutant(*OF_BOTH_BACKENDS)
-def token_mean_for_response_mean(patch: Patch) -> None:
-    def change(batch: Batch) -> Batch:
-        return batch._replace(normalization="mean_length") if batch.normalization == "response" else batch
+@mutant(TORCH, *TOTALS)
+def alpha_counted_per_token(f: Any, batch: Batch, lengths: Tensor, signs: Tensor) -> Any:
+    positive, negative = lengths[signs > 0].sum(), lengths[signs < 0].sum()
+    return batch.totals or (batch.responses, lengths.sum(), positive, negative)
 
-    wrap_batch(patch, change)
 
+@mutant(TORCH, *TOTALS)
+def zero_advantage_counted_negative(f: Any, batch: Batch, lengths: Tensor, signs: Tensor) -> Any:
+    return batch.totals or (*f(batch, lengths, signs)[:3], (signs <= 0).sum())
 
-@mutant(*OF_BOTH_BACKENDS, "logprob_loss")
-def caller_weights_dropped(patch: Patch) -> None:
-    wrap_batch(patch, lambda batch: batch._replace(token_weights=None))
 
+@mutant(TORCH, (Layout, "lengths"))
+def padded_length_as_response_length(f: Any, layout: Layout) -> Tensor:
+    return torch.full_like(f(layout), layout.mask.shape[1])
 
-@mutant(*OF_BOTH_BACKENDS)
-def caller_weights_transposed(patch: Patch) -> None:
-    def change(batch: Batch) -> Batch:
-        weights = batch.token_weights
-        return batch if weights is None else batch._replace(token_weights=weights.roll(1, -1))
 
-    wrap_batch(patch, change)
+@mutant(BOTH, (BatchStatistics, "group_normalizer"))
+def group_normaliser_without_group_count(f: Any, statistics: BatchStatistics, groups: Tensor) -> Tensor:
+    assert statistics.group_ids is not None
+    return f(statistics, groups) / len(set(statistics.group_ids.tolist()))  # type: ignore[no-any-return]
 
 
-@mutant(*OF_BOTH_BACKENDS)
-def hysteretic_weight_on_positives(patch: Patch) -> None:
-    def change(token_terms: Callable[[Batch], TokenTerms], batch: Batch) -> TokenTerms:
-        flipped = token_terms(batch._replace(advantages=-batch.advantages))
-        return with_values(token_terms(batch), policy_weight=flipped.values[POLICY_WEIGHT])
+@mutant(("triton",), (kernel_terms, "response_statistics_kernel"))
+def padded_lengths(launch: Any, statistics: Tensor, *rest: Any, **options: Any) -> None:
+    launch(statistics, *rest, **options)
+    statistics[0].fill_(rest[4])  # T
 
-    wrap_terms(patch, change)
 
+@mutant(("triton",), (kernel_terms, "response_statistics_kernel"))
+def zero_counts_as_negative(launch: Any, statistics: Tensor, *rest: Any, **options: Any) -> None:
+    launch(statistics, *rest, **options)
+    statistics[1].masked_fill_(statistics[1] == 0, -1)
 
-@mutant(*OF_BOTH_BACKENDS)
-def caller_weights_on_penalties(patch: Patch) -> None:
-    def change(token_terms: Callable[[Batch], TokenTerms], batch: Batch) -> TokenTerms:
-        right = token_terms(batch)
-        if batch.token_weights is None:
-            return right
-        layout = Layout.of_terms(right)
-        weights = layout.rows(batch.token_weights, batch.weight_per_token)
-        kl, entropy = (
-            torch.where(layout.mask, right.values[term] * weights, 0.0) for term in (KL_WEIGHT, ENTROPY_WEIGHT)
-        )
-        return with_values(right, kl_weight=kl, entropy_weight=entropy)
 
-    wrap_terms(patch, change)
+@mutant(("triton",), (kernel_terms, "response_statistics_kernel"))
+def signs_of_masked_responses_count(
+    launch: Any, statistics: Tensor, mask: Any, advantages: Tensor, *rest: Any, **options: Any
+) -> None:
+    launch(statistics, mask, advantages, *rest, **options)
+    if not options["PER_TOKEN"]:
+        statistics[1].copy_(advantages.sign())
 
 
-@mutant(*OF_BOTH_BACKENDS)
-def kl_not_normalised(patch: Patch) -> None:
-    def change(token_terms: Callable[[Batch], TokenTerms], batch: Batch) -> TokenTerms:
-        right = token_terms(batch)
-        return with_values(right, kl_weight=batch.kl_coef * (right.values[KL_WEIGHT] != 0))
+WEIGHTS = (kernel_terms, "_policy_terms")  # (unmasked, advantage, policy weight, penalty weight)
 
-    wrap_terms(patch, change)
 
+@mutant(("triton",), WEIGHTS, interpreted=True)
+def hysteretic_weight_of_the_other_sign(f: Any, *arguments: Any) -> Any:
+    unmasked, advantage, policy, penalty = f(*arguments)
+    alpha, tl = arguments[5], kernel_terms.tl  # type: ignore[union-attr]
+    policy = tl.where(advantage < 0, policy / alpha, tl.where(advantage > 0, policy * alpha, policy))
+    return unmasked, advantage, policy, penalty
 
-@mutant(*OF_BOTH_BACKENDS)
-def entropy_bonus_as_penalty(patch: Patch) -> None:
-    def change(token_terms: Callable[[Batch], TokenTerms], batch: Batch) -> TokenTerms:
-        right = token_terms(batch)
-        return with_values(right, entropy_weight=-right.values[ENTROPY_WEIGHT])
 
-    wrap_terms(patch, change)
+@mutant(("triton",), WEIGHTS, interpreted=True)
+def penalties_weighted_too(f: Any, *arguments: Any) -> Any:
+    unmasked, advantage, policy, _ = f(*arguments)
+    return unmasked, advantage, policy, policy
 
 
-@mutant("torch")
-def padded_length_as_response_length(patch: Patch) -> None:
-    original = Layout.lengths
-    patch.setattr(Layout, "lengths", lambda layout: torch.full_like(original(layout), layout.mask.shape[1]))
+@mutant(("token_terms",), WEIGHTS, interpreted=True)
+def weights_ignored(f: Any, *arguments: Any) -> Any:
+    unmasked, advantage, _, penalty = f(*arguments)
+    return unmasked, advantage, penalty, penalty
 
 
-@mutant(*OF_BOTH_BACKENDS)
-def group_normaliser_without_group_count(patch: Patch) -> None:
-    original = BatchStatistics.group_normalizer
-    patch.setattr(
-        BatchStatistics,
-        "group_normalizer",
-        lambda self, groups: original(self, groups) / len(set(self.group_ids.tolist())),
-    )
+@mutant(("token_terms",), WEIGHTS, interpreted=True)
+def mask_ignored_by_the_terms(f: Any, *arguments: Any) -> Any:
+    return arguments[2], *f(*arguments)[1:]
 
 
-@mutant(*OF_BOTH_BACKENDS)
-def mask_ignored(patch: Patch) -> None:
-    patch.setattr(ops, "check_token_ids", lambda *_: None)
-
-    def change(batch: Batch) -> Batch:
-        assert batch.tokens is not None
-        return batch._replace(mask=None, tokens=batch.tokens.clamp(min=0))
-
-    wrap_batch(patch, change)
-    for module in _backends():  # garbage made plausible
-        original = module.policy_loss
-        patch.setattr(
-            module, "policy_loss",
-            lambda logits, *rest, original=original: original(torch.nan_to_num(logits), *rest),
-        )  # fmt: skip
-
-
-@mutant("triton")
-def padded_lengths(patch: Patch) -> None:
-    wrap_response_statistics(patch, lambda statistics, advantages, T, per_token: statistics[0].fill_(T))
-
-
-@mutant("triton")
-def zero_counts_as_negative(patch: Patch) -> None:
-    wrap_response_statistics(patch, lambda statistics, *_: statistics[1].masked_fill_(statistics[1] == 0, -1))
-
-
-@mutant("triton")
-def signs_of_masked_responses_count(patch: Patch) -> None:
-    def change(statistics: Tensor, advantages: Tensor, T: int, per_token: bool) -> None:
-        if not per_token:
-            statistics[1].copy_(advantages.sign())
-
-    wrap_response_statistics(patch, change)
-
-
-@mutant("triton", interpreted=True)
-def hysteretic_weight_of_the_other_sign(patch: Patch) -> None:
-    def change(original: Any, *arguments: Any) -> Any:
-        unmasked, advantage, policy, penalty = original(*arguments)
-        alpha, tl = arguments[5], kernel_terms.tl  # type: ignore[union-attr]
-        policy = tl.where(advantage < 0, policy / alpha, tl.where(advantage > 0, policy * alpha, policy))
-        return unmasked, advantage, policy, penalty
-
-    wrap_device_function(patch, kernel_terms, "_policy_terms", change)
-
-
-@mutant("triton", interpreted=True)
-def penalties_weighted_too(patch: Patch) -> None:
-    def change(original: Any, *arguments: Any) -> Any:
-        unmasked, advantage, policy, _ = original(*arguments)
-        return unmasked, advantage, policy, policy
-
-    wrap_device_function(patch, kernel_terms, "_policy_terms", change)
-
-
-@mutant("token_terms", interpreted=True)
-def weights_ignored(patch: Patch) -> None:
-    def change(original: Any, *arguments: Any) -> Any:
-        unmasked, advantage, _, penalty = original(*arguments)
-        return unmasked, advantage, penalty, penalty
-
-    wrap_device_function(patch, kernel_terms, "_policy_terms", change)
-
-
-@mutant("token_terms", interpreted=True)
-def mask_ignored_by_the_terms(patch: Patch) -> None:
-    def change(original: Any, *arguments: Any) -> Any:
-        return arguments[2], *original(*arguments)[1:]
-
-    wrap_device_function(patch, kernel_terms, "_policy_terms", change)
-
-
-@mutant("token_terms", interpreted=True)
-def first_block_only(patch: Patch) -> None:
-    def change(original: Any, *arguments: Any) -> Any:
-        first, last = original(*arguments)
-        return first, kernel_terms.tl.minimum(last, first + 1024)  # type: ignore[union-attr]
-
-    # What is not written must not look right by chance.
-    patch.setattr(torch, "empty", torch.ones)
-    wrap_device_function(patch, kernel_terms, "response_range", change)
+@mutant(("token_terms",), (kernel_terms, "response_range"), (torch, "empty"), interpreted=True)
+def first_block_only(f: Any, *arguments: Any, **options: Any) -> Any:
+    if options:  # torch.empty: what is not written must not look right by chance
+        return torch.ones(*arguments, **options)
+    first, last = f(*arguments)
+    return first, kernel_terms.tl.minimum(last, first + 1024)  # type: ignore[union-attr]
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # the loss of log-probabilities, in the kernels
 
 
-@mutant("logprob_loss")
-def mean_over_padding(patch: Patch) -> None:
-    assert kernels is not None
-    original = kernels.logprob_loss
-
-    def change(logprobs: Tensor, entropy: Any, terms: TokenTerms, spec: LossSpec) -> Any:
-        lengths = torch.full_like(terms.lengths, terms.targets.shape[1])
-        return original(
-            logprobs, entropy, terms._replace(statistics=torch.stack((lengths, terms.signs))), spec
-        )  # fmt: skip
-
-    patch.setattr(kernels, "logprob_loss", change)
+@mutant(("logprob_loss",), (kernels, "logprob_loss"))
+def mean_over_padding(f: Any, logprobs: Tensor, entropy: Any, terms: TokenTerms, spec: LossSpec) -> Any:
+    lengths = torch.full_like(terms.lengths, terms.targets.shape[1])
+    return f(logprobs, entropy, terms._replace(statistics=torch.stack((lengths, terms.signs))), spec)
 
 
-@mutant("logprob_loss", interpreted=True)
-def gradient_a_thousandth_off(patch: Patch) -> None:
-    def change(original: Any, *arguments: Any) -> Any:
-        loss, c, h = original(*arguments)
-        return loss, c * 1.001, h
-
-    wrap_device_function(patch, kernel_loss, "token_loss", change)
+@mutant(("logprob_loss",), (kernel_loss, "token_loss"), interpreted=True)
+def gradient_a_thousandth_off(f: Any, *arguments: Any) -> Any:
+    loss, c, h = f(*arguments)
+    return loss, c * 1.001, h
 
 
-@mutant("logprob_loss", interpreted=True)
-def entropy_gradient_lost(patch: Patch) -> None:
-    def change(original: Any, *arguments: Any) -> Any:
-        loss, c, h = original(*arguments)
-        return loss, c, h * 0
-
-    wrap_device_function(patch, kernel_loss, "token_loss", change)
+@mutant(("logprob_loss",), (kernel_loss, "token_loss"), interpreted=True)
+def entropy_gradient_lost(f: Any, *arguments: Any) -> Any:
+    loss, c, h = f(*arguments)
+    return loss, c, h * 0
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # the gradient of the logits
 
 
-@mutant(*OF_BOTH_BACKENDS, *OF_LINEAR)
-def temperature_missing_from_the_gradient(patch: Patch) -> None:
-    wrap_gradient(patch, lambda out, logits, tokens, transform: out.mul_(transform.temperature))
+def spoils_gradient(*suites: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Let ``change(out, logits, tokens, transform)`` spoil every gradient that either backend writes."""
+
+    def register(change: Callable[..., None]) -> Callable[..., None]:
+        def instead(f: Any, logits: Tensor, targets: Tensor, *rest: Any) -> None:
+            before, out = logits.detach().clone(), rest[-1]
+            f(logits, targets, *rest)
+            (transform,) = (argument for argument in rest if isinstance(argument, LogitTransform))
+            if out is not None:
+                change(out, before, targets.clamp(min=0).long(), transform)
+
+        wrong(change.__name__, suites, [*_of_backends("policy_loss"), *_of_backends("token_gradient")], instead)
+        return change
+
+    return register
 
 
-@mutant(*OF_BOTH_BACKENDS)
-def softcap_derivative_missing(patch: Patch) -> None:
-    def spoil(out: Tensor, logits: Tensor, tokens: Tensor, transform: LogitTransform) -> None:
-        if transform.softcap is not None:
-            slope = 1 - torch.tanh(logits.nan_to_num() / transform.softcap).square()
-            out.div_(slope.clamp(min=1e-6).to(out.dtype))
-
-    wrap_gradient(patch, spoil)
+@spoils_gradient(*BOTH, *OF_LINEAR)
+def temperature_missing_from_the_gradient(out: Tensor, logits: Tensor, tokens: Tensor, transform: Any) -> None:
+    out.mul_(transform.temperature)
 
 
-@mutant(*OF_BOTH_BACKENDS)
-def target_column_off_by_one(patch: Patch) -> None:
-    def spoil(out: Tensor, logits: Tensor, tokens: Tensor, transform: LogitTransform) -> None:
-        column = tokens.unsqueeze(-1)
-        neighbour = (column + 1) % logits.shape[-1]
-        ours, other = out.gather(-1, column), out.gather(-1, neighbour)
-        out.scatter_(-1, neighbour, ours)
-        out.scatter_(-1, column, other)
-
-    wrap_gradient(patch, spoil)
+@spoils_gradient(*BOTH)
+def softcap_derivative_missing(out: Tensor, logits: Tensor, tokens: Tensor, transform: Any) -> None:
+    if transform.softcap is not None:
+        slope = 1 - torch.tanh(logits.nan_to_num() / transform.softcap).square()
+        out.div_(slope.clamp(min=1e-6).to(out.dtype))
 
 
-@mutant(*OF_BOTH_BACKENDS)
-def gradient_zero(patch: Patch) -> None:
-    wrap_gradient(patch, lambda out, logits, tokens, transform: out.zero_())
+@spoils_gradient(*BOTH)
+def target_column_off_by_one(out: Tensor, logits: Tensor, tokens: Tensor, transform: Any) -> None:
+    column = tokens.unsqueeze(-1)
+    neighbour = (column + 1) % logits.shape[-1]
+    ours, other = out.gather(-1, column), out.gather(-1, neighbour)
+    out.scatter_(-1, neighbour, ours)
+    out.scatter_(-1, column, other)
 
 
-@mutant(*OF_BOTH_BACKENDS)
-def target_column_forgotten(patch: Patch) -> None:
-    wrap_gradient(patch, lambda out, logits, tokens, transform: out.scatter_(-1, tokens.unsqueeze(-1), 0.0))
+@spoils_gradient(*BOTH)
+def gradient_zero(out: Tensor, logits: Tensor, tokens: Tensor, transform: Any) -> None:
+    out.zero_()
 
 
-@mutant(*OF_BOTH_BACKENDS)
-def one_small_row_wrong(patch: Patch) -> None:
+@spoils_gradient(*BOTH)
+def target_column_forgotten(out: Tensor, logits: Tensor, tokens: Tensor, transform: Any) -> None:
+    out.scatter_(-1, tokens.unsqueeze(-1), 0.0)
+
+
+@spoils_gradient(*BOTH)
+def one_small_row_wrong(out: Tensor, logits: Tensor, tokens: Tensor, transform: Any) -> None:
     """Ten percent off in the row with the smallest gradient: an absolute tolerance would let it pass."""
-
-    def spoil(out: Tensor, logits: Tensor, tokens: Tensor, transform: LogitTransform) -> None:
-        size = out.abs().amax(-1)
-        row = torch.where(size > 0, size, torch.inf).argmin()
-        out[row // out.shape[1], row % out.shape[1]] *= 1.1  # by place: the gradient's rows may lie apart
-
-    wrap_gradient(patch, spoil)
+    size = out.abs().amax(-1)
+    row = torch.where(size > 0, size, torch.inf).argmin()
+    out[row // out.shape[1], row % out.shape[1]] *= 1.1  # by place: the gradient's rows may lie apart
 
 
-@mutant(*OF_BOTH_BACKENDS)
-def log_probability_by_subtraction(patch: Patch) -> None:
+@spoils_gradient(*BOTH)
+def log_probability_by_subtraction(out: Tensor, logits: Tensor, tokens: Tensor, transform: Any) -> None:
     """1 - p of the sampled token computed from p: no digit left where p is close to 1."""
-
-    def spoil(out: Tensor, logits: Tensor, tokens: Tensor, transform: LogitTransform) -> None:
-        if transform.softcap is not None:
-            return
+    if transform.softcap is None:
         column, z = tokens.unsqueeze(-1), logits.nan_to_num() / transform.temperature
         p = z.softmax(-1).gather(-1, column)
         exact = -torch.expm1(z.double().log_softmax(-1).gather(-1, column)).clamp(max=0)
         out.scatter_(-1, column, (out.gather(-1, column) * ((1 - p) / exact.clamp(min=1e-300))).to(out.dtype))
 
-    wrap_gradient(patch, spoil)
 
-
-@mutant("linear")
-def gradient_of_the_logits_truncated(patch: Patch) -> None:
+@spoils_gradient("linear")
+def gradient_of_the_logits_truncated(out: Tensor, logits: Tensor, tokens: Tensor, transform: Any) -> None:
     """Towards zero instead of to the nearest: half a unit more than a rounding may be off."""
-
-    def spoil(out: Tensor, logits: Tensor, tokens: Tensor, transform: Any) -> None:
-        if out.dtype == torch.bfloat16:
-            bits = out.view(torch.int16)
-            bits.copy_(torch.where((bits & 1 == 1) & (out != 0), bits - 1, bits))
-
-    wrap_gradient(patch, spoil)
+    if out.dtype == torch.bfloat16:
+        bits = out.view(torch.int16)
+        bits.copy_(torch.where((bits & 1 == 1) & (out != 0), bits - 1, bits))
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # the linear path's chunks and GEMMs
 
+LINEAR_LOSS = ("linear",)
+ACCUMULATE = [(linear_head, "_accumulate")]  # (total, gradient, x, *, fresh)
+MADE, ADD, FINISH = ((HeadGradients, name) for name in ("__init__", "add", "finish"))
+SCALE = [(torch_backend, "scale_gradient")]
+wrong(
+    "chunks_overwrite_each_other", LINEAR_LOSS, ACCUMULATE,
+    lambda f, total, gradient, x, *, fresh: f(total, gradient, x, fresh=True),
+)  # fmt: skip
+wrong(
+    "last_chunk_dropped", LINEAR_LOSS, [(ChunkPlan, "slices")],
+    lambda f, plan, total: f(plan, total)[: max(plan.chunks - 1, 1)],
+)  # fmt: skip
+wrong(
+    "terms_not_gathered", LINEAR_LOSS, [(Rows, "gather")],
+    lambda _, rows, x: x.view(len(x), -1)[:, : len(rows)].nan_to_num().contiguous().unsqueeze(1),
+)  # fmt: skip
+wrong(
+    "filling_rows_not_cleared", LINEAR_LOSS, [(Rows, "hidden")],
+    lambda f, rows, hidden: f(dataclasses.replace(rows, exact=True), hidden),
+)  # fmt: skip
+wrong(
+    "bias_forgotten_in_the_logits", LINEAR_LOSS, [(Head, "__init__")],
+    lambda f, head, weight, bias, *rest: f(head, weight, None, *rest),
+)  # fmt: skip
+wrong("hidden_gradient_not_scaled", LINEAR_LOSS, SCALE, lambda f, g, factor: None if g.shape[0] > 1 else f(g, factor))
+wrong(
+    "weight_gradient_not_scaled", LINEAR_LOSS, SCALE,
+    lambda f, g, factor: f(g, factor) if g.shape[0] > 1 or g.shape[1] == 1 else None,
+)  # fmt: skip
 
-def wrap_accumulate(patch: Patch, change: Callable[..., None]) -> None:
-    """Replace what adds a chunk to dweight by ``change(original, total, gradient, x, fresh)``."""
-    original = linear_head._accumulate
-    patch.setattr(linear_head, "_accumulate", lambda total, g, x, *, fresh: change(original, total, g, x, fresh))
+
+@mutant(LINEAR_LOSS, *ACCUMULATE)
+def weight_gradient_accumulated_in_bfloat16(f: Any, total: Tensor, *rest: Any, **options: Any) -> None:
+    f(total, *rest, **options)
+    total.copy_(total.to(torch.bfloat16))
 
 
-class Seen:
-    """The chunks that one HeadGradients was given before."""
+@mutant(LINEAR_LOSS, *ACCUMULATE)
+def weight_gradient_rounded_once_more(f: Any, total: Tensor, *rest: Any, **options: Any) -> None:
+    """A float32 sum cut to 10 bits after the point, as TF32 has them."""
+    f(total, *rest, **options)
+    if total.dtype == torch.float32:
+        total.copy_((total.view(torch.int32) & -(1 << 13)).view(torch.float32))
 
-    def __init__(self, rows: Rows) -> None:
-        self.total, self.chunks = len(rows), list[Rows]()
+
+@mutant(LINEAR_LOSS, *ACCUMULATE)
+def first_chunk_added_to_what_was_there(f: Any, total: Tensor, gradient: Tensor, x: Tensor, *, fresh: bool) -> None:
+    if fresh:
+        total.fill_(1e-3)  # memory that was not cleared
+    f(total, gradient, x, fresh=False)
+
+
+@mutant(LINEAR_LOSS, MADE)
+def main_grad_overwritten(f: Any, gradients: HeadGradients, *arguments: Any) -> None:
+    f(gradients, *arguments)
+    if gradients.into is not None:
+        gradients.into.zero_()
+
+
+@mutant(LINEAR_LOSS, MADE)
+def other_rows_not_cleared(f: Any, gradients: HeadGradients, *arguments: Any) -> None:
+    f(gradients, *arguments)
+    if gradients.hidden is not None:
+        gradients.hidden.fill_(1e-6)
+
+
+class Seen(NamedTuple):
+    """The rows that a HeadGradients is made for, and the chunks of them that it was given before."""
+
+    rows: Rows
+    chunks: list[tuple[Rows, Tensor]]
 
     @property
     def count(self) -> int:
-        return sum(map(len, self.chunks))
+        return sum(len(rows) for rows, _ in self.chunks)
 
 
-def wrap_add(patch: Patch, change: Callable[..., None]) -> None:
-    """Replace a chunk's contributions by ``change(add, gradients, seen, rows, x, gradient)``."""
-    init, add = HeadGradients.__init__, HeadGradients.add
+def adds(*suites: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """``change(add, gradients, seen, rows, x, gradient)`` stands in for the addition of a chunk's contributions."""
 
-    def remember(self: HeadGradients, inputs: Any, head: Head, rows: Rows, *rest: Any) -> None:
-        init(self, inputs, head, rows, *rest)
-        self.seen = Seen(rows)  # type: ignore[attr-defined]
+    def register(change: Callable[..., None]) -> Callable[..., None]:
+        def instead(f: Any, gradients: Any, *arguments: Any) -> None:
+            if len(arguments) > 3:  # __init__(inputs, head, rows, ...)
+                f(gradients, *arguments)
+                gradients.seen = Seen(arguments[2], [])
+            else:
+                change(f, gradients, gradients.seen, *arguments)
+                gradients.seen.chunks.append(arguments[:2])
 
-    def changed(self: HeadGradients, rows: Rows, x: Tensor, gradient: Tensor) -> None:
-        seen: Seen = self.seen  # type: ignore[attr-defined]
-        change(add, self, seen, rows, x, gradient)
-        seen.chunks.append(rows)
+        wrong(change.__name__, suites, [MADE, ADD], instead)
+        return change
 
-    patch.setattr(HeadGradients, "__init__", remember)
-    patch.setattr(HeadGradients, "add", changed)
-
-
-def wrap_finish(patch: Patch, change: Callable[[HeadGradients, Any], Any]) -> None:
-    """Replace the finished gradients by ``change(gradients, (hidden, weight, bias))``."""
-    original = HeadGradients.finish
-    patch.setattr(HeadGradients, "finish", lambda self: change(self, original(self)))
+    return register
 
 
 def hidden_rows(gradients: HeadGradients) -> Tensor:
@@ -725,327 +598,148 @@ def hidden_rows(gradients: HeadGradients) -> Tensor:
     return gradients.hidden.view(-1, gradients.hidden.shape[-1])
 
 
-@mutant("linear")
-def weight_gradient_accumulated_in_bfloat16(patch: Patch) -> None:
-    def change(original: Any, total: Tensor, gradient: Tensor, x: Tensor, fresh: bool) -> None:
-        original(total, gradient, x, fresh=fresh)
-        total.copy_(total.to(torch.bfloat16))
+@adds(*OF_LINEAR)
+def last_chunk_dropped_from_the_gradients(f: Any, gradients: Any, seen: Seen, rows: Rows, *rest: Tensor) -> None:
+    if not seen.chunks or seen.count + len(rows) < len(seen.rows):
+        f(gradients, rows, *rest)
 
-    wrap_accumulate(patch, change)
 
+@adds(*OF_LINEAR)
+def rows_scattered_in_order(f: Any, gradients: Any, seen: Seen, rows: Rows, *rest: Tensor) -> None:
+    f(gradients, dataclasses.replace(rows, positions=slice(seen.count, seen.count + len(rows))), *rest)
 
-@mutant("linear")
-def weight_gradient_rounded_once_more(patch: Patch) -> None:
-    """A float32 sum cut to 10 bits after the point, as TF32 has them."""
 
-    def change(original: Any, total: Tensor, gradient: Tensor, x: Tensor, fresh: bool) -> None:
-        original(total, gradient, x, fresh=fresh)
-        if total.dtype == torch.float32:
-            total.copy_((total.view(torch.int32) & -(1 << 13)).view(torch.float32))
+@adds("linear")
+def rows_scattered_to_the_first_chunk(f: Any, gradients: Any, seen: Seen, rows: Rows, *rest: Tensor) -> None:
+    first = (seen.chunks or [(rows, rest[0])])[0][0].positions
+    f(gradients, dataclasses.replace(rows, positions=first if isinstance(first, slice) else first[: len(rows)]), *rest)
 
-    wrap_accumulate(patch, change)
 
+@adds("linear")
+def hidden_of_the_chunk_before(f: Any, gradients: Any, seen: Seen, rows: Rows, x: Tensor, gradient: Tensor) -> None:
+    before = seen.chunks[-1][1][: len(x)] if seen.chunks else x
+    f(gradients, rows, before if before.shape == x.shape else x, gradient)
 
-@mutant("linear")
-def last_chunk_dropped(patch: Patch) -> None:
-    original = ChunkPlan.slices
-    patch.setattr(ChunkPlan, "slices", lambda plan, total: original(plan, total)[: max(plan.chunks - 1, 1)])
 
+@adds("linear")
+def bias_gradient_summed_in_low_precision(f: Any, gradients: Any, seen: Seen, *rest: Any) -> None:
+    f(gradients, *rest)
+    if gradients.bias is not None:
+        gradients.bias.copy_(gradients.bias.to(torch.bfloat16))
 
-@mutant(*OF_LINEAR)
-def last_chunk_dropped_from_the_gradients(patch: Patch) -> None:
-    def change(add: Any, self: HeadGradients, seen: Seen, rows: Rows, *operands: Tensor) -> None:
-        if not seen.chunks or seen.count + len(rows) < seen.total:
-            add(self, rows, *operands)
 
-    wrap_add(patch, change)
-
-
-@mutant("linear")
-def chunks_overwrite_each_other(patch: Patch) -> None:
-    wrap_accumulate(patch, lambda original, total, gradient, x, fresh: original(total, gradient, x, fresh=True))
-
-
-@mutant("linear")
-def first_chunk_added_to_what_was_there(patch: Patch) -> None:
-    def change(original: Any, total: Tensor, gradient: Tensor, x: Tensor, fresh: bool) -> None:
-        if fresh:
-            total.fill_(1e-3)  # memory that was not cleared
-        original(total, gradient, x, fresh=False)
-
-    wrap_accumulate(patch, change)
-
-
-@mutant("linear")
-def main_grad_overwritten(patch: Patch) -> None:
-    original = HeadGradients.__init__
-
-    def init(self: HeadGradients, *arguments: Any) -> None:
-        original(self, *arguments)
-        if self.into is not None:
-            self.into.zero_()
-
-    patch.setattr(HeadGradients, "__init__", init)
-
-
-@mutant(*OF_LINEAR)
-def rows_scattered_in_order(patch: Patch) -> None:
-    def change(add: Any, self: HeadGradients, seen: Seen, rows: Rows, *operands: Tensor) -> None:
-        add(self, dataclasses.replace(rows, positions=slice(seen.count, seen.count + len(rows))), *operands)
-
-    wrap_add(patch, change)
-
-
-@mutant("linear")
-def rows_scattered_to_the_first_chunk(patch: Patch) -> None:
-    def change(add: Any, self: HeadGradients, seen: Seen, rows: Rows, *operands: Tensor) -> None:
-        first = (seen.chunks or [rows])[0].positions
-        positions = first if isinstance(first, slice) else first[: len(rows)]
-        add(self, dataclasses.replace(rows, positions=positions), *operands)
-
-    wrap_add(patch, change)
-
-
-@mutant("linear")
-def other_rows_not_cleared(patch: Patch) -> None:
-    original = HeadGradients.__init__
-
-    def init(self: HeadGradients, inputs: Any, head: Head, rows: Rows, *rest: Any) -> None:
-        original(self, inputs, head, rows, *rest)
-        if self.hidden is not None:
-            self.hidden.fill_(1e-6)
-
-    patch.setattr(HeadGradients, "__init__", init)
-
-
-@mutant("linear")
-def terms_not_gathered(patch: Patch) -> None:
-    patch.setattr(
-        Rows, "gather",
-        lambda rows, entries: entries.view(len(entries), -1)[:, : len(rows)].nan_to_num().contiguous().unsqueeze(1),
-    )  # fmt: skip
-
-
-@mutant(*OF_LINEAR)
-def tokens_not_gathered(patch: Patch) -> None:
-    original = Rows.at
-
-    def at(positions: Tensor, targets: Tensor, *, exact: bool = True) -> Rows:
-        right = original(positions, targets, exact=exact)
-        return dataclasses.replace(right, targets=targets.view(-1)[: len(right)].clamp(min=0))
-
-    patch.setattr(Rows, "at", at)
-
-
-@mutant(*OF_LINEAR)
-def results_not_scattered(patch: Patch) -> None:
-    def scatter(self: Rows, entries: Tensor, whole: Tensor) -> None:
-        whole.view(len(whole), -1)[:, : len(self)] = entries.squeeze(1)
-
-    patch.setattr(Rows, "scatter", scatter)
-
-
-@mutant("linear")
-def view_taken_for_contiguous(patch: Patch) -> None:
-    """hidden[:, :-1] read as if its steps lay side by side."""
-
-    def rows(self: Rows, hidden: Tensor) -> Tensor:
-        flat = hidden.as_strided((hidden.shape[:2].numel(), hidden.shape[-1]), (hidden.stride(1), 1))
-        return flat[self.positions].nan_to_num(0.1, 0.1, 0.1)
-
-    patch.setattr(Rows, "hidden", rows)
-
-
-@mutant("linear")
-def hidden_of_the_chunk_before(patch: Patch) -> None:
-    def change(add: Any, self: HeadGradients, seen: Any, rows: Rows, x: Tensor, gradient: Tensor) -> None:
-        before = getattr(seen, "before", x)[: x.shape[0]]
-        add(self, rows, x if before.shape != x.shape else before, gradient)
-        seen.before = x
-
-    wrap_add(patch, change)
-
-
-@mutant("linear")
-def filling_rows_not_cleared(patch: Patch) -> None:
-    original = Rows.hidden
-    patch.setattr(Rows, "hidden", lambda rows, hidden: original(dataclasses.replace(rows, exact=True), hidden))
-
-
-@mutant("linear")
-def filling_rows_computed(patch: Patch) -> None:
-    """As if they had a target: their terms and hidden states are what a mask hides."""
-    original = Rows.at
-
-    def at(positions: Tensor, targets: Tensor, *, exact: bool = True) -> Rows:
-        right = original(positions, targets, exact=exact)
-        return dataclasses.replace(right, targets=right.targets.clamp(min=0))
-
-    patch.setattr(Rows, "at", at)
-
-
-@mutant(*OF_LINEAR)
-def bias_gradient_forgotten(patch: Patch) -> None:
-    def change(self: HeadGradients, gradients: Any) -> Any:
-        hidden, weight, bias = gradients
-        return hidden, weight, None if bias is None else torch.zeros_like(bias)
-
-    wrap_finish(patch, change)
-
-
-@mutant("linear")
-def bias_gradient_summed_in_low_precision(patch: Patch) -> None:
-    def change(add: Any, self: HeadGradients, seen: Seen, *operands: Any) -> None:
-        add(self, *operands)
-        if self.bias is not None:
-            self.bias.copy_(self.bias.to(torch.bfloat16))
-
-    wrap_add(patch, change)
-
-
-@mutant("linear")
-def bias_forgotten_in_the_logits(patch: Patch) -> None:
-    original = Head.__init__
-    patch.setattr(Head, "__init__", lambda self, weight, bias, *rest: original(self, weight, None, *rest))
-
-
-@mutant("linear")
-def bias_added_after_the_rounding(patch: Patch) -> None:
-    original = Head.logits
-
-    def logits(self: Head, x: Tensor, out: Tensor) -> None:
-        bias, self.bias = self.bias, None
-        original(self, x, out)
-        self.bias = bias
-        if bias is not None:
-            out.add_(bias)
-
-    patch.setattr(Head, "logits", logits)
-
-
-@mutant("linear")
-def float32_logits_of_a_rounded_product(patch: Patch) -> None:
-    original = Head.logits
-
-    def logits(self: Head, x: Tensor, out: Tensor) -> None:
-        original(self, x, out)
-        out.copy_(out.to(self.dtypes.operands))
-
-    patch.setattr(Head, "logits", logits)
-
-
-@mutant("linear")
-def hidden_gradient_not_scaled(patch: Patch) -> None:
-    original = torch_backend.scale_gradient
-    patch.setattr(torch_backend, "scale_gradient", lambda g, factor: None if g.shape[0] > 1 else original(g, factor))
-
-
-@mutant("linear")
-def weight_gradient_not_scaled(patch: Patch) -> None:
-    original = torch_backend.scale_gradient
-    patch.setattr(
-        torch_backend, "scale_gradient",
-        lambda g, factor: original(g, factor) if g.shape[0] > 1 or g.shape[1] == 1 else None,
-    )  # fmt: skip
-
-
-@mutant("linear")
-def hidden_gradient_rounded_between(patch: Patch) -> None:
+@adds("linear")
+def hidden_gradient_rounded_between(
+    f: Any, gradients: Any, seen: Seen, rows: Rows, x: Tensor, gradient: Tensor
+) -> None:
     """The vocabulary in two halves whose products are rounded before they are added."""
-
-    def change(add: Any, self: HeadGradients, seen: Seen, rows: Rows, x: Tensor, gradient: Tensor) -> None:
-        add(self, rows, x, gradient)
-        if self.hidden is None:
-            return
-        operands, half = self.head.dtypes.operands, gradient.shape[1] // 2
-        g, weight = (value.to(operands).float() for value in (gradient, self.head.weight))
+    f(gradients, rows, x, gradient)
+    if gradients.hidden is not None:
+        operands, half = gradients.head.dtypes.operands, gradient.shape[1] // 2
+        g, weight = (value.to(operands).float() for value in (gradient, gradients.head.weight))
         first, second = (g[:, part] @ weight[part] for part in (slice(half), slice(half, None)))
-        hidden_rows(self)[rows.positions] = (first.to(operands) + second.to(operands)).to(self.hidden.dtype)
-
-    wrap_add(patch, change)
-
-
-@mutant("linear")
-def idle_rows_computed(patch: Patch) -> None:
-    """All unmasked rows enter the GEMMs: nothing is wrong but the cost, and NaN in rows that nobody may read."""
-    original = linear_functions.choose_rows
-    patch.setattr(
-        linear_functions, "choose_rows",
-        lambda targets, active, count, *, idle: original(targets, targets != MASKED, None, idle=idle),
-    )  # fmt: skip
+        product = first.to(operands) + second.to(operands)
+        hidden_rows(gradients)[rows.positions] = product.to(gradients.hidden.dtype)
 
 
-@mutant("linear")
-def idle_rows_given_gradient(patch: Patch) -> None:
-    """A floor under the advantage: every unmasked row learns something."""
-    original = torch_backend.token_terms
-
-    def token_terms(batch: Batch, spec: LossSpec, vocabulary: int | None, skip_inactive: bool) -> TokenTerms:
-        right = original(batch, spec, vocabulary, False)
-        values = right.values.clone()
-        values[ADVANTAGE] = torch.where(values[ADVANTAGE] == 0, 1e-4, values[ADVANTAGE])
-        return right._replace(values=values, active=right.targets != MASKED)
-
-    patch.setattr(torch_backend, "token_terms", token_terms)
-
-
-@mutant("linear")
-def one_row_wrong(patch: Patch) -> None:
+@adds("linear")
+def one_row_wrong(f: Any, gradients: Any, seen: Seen, rows: Rows, x: Tensor, gradient: Tensor) -> None:
     """One percent off in the row with the smallest gradient of the first chunk."""
-
-    def change(add: Any, self: HeadGradients, seen: Seen, rows: Rows, x: Tensor, gradient: Tensor) -> None:
-        add(self, rows, x, gradient)
-        if self.hidden is not None and not seen.chunks:
-            size = gradient.abs().amax(-1).float()
-            place = torch.arange(len(hidden_rows(self)))[rows.positions][
-                torch.where(size > 0, size, torch.inf).argmin()
-            ]
-            hidden_rows(self)[place] *= 1.01
-
-    wrap_add(patch, change)
+    f(gradients, rows, x, gradient)
+    if gradients.hidden is not None and not seen.chunks:
+        size, flat = gradient.abs().amax(-1).float(), hidden_rows(gradients)
+        flat[torch.arange(len(flat))[rows.positions][torch.where(size > 0, size, torch.inf).argmin()]] *= 1.01
 
 
-@mutant("linear")
-def slightly_off(patch: Patch) -> None:
+@mutant(OF_LINEAR, FINISH)
+def bias_gradient_forgotten(f: Any, gradients: HeadGradients) -> Any:
+    hidden, weight, bias = f(gradients)
+    return hidden, weight, None if bias is None else torch.zeros_like(bias)
+
+
+@mutant(LINEAR_LOSS, FINISH)
+def slightly_off(f: Any, gradients: HeadGradients) -> Any:
     """By 5e-5, in float32 only, where nothing is rounded that far."""
-
-    def change(self: HeadGradients, gradients: Any) -> Any:
-        if self.hidden is not None and self.hidden.dtype == torch.float32:
-            self.hidden.mul_(1 + 5e-5)
-        return gradients
-
-    wrap_finish(patch, change)
+    if gradients.hidden is not None and gradients.hidden.dtype == torch.float32:
+        gradients.hidden.mul_(1 + 5e-5)
+    return f(gradients)
 
 
-@mutant("linear")
-def loss_scale_after_the_rounding(patch: Patch) -> None:
+@mutant(OF_LINEAR, (Rows, "at"))
+def tokens_not_gathered(f: Any, positions: Tensor, targets: Tensor, **options: Any) -> Rows:
+    rows = f(positions, targets, **options)
+    return dataclasses.replace(rows, targets=targets.view(-1)[: len(rows)].clamp(min=0))
+
+
+@mutant(LINEAR_LOSS, (Rows, "at"))
+def filling_rows_computed(f: Any, positions: Tensor, targets: Tensor, **options: Any) -> Rows:
+    """As if they had a target: their terms and hidden states are what a mask hides."""
+    rows = f(positions, targets, **options)
+    return dataclasses.replace(rows, targets=rows.targets.clamp(min=0))
+
+
+@mutant(OF_LINEAR, (Rows, "scatter"))
+def results_not_scattered(_: Any, rows: Rows, entries: Tensor, whole: Tensor) -> None:
+    whole.view(len(whole), -1)[:, : len(rows)] = entries.squeeze(1)
+
+
+@mutant(LINEAR_LOSS, (Rows, "hidden"))
+def view_taken_for_contiguous(_: Any, rows: Rows, hidden: Tensor) -> Tensor:
+    """hidden[:, :-1] read as if its steps lay side by side."""
+    flat = hidden.as_strided((hidden.shape[:2].numel(), hidden.shape[-1]), (hidden.stride(1), 1))
+    return flat[rows.positions].nan_to_num(0.1, 0.1, 0.1)
+
+
+@mutant(LINEAR_LOSS, (Head, "logits"))
+def bias_added_after_the_rounding(f: Any, head: Head, x: Tensor, out: Tensor) -> None:
+    bias, head.bias = head.bias, None
+    f(head, x, out)
+    head.bias = bias
+    if bias is not None:
+        out.add_(bias)
+
+
+@mutant(LINEAR_LOSS, (Head, "logits"))
+def float32_logits_of_a_rounded_product(f: Any, head: Head, x: Tensor, out: Tensor) -> None:
+    f(head, x, out)
+    out.copy_(out.to(head.dtypes.operands))
+
+
+@mutant(LINEAR_LOSS, (linear_functions, "choose_rows"))
+def idle_rows_computed(f: Any, targets: Tensor, active: Tensor, count: Any, *, idle: bool) -> Any:
+    """All unmasked rows enter the GEMMs: nothing is wrong but the cost, and NaN in rows that nobody may read."""
+    return f(targets, targets != MASKED, None, idle=idle)
+
+
+@mutant(LINEAR_LOSS, (torch_backend, "token_terms"))
+def idle_rows_given_gradient(f: Any, batch: Batch, spec: LossSpec, vocabulary: int | None, _: bool) -> TokenTerms:
+    """A floor under the advantage: every unmasked row learns something."""
+    right = f(batch, spec, vocabulary, False)
+    values = right.values.clone()
+    values[ADVANTAGE] = torch.where(values[ADVANTAGE] == 0, 1e-4, values[ADVANTAGE])
+    return right._replace(values=values, active=right.targets != MASKED)  # type: ignore[no-any-return]
+
+
+@mutant(LINEAR_LOSS, (torch_backend, "token_gradient"))
+def loss_scale_after_the_rounding(
+    f: Any, logits: Tensor, targets: Tensor, statistics: Any, c: Tensor, h: Any, *rest: Any
+) -> None:
     """float16: coefficients without the scaler's factor, the factor on the rounded gradient."""
-    original = torch_backend.token_gradient
-
-    def gradient(logits: Tensor, targets: Tensor, statistics: Any, c: Tensor, h: Any, *rest: Any) -> None:
-        original(logits, targets, statistics, c / 256, None if h is None else h / 256, *rest)
-        rest[-1].mul_(256)
-
-    patch.setattr(torch_backend, "token_gradient", gradient)
+    f(logits, targets, statistics, c / 256, None if h is None else h / 256, *rest)
+    rest[-1].mul_(256)
 
 
-@mutant(*OF_LINEAR)
-def logits_of_backward_differ(patch: Patch) -> None:
+@mutant(OF_LINEAR, (linear_autograd._TokenStatistics, "backward"))
+def logits_of_backward_differ(f: Any, *arguments: Any) -> Any:
     """Made again with another sum, a bit may differ: not what the row's statistics belong to."""
-    original = linear_autograd._TokenStatistics.backward
 
-    def backward(ctx: Any, *upstream: Any) -> Any:
-        with pytest.MonkeyPatch.context() as inner:
-            right = Head.logits
+    def off(logits: Any, head: Head, x: Tensor, out: Tensor) -> None:
+        logits(head, x, out)
+        out[0, 0] *= 1.01
 
-            def logits(self: Head, x: Tensor, out: Tensor) -> None:
-                right(self, x, out)
-                out[0, 0] *= 1.01
-
-            inner.setattr(Head, "logits", logits)
-            return original(ctx, *upstream)
-
-    patch.setattr(linear_autograd._TokenStatistics, "backward", staticmethod(backward))
+    with pytest.MonkeyPatch.context() as inner:
+        Mutant([(Head, "logits")], off, False).apply(inner)
+        return f(*arguments)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1053,10 +747,10 @@ def logits_of_backward_differ(patch: Patch) -> None:
 
 @pytest.mark.parametrize(("suite", "name"), [pytest.param(*key, id="-".join(key)) for key in MUTANTS])
 def test_rejected(suite: str, name: str, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    apply, interpreted = MUTANTS[suite, name]
     if suite in ("triton", "token_terms", "logprob_loss") and kernels is None:
         pytest.skip("needs Triton")
-    if interpreted and (kernels is None or not kernels.interpreting()):
+    mutated = MUTANTS[suite, name]
+    if mutated.interpreted and (kernels is None or not kernels.interpreting()):
         pytest.skip("replaces a device function: only in the interpreter")
-    apply(monkeypatch)
+    mutated.apply(monkeypatch)
     assert SUITES[suite].fails(device), f"no case of the suite notices {name}"
