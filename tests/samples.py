@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
 
 import hpo_fused as hf
 from hpo_fused.interface import ADVANTAGE, POLICY_WEIGHT, TERMS, SoftmaxStatistics
+
+from .conftest import BACKENDS
 
 
 def leaves(*tensors: Tensor) -> list[Tensor]:
@@ -40,6 +45,39 @@ def hidden_arguments(
     weight = torch.randn(vocabulary, 24, generator=generator) / 3
     tokens, advantages, old = _batch(hidden @ weight.t(), generator)
     return hidden.to(device, dtype), weight.to(device, dtype), tokens.to(device), advantages.to(device), old.to(device)
+
+
+class Sample:
+    """A small loss call: from logits by a backend, or from hidden states and a head in chunks of 6 rows ("linear")."""
+
+    def __init__(
+        self, path: str, device: torch.device, vocabulary: int = 37, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.linear = path == "linear"
+        arguments = (hidden_arguments if self.linear else logits_arguments)(device, vocabulary, dtype)
+        *self.values, self.tokens, self.advantages, self.old = arguments
+        self.options: dict[str, Any] = {"backend": path}
+        if self.linear:
+            self.options = {"chunk_bytes": 6 * vocabulary * dtype.itemsize}
+
+    def leaves(self) -> list[Tensor]:
+        """Logits, or hidden states and weight."""
+        return leaves(*self.values)
+
+    def loss(self, inputs: list[Tensor], **options: Any) -> hf.PolicyLossOutput:
+        function = hf.linear_policy_loss if self.linear else hf.policy_loss
+        given = {"tokens": self.tokens, "advantages": self.advantages, "old_logprobs": self.old}
+        return function(*inputs, **{**given, **self.options, **options})
+
+    def logprobs(self, inputs: list[Tensor], **options: Any) -> hf.TokenLogprobs:
+        function = hf.linear_token_logprobs if self.linear else hf.token_logprobs
+        return function(*inputs, **{"tokens": self.tokens, **self.options, **options})
+
+    def logits(self, inputs: list[Tensor]) -> Tensor:
+        return inputs[0] @ inputs[1].t() if self.linear else inputs[0]
+
+
+every_path = pytest.mark.parametrize("path", [*BACKENDS, "linear"])
 
 
 def room_for_statistics(targets: Tensor, *, entropy: bool = True) -> SoftmaxStatistics:

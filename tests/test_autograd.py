@@ -6,13 +6,141 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import hpo_fused as hf
 from hpo_fused import autograd
 
-from .samples import logits_arguments
+from .samples import Sample, every_path, logits_arguments
 
 TOKEN_AND_SEQUENCE = ["grpo", "gspo"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# from logits and from hidden states alike
+
+
+def agree(ours: Any, expected: Any, **tolerance: float) -> None:
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other, **(tolerance or {"rtol": 0, "atol": 0}), equal_nan=True)
+
+
+def gradients(inputs: list[Tensor]) -> list[Tensor]:
+    """Copies of what lies in .grad."""
+    return [leaf.grad.clone() for leaf in inputs]
+
+
+@every_path
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", TOKEN_AND_SEQUENCE)
+def test_second_backward_raises(name: str, dtype: torch.dtype, path: str, device: torch.device) -> None:
+    sample = Sample(path, device, dtype=dtype)
+    inputs = sample.leaves()
+    loss = sample.loss(inputs, objective=name).loss
+    (loss * 2).backward(retain_graph=True)
+    kept = gradients(inputs)
+    with pytest.raises(RuntimeError, match="second time"):
+        (loss * 3).backward()
+    agree(gradients(inputs), kept)
+
+
+@every_path
+@pytest.mark.parametrize("name", TOKEN_AND_SEQUENCE)
+def test_double_backward_raises(name: str, path: str, device: torch.device) -> None:
+    sample = Sample(path, device)
+    inputs = sample.leaves()
+    loss, logprobs = sample.loss(inputs, objective=name).loss, sample.logprobs(inputs).logprobs
+    for leaf in inputs:
+        # The second term keeps the sum attached: a gradient that merely lacked a graph would go unnoticed.
+        with pytest.raises(RuntimeError, match="double backward"):
+            torch.autograd.grad(loss + leaf.square().sum(), leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="double backward"):
+            torch.autograd.grad(logprobs.sum(), leaf, create_graph=True)
+
+
+@every_path
+@pytest.mark.parametrize("name", TOKEN_AND_SEQUENCE)
+def test_loss_may_be_changed_in_place(name: str, path: str, device: torch.device) -> None:
+    sample = Sample(path, device)
+    inputs, twins = sample.leaves(), sample.leaves()
+    loss = sample.loss(inputs, objective=name).loss
+    with torch.no_grad():
+        loss.sub_(0.125)
+    loss -= 0.25
+    loss *= 0.5
+    loss.backward()
+    (0.5 * sample.loss(twins, objective=name).loss).backward()
+    agree(gradients(inputs), gradients(twins))
+
+
+@every_path
+@pytest.mark.parametrize("name", TOKEN_AND_SEQUENCE)
+def test_no_gradient_wanted(name: str, path: str, device: torch.device) -> None:
+    sample = Sample(path, device)
+    inputs = sample.leaves()
+    with torch.no_grad():
+        quiet, quiet_logprobs = sample.loss(inputs, objective=name).loss, sample.logprobs(inputs)
+    with torch.inference_mode():
+        inference, logprobs = sample.loss(inputs, objective=name).loss, sample.logprobs(inputs)
+    assert not quiet.requires_grad
+    assert not quiet_logprobs.logprobs.requires_grad
+    assert quiet.item() == inference.item() == sample.loss(inputs, objective=name).loss.item()
+    agree(logprobs, quiet_logprobs)
+
+
+@every_path
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_default_dtype_does_not_matter(dtype: torch.dtype, path: str, device: torch.device) -> None:
+    sample = Sample(path, device)
+    results = []
+    for default in (torch.float32, dtype):
+        inputs = sample.leaves()
+        torch.set_default_dtype(default)
+        try:
+            out = sample.loss(inputs, temperature=0.7)
+            out.loss.backward()
+            metrics = out.metrics()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        results.append((out.loss.detach(), out.logprobs, metrics["ratio_mean"], *gradients(inputs)))
+    agree(*results)
+
+
+@every_path
+def test_upstream_gradients_of_any_shape(path: str, device: torch.device) -> None:
+    """Expanded (from sum), transposed, of one output, of some rows only."""
+    sample = Sample(path, device)
+    inputs, twins, factor = sample.leaves(), sample.leaves(), torch.randn(4, 5, device=device)
+    log_p = sample.logits(twins).log_softmax(-1)
+    chosen = log_p.gather(-1, sample.tokens.unsqueeze(-1)).squeeze(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    result = sample.logprobs(inputs)
+    for build_loss in (
+        lambda lp, h: lp.sum(),
+        lambda lp, h: h.sum(),
+        lambda lp, h: (lp.t() * factor).sum() + (h * factor.t()).sum(),
+        lambda lp, h: lp[:, 1:].sum() - h[::2].mean(),
+    ):
+        ours = torch.autograd.grad(build_loss(*result), inputs, retain_graph=True)
+        agree(ours, torch.autograd.grad(build_loss(chosen, entropy), twins, retain_graph=True), rtol=1e-4, atol=1e-5)
+
+
+@every_path
+def test_backward_of_log_probabilities_may_run_again(path: str, device: torch.device) -> None:
+    """It recomputes: the second result is as right as the first, and adds to it."""
+    sample = Sample(path, device)
+    inputs = sample.leaves()
+    out = sample.logprobs(inputs)
+    total = out.logprobs.sum() - 0.1 * out.entropy.sum()
+    total.backward(retain_graph=True)
+    first = gradients(inputs)
+    total.backward()
+    assert all(gradient.abs().max() > 0.1 for gradient in first)
+    agree(gradients(inputs), [2 * gradient for gradient in first], rtol=1e-6, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# from logits
 
 
 @pytest.mark.parametrize(
@@ -47,42 +175,6 @@ def test_gradient_of_odd_rows(name: str, backend: str, device: torch.device) -> 
         hf.policy_loss(leaf, tokens, advantages, old_logprobs=old, objective=name, backend=backend).loss.backward()
         gradients.append(leaf.grad)
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-8)
-
-
-@pytest.mark.parametrize("name", TOKEN_AND_SEQUENCE)
-def test_second_backward_raises(name: str, backend: str, device: torch.device) -> None:
-    logits, tokens, advantages, old = logits_arguments(device, 37)
-    leaf = logits.requires_grad_()
-    loss = hf.policy_loss(leaf, tokens, advantages, old_logprobs=old, objective=name, backend=backend).loss
-    (loss * 2).backward(retain_graph=True)
-    kept = leaf.grad.clone()
-    with pytest.raises(RuntimeError, match="second time"):
-        (loss * 3).backward()
-    torch.testing.assert_close(leaf.grad, kept, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("name", TOKEN_AND_SEQUENCE)
-def test_double_backward_raises(name: str, backend: str, device: torch.device) -> None:
-    logits, tokens, advantages, old = logits_arguments(device, 37)
-    leaf = logits.requires_grad_()
-    loss = hf.policy_loss(leaf, tokens, advantages, old_logprobs=old, objective=name, backend=backend).loss
-    # The second term keeps the sum attached: a gradient that merely lacked a graph would go unnoticed.
-    with pytest.raises(RuntimeError, match="double backward"):
-        torch.autograd.grad(loss + leaf.square().sum(), leaf, create_graph=True)
-    logprobs = hf.token_logprobs(leaf, tokens, backend=backend).logprobs
-    with pytest.raises(RuntimeError, match="double backward"):
-        torch.autograd.grad(logprobs.sum(), leaf, create_graph=True)
-
-
-def test_loss_may_be_changed_in_place(backend: str, device: torch.device) -> None:
-    logits, tokens, advantages, old = logits_arguments(device, 37)
-    leaf, twin = (logits.clone().requires_grad_() for _ in range(2))
-    loss = hf.policy_loss(leaf, tokens, advantages, old_logprobs=old, backend=backend).loss
-    loss -= 0.25
-    loss *= 0.5
-    loss.backward()
-    (0.5 * hf.policy_loss(twin, tokens, advantages, old_logprobs=old, backend=backend).loss).backward()
-    torch.testing.assert_close(leaf.grad, twin.grad, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -178,47 +270,6 @@ def test_float16_survives_a_loss_scaler(backend: str, device: torch.device) -> N
     assert (leaf.grad == 0).sum() < leaf.numel() / 1000
 
 
-def test_non_contiguous_upstream(backend: str, device: torch.device) -> None:
-    """Gradients arrive expanded (from sum), transposed, or for one output only."""
-    logits, tokens, _, _ = logits_arguments(device, 37)
-    logits, tokens, weight = logits[:3], tokens[:3], torch.randn(4, 3, device=device)
-    reference_leaf = logits.clone().requires_grad_()
-    log_p = reference_leaf.log_softmax(-1)
-    chosen = log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    entropy = -(log_p.exp() * log_p).sum(-1)
-    for build_loss in (
-        lambda lp, h: lp.sum(),
-        lambda lp, h: h.sum(),
-        lambda lp, h: (lp.t() * weight).sum() + (h * weight.t()).sum(),
-        lambda lp, h: lp[:, 1:].sum() - h[::2].mean(),
-    ):
-        leaf = logits.clone().requires_grad_()
-        result = hf.token_logprobs(leaf, tokens, backend=backend)
-        (ours,) = torch.autograd.grad(build_loss(result.logprobs, result.entropy), leaf)
-        (expected,) = torch.autograd.grad(build_loss(chosen, entropy), reference_leaf, retain_graph=True)
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
-
-
-def test_token_logprobs_backward_twice_is_right(backend: str, device: torch.device) -> None:
-    logits, tokens, _, _ = logits_arguments(device, 37)
-    leaf = logits.requires_grad_()
-    logprobs = hf.token_logprobs(leaf, tokens, backend=backend).logprobs
-    (first,) = torch.autograd.grad(logprobs.sum(), leaf, retain_graph=True)
-    (second,) = torch.autograd.grad(2 * logprobs.sum(), leaf)
-    torch.testing.assert_close(second, 2 * first, rtol=1e-6, atol=0)
-
-
-def test_no_gradient_wanted(backend: str, device: torch.device) -> None:
-    logits, tokens, advantages, old = logits_arguments(device, 37)
-    with torch.no_grad():
-        quiet = hf.policy_loss(logits.requires_grad_(), tokens, advantages, old_logprobs=old, backend=backend).loss
-    with torch.inference_mode():
-        inference = hf.policy_loss(logits, tokens, advantages, old_logprobs=old, backend=backend).loss
-    loud = hf.policy_loss(logits, tokens, advantages, old_logprobs=old, backend=backend).loss
-    assert not quiet.requires_grad
-    assert quiet.item() == inference.item() == loud.item()
-
-
 def test_stored_gradient_is_handed_over(device: torch.device) -> None:
     """The gradient made in forward becomes the leaf's .grad: no copy of [N, V] in backward."""
     logits = torch.randn(4, 8, 5000, device=device, requires_grad=True)
@@ -226,24 +277,6 @@ def test_stored_gradient_is_handed_over(device: torch.device) -> None:
     pointer = out.loss.grad_fn.saved_tensors[0].data_ptr()
     out.loss.backward()
     assert logits.grad.data_ptr() == pointer
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_default_dtype_does_not_matter(dtype: torch.dtype, backend: str, device: torch.device) -> None:
-    logits, tokens, advantages, old = logits_arguments(device, 37)
-    results = []
-    for default in (torch.float32, dtype):
-        leaf = logits.clone().requires_grad_()
-        torch.set_default_dtype(default)
-        try:
-            out = hf.policy_loss(leaf, tokens, advantages, old_logprobs=old, temperature=0.7, backend=backend)
-            out.loss.backward()
-            metrics = out.metrics()
-        finally:
-            torch.set_default_dtype(torch.float32)
-        results.append((out.loss.detach(), out.logprobs, leaf.grad, metrics["ratio_mean"]))
-    for first, second in zip(*results, strict=True):
-        torch.testing.assert_close(second, first, rtol=0, atol=0, equal_nan=True)
 
 
 def test_hooks_on_packed_views_survive_inplace(backend: str, device: torch.device) -> None:

@@ -48,22 +48,6 @@ def test_matches_the_oracle(
         worst(f"gradient of the {name} tokens", error, GRADIENT_LIMIT + softcap_error(transform))
 
 
-def test_packed_needs_no_boundaries(backend: str, device: torch.device) -> None:
-    logits, tokens = torch.randn(7, 13, device=device), torch.randint(13, (7,), device=device)
-    packed = hf.token_logprobs(logits, tokens, backend=backend)
-    padded = hf.token_logprobs(logits[None], tokens[None], backend=backend)
-    assert packed.logprobs.shape == (7,)
-    assert torch.equal(packed.logprobs, padded.logprobs[0])
-    assert torch.equal(packed.entropy, padded.entropy[0])
-
-
-def test_without_entropy(backend: str, device: torch.device) -> None:
-    logits, tokens = torch.randn(7, 13, device=device), torch.randint(13, (7,), device=device)
-    result = hf.token_logprobs(logits, tokens, entropy=False, backend=backend)
-    assert result.entropy is None
-    torch.testing.assert_close(result.logprobs, hf.token_logprobs(logits, tokens, backend=backend).logprobs)
-
-
 def test_peaked_rows_keep_their_digits(backend: str, device: torch.device) -> None:
     """log p of a near-certain token, computed as z - lse, is 0 in float32; -log1p(rest) has all its digits."""
     logits = torch.zeros(1, 6, 997, device=device)

@@ -13,22 +13,96 @@ from torch import Tensor
 import hpo_fused as hf
 
 from .equivalence import Case, build
-from .samples import logits_arguments
+from .samples import Sample, every_path, logits_arguments
 from .test_equivalence import PRESETS
 
 
+@every_path
 @pytest.mark.parametrize("name", ["mhpo_ahpo", "gspo"])
-@pytest.mark.parametrize("vocabulary", [211, 50257])
-def test_bitwise_reproducible(name: str, vocabulary: int, backend: str, device: torch.device) -> None:
-    logits, tokens, advantages, old = logits_arguments(device, vocabulary)
+@pytest.mark.parametrize(("vocabulary", "dtype"), [(211, torch.bfloat16), (50257, torch.float32)])
+def test_bitwise_reproducible(vocabulary: int, dtype: torch.dtype, name: str, path: str, device: torch.device) -> None:
+    sample = Sample(path, device, vocabulary, dtype)
     results = []
     for _ in range(2):
-        leaf = logits.clone().requires_grad_()
-        out = hf.policy_loss(leaf, tokens, advantages, old_logprobs=old, objective=name, backend=backend)
+        inputs = sample.leaves()
+        out = sample.loss(inputs, objective=name)
         out.loss.backward()
-        results.append((out.loss.detach(), out.logprobs, leaf.grad))
+        results.append((out.loss.detach(), out.logprobs, out.entropy, *(leaf.grad for leaf in inputs)))
     for first, second in zip(*results, strict=True):
         torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
+
+
+@every_path
+@pytest.mark.parametrize("name", ["mhpo_ahpo", "gspo"])
+def test_nan_stays_in_its_row(name: str, path: str, device: torch.device) -> None:
+    """A broken active row breaks the head's gradient, as it must, but no other row's of logits or hidden states."""
+    sample = Sample(path, device)
+    gradients = []
+    for broken in (False, True):
+        inputs = sample.leaves()
+        if broken:
+            with torch.no_grad():
+                inputs[0][1, 2, 7], inputs[0][3, 1, 7] = math.nan, math.inf
+        out = sample.loss(inputs, objective=name)
+        out.loss.backward()
+        gradients.append(inputs[0].grad)
+    assert out.loss.isnan()
+    assert all(head.grad.isnan().any() for head in inputs[1:])
+    spared = torch.ones(5, 4, dtype=torch.bool)
+    for b, t in ((1, 2), (3, 1)):
+        assert gradients[1][b, t].isnan().any()
+        spared[b, t if name == "mhpo_ahpo" else slice(None)] = False  # one ratio serves the whole response in GSPO
+    torch.testing.assert_close(gradients[1][spared], gradients[0][spared], rtol=0, atol=0)
+
+
+@every_path
+@pytest.mark.parametrize("name", ["mhpo_ahpo", "gspo"])
+def test_inactive_rows_are_loud(name: str, path: str, device: torch.device) -> None:
+    sample = Sample(path, device)
+    lazy, full = (sample.loss(sample.values, objective=name, skip_inactive=skip) for skip in (True, False))
+    assert lazy.active.tolist() == full.active.tolist() == [[b != 2] * 4 for b in range(5)]
+    for some, all_ in ((lazy.logprobs, full.logprobs), (lazy.entropy, full.entropy)):
+        assert some[2].isnan().all()
+        assert all_.isfinite().all()
+        torch.testing.assert_close(some[lazy.active], all_[lazy.active])
+    assert lazy.loss.item() == pytest.approx(full.loss.item(), rel=1e-6)
+
+
+@every_path
+def test_without_entropy(path: str, device: torch.device) -> None:
+    sample = Sample(path, device)
+    for name in ("mhpo_ahpo", "gspo"):
+        for skip in (True, False):
+            assert sample.loss(sample.values, objective=name, entropy=False, skip_inactive=skip).entropy is None
+    bonus = hf.Objective.preset("grpo", entropy_coef=0.1)
+    assert sample.loss(sample.values, objective=bonus, entropy=False).entropy is not None  # the objective needs it
+    inputs = sample.leaves()
+    alone, both = (sample.logprobs(inputs, entropy=entropy) for entropy in (False, True))
+    assert alone.entropy is None
+    torch.testing.assert_close(alone.logprobs, both.logprobs)
+    for gradients in zip(*(torch.autograd.grad(out.logprobs.sum(), inputs) for out in (alone, both)), strict=True):
+        torch.testing.assert_close(*gradients)
+
+
+@every_path
+def test_any_integer_tokens(path: str, device: torch.device) -> None:
+    sample = Sample(path, device, 100)
+    losses = {
+        sample.loss(sample.values, tokens=sample.tokens.to(dtype)).loss.item()
+        for dtype in (torch.int64, torch.int8, torch.int16, torch.int32, torch.uint8)
+    }
+    assert len(losses) == 1
+
+
+@every_path
+def test_packed_log_probabilities_need_no_boundaries(path: str, device: torch.device) -> None:
+    sample = Sample(path, device)
+    rows, *head = sample.values
+    packed = sample.logprobs([rows[0], *head], tokens=sample.tokens[0])
+    padded = sample.logprobs([rows[:1], *head], tokens=sample.tokens[:1])
+    assert packed.logprobs.shape == (4,)
+    assert torch.equal(packed.logprobs, padded.logprobs[0])
+    assert torch.equal(packed.entropy, padded.entropy[0])
 
 
 @pytest.mark.parametrize("vocabulary", [208, 211, 50257])
@@ -49,26 +123,6 @@ def test_a_row_does_not_depend_on_the_others(vocabulary: int, backend: str, devi
         alone.loss.backward()
         assert alone.logprobs.item() == out.logprobs[b, t].item()
         torch.testing.assert_close(leaf.grad[0, 0], whole.grad[b, t], rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("name", ["mhpo_ahpo", "gspo"])
-def test_nan_stays_in_its_row(name: str, backend: str, device: torch.device) -> None:
-    logits, tokens, advantages, old = logits_arguments(device)
-    gradients = []
-    for broken in (False, True):
-        leaf = logits.clone()
-        if broken:
-            leaf[1, 2, 7], leaf[3, 1, 7] = math.nan, math.inf
-        leaf.requires_grad_()
-        out = hf.policy_loss(leaf, tokens, advantages, old_logprobs=old, objective=name, backend=backend)
-        out.loss.backward()
-        gradients.append(leaf.grad)
-    assert out.loss.isnan()
-    spared = torch.ones(5, 4, dtype=torch.bool)
-    for b, t in ((1, 2), (3, 1)):
-        assert gradients[1][b, t].isnan().any()
-        spared[b, t if name == "mhpo_ahpo" else slice(None)] = False  # one ratio serves the whole response in GSPO
-    torch.testing.assert_close(gradients[1][spared], gradients[0][spared], rtol=0, atol=0)
 
 
 def test_rows_of_weight_zero_ignore_nan(backend: str, device: torch.device) -> None:
@@ -114,19 +168,6 @@ def test_extreme_log_ratios_stay_finite(name: str, backend: str, device: torch.d
     assert not leaf.grad.any()
 
 
-def test_inactive_rows_are_loud(backend: str, device: torch.device) -> None:
-    logits, tokens, advantages, old = logits_arguments(device)
-    lazy, full = (
-        hf.policy_loss(logits, tokens, advantages, old_logprobs=old, skip_inactive=skip, backend=backend)
-        for skip in (True, False)
-    )
-    assert lazy.logprobs[2].isnan().all()
-    assert lazy.entropy[2].isnan().all()
-    assert full.logprobs.isfinite().all()
-    assert lazy.loss.item() == full.loss.item()
-    assert torch.equal(lazy.active, full.active)
-
-
 def test_metrics(device: torch.device) -> None:
     logprobs = torch.full((3, 2), -1.0, device=device)
     old = torch.tensor([[-1.0, -1.5], [-0.5, -1.0], [-1.0, -9.0]], device=device)
@@ -165,15 +206,6 @@ def test_metrics_of_a_fused_call_skip_inactive_rows(backend: str, device: torch.
     torch.testing.assert_close(out.metrics()["ratio_mean"], ratio)
     torch.testing.assert_close(out.metrics()["entropy"], out.entropy[active].mean())
     assert out.metrics()["active_fraction"].item() == pytest.approx(0.8)
-
-
-def test_any_integer_tokens(backend: str, device: torch.device) -> None:
-    logits, tokens, advantages, old = logits_arguments(device, 100)
-    losses = {
-        hf.policy_loss(logits, tokens.to(dtype), advantages, old_logprobs=old, backend=backend).loss.item()
-        for dtype in (torch.int64, torch.int8, torch.int16, torch.int32, torch.uint8)
-    }
-    assert len(losses) == 1
 
 
 def test_any_mask(backend: str, device: torch.device) -> None:
