@@ -21,7 +21,6 @@ from .samples import room_for_statistics, values_of
 
 kernels = pytest.importorskip("hpo_fused.kernels", reason="needs Triton")
 from hpo_fused.kernels import policy_loss, scale_gradient, token_gradient, token_statistics  # noqa: E402
-from hpo_fused.kernels.launch import launch_configuration  # noqa: E402
 
 CANARY = 12345.0
 PLAIN = LogitTransform()
@@ -211,10 +210,6 @@ def test_whole_steps_of_odd_rows(offset: int, device: torch.device) -> None:
     assert (out.canaries() == CANARY).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# many rows
-
-
 def test_offsets_beyond_31_bits(device: torch.device) -> None:
     """[2, 2, V] whose second row lies 2^31 + 8 elements on; pages between are never touched, so never there."""
     if device.type != "cpu":
@@ -233,16 +228,3 @@ def test_offsets_beyond_31_bits(device: torch.device) -> None:
     close(logits, expected_gradient(exact, targets, -ones))
     scale_gradient(logits, torch.tensor(3.0))
     close(logits, 3 * expected_gradient(exact, targets, -ones))
-
-
-def test_more_rows_than_a_grid_dimension_holds(device: torch.device) -> None:
-    """Rows over one storage of a few: the grid has one dimension, and programs stride over rows."""
-    assert launch_configuration(torch.empty(1, 1, 3, device=device)).grid(2**31 - 1)[1:] == ()
-    N, V = 70_000 if device.type != "cpu" else 100, 3  # the interpreter takes a millisecond for a row
-    logits = torch.tensor([0.5, -1.0, 2.0, 0.25], dtype=torch.float32, device=device).as_strided((1, N, V), (0, 0, 1))
-    targets = torch.full((1, N), SKIPPED, dtype=torch.int32, device=device)
-    targets[0, [0, 65_535 % N, 65_536 % N, N - 1]] = 0
-    statistics = statistics_of(logits, targets)
-    assert torch.equal(statistics.logprobs.isfinite(), targets == 0)
-    expected = logits[0, 0].double().log_softmax(-1)[0].item()
-    assert statistics.logprobs[targets == 0].sub(expected).abs().max() < 1e-6
