@@ -45,6 +45,8 @@ from .numerics import INTERPRETED, LOG2E
 _MB = 1024 * 1024
 VECTOR_BYTES = 16
 USABLE_CACHE = 0.85
+# a * b + c rounded once is part of the kernels' arithmetic; Triton 3.10 leaves it to whoever asks for it.
+_FUSED_MULTIPLY_ADD = {"enable_fp_fusion": True}
 
 
 class Machine(NamedTuple):
@@ -134,7 +136,7 @@ def default_parameters(
 def configure(machine: Machine, parameters: LaunchParameters) -> LaunchConfiguration:
     """The launch with these parameters."""
     threads, loads, rows = parameters
-    options: dict[str, object] = {}
+    options: dict[str, object] = dict(_FUSED_MULTIPLY_ADD)
     if machine.architecture.startswith("gfx"):
         options["allow_flush_denorm"] = True  # exp2 as the bare v_exp_f32; NVIDIA's flushes by itself
     elif machine.known:
@@ -217,9 +219,14 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     return _NO_CHANGE
 
 
-def assertions() -> dict[str, object]:
-    """Launch options of a kernel compiled with its assertions: those it states, not one for every integer sum."""
-    return {} if INTERPRETED.value else {"sanitize_overflow": False}
+def response_launch() -> dict[str, object]:
+    """Launch options of a kernel with one program per response.
+
+    One that states assertions is compiled with those, not with one for every integer sum.
+    """
+    return (
+        {"num_warps": 4} if INTERPRETED.value else {"num_warps": 4, "sanitize_overflow": False, **_FUSED_MULTIPLY_ADD}
+    )
 
 
 def same_alignment(first: Tensor, second: Tensor) -> bool:
