@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import hpo_fused as hf
+from hpo_fused.checks import same_device
 
 ONES, CU = torch.ones(2, 3), torch.tensor([0, 2, 6])
 LOGITS, TOKENS, ADVANTAGES = torch.randn(2, 3, 11), torch.randint(11, (2, 3)), torch.tensor([1.0, -1.0])
@@ -262,6 +263,14 @@ def test_wrong_call(function: str, options: dict[str, Any], error: type[Exceptio
 def test_wrong_backend_of_a_tensor() -> None:
     with pytest.raises(ValueError, match=r"backend: .*'gpu'"):
         hf.backend_for(LOGITS, "gpu")  # type: ignore[arg-type]
+
+
+def test_a_device_without_an_index_is_any_of_its_type() -> None:
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    assert same_device(first, torch.device("cuda"))
+    assert same_device(torch.device("cuda"), second)
+    assert not same_device(first, second)
+    assert not same_device(torch.device("cuda"), torch.device("cpu"))
 
 
 def test_under_autocast() -> None:
