@@ -66,6 +66,7 @@ def shares(rank: int) -> None:
             statistics=statistics,
         ).loss.backward()
         distributed.all_reduce(part.grad)  # what DDP does: sum, then divide by the number of ranks
+        # Rows are computed alike: the few roundings of the weights, 2^-24 each, are all that differs.
         torch.testing.assert_close(part.grad / 2, whole.grad, rtol=1e-6, atol=1e-9)
 
 
@@ -110,7 +111,9 @@ def sharded_heads(rank: int) -> None:
             statistics=statistics, **options,
         )  # fmt: skip
         out.loss.backward()
-        torch.testing.assert_close(x.grad / 2, whole[0].grad[mine], rtol=1e-5, atol=1e-7)
+        # Sums of up to 15 terms below 0.5 in another order: 15 roundings of 2^-24.
+        close = {"rtol": 1e-5, "atol": 1e-6}
+        torch.testing.assert_close(x.grad / 2, whole[0].grad[mine], **close)
         for parameter, expected in ((head, whole[1].grad), (offset, whole[2].grad)):
             assert parameter.grad is not None
             assert parameter.grad.placements == parameter.placements
@@ -119,7 +122,7 @@ def sharded_heads(rank: int) -> None:
             if placements == [Replicate()]:  # left to whoever replicated it
                 distributed.all_reduce(gathered)
                 gathered = gathered / 2
-            torch.testing.assert_close(gathered, expected, rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(gathered, expected, **close)
 
     head = distribute_tensor(weight, line, [Shard(0)])
     logprobs = hf.linear_token_logprobs(hidden, head, tokens).logprobs

@@ -33,7 +33,8 @@ def close(ours: Tensor | None, expected: Tensor | None) -> None:
     assert ours is not None
     assert expected is not None
     assert expected.abs().max() > 1e-4
-    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+    # An entry is the sum of terms below 0.5, each known to what a row's arithmetic is (ROW_LIMIT, 4e-6).
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=2e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ def test_float32_logits_match_a_float32_sampler(device: torch.device) -> None:
         alone = hf.linear_token_logprobs(hidden, weight, tokens, logits_dtype=logits_dtype)
         errors.append([(result.logprobs - exact.logprobs).abs() for result in (out, alone)])
     for unrounded, rounded in zip(*errors, strict=True):
-        worst("logprobs", unrounded, 1e-5)
+        worst("logprobs", unrounded, 1e-5)  # LOGPROB_LIMIT, and a sum of 24 products of size 5 in all: 12 roundings
         assert rounded.max() > 1e-3  # what it is for
 
 

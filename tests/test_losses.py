@@ -178,11 +178,12 @@ def test_metrics(device: torch.device) -> None:
         logprobs, advantages, old_logprobs=old, ref_logprobs=old, mask=mask, objective=objective
     )
     values = {key: value.item() for key, value in out.metrics().items()}
+    close = 2e-6  # expm1 to two units of 0.65 in a difference of 0.15: 32 roundings
     x = torch.tensor([0.0, 0.5, -0.5, 0.0, 0.0], dtype=torch.float64)
-    assert values.pop("ratio_mean") == pytest.approx(x.exp().mean().item(), rel=1e-6)
+    assert values.pop("ratio_mean") == pytest.approx(x.exp().mean().item(), rel=close)
     assert values.pop("clip_fraction") == pytest.approx(2 / 5)  # r = 1.65 with A > 0 and r = 0.61 with A < 0
-    assert values.pop("approx_kl") == pytest.approx((x.exp() - x - 1).mean().item(), rel=1e-6)
-    assert values.pop("kl_ref") == pytest.approx(((-x).exp() + x - 1).mean().item(), rel=1e-6)
+    assert values.pop("approx_kl") == pytest.approx((x.exp() - x - 1).mean().item(), rel=close)
+    assert values.pop("kl_ref") == pytest.approx(((-x).exp() + x - 1).mean().item(), rel=close)
     assert values.pop("hysteretic_weight") == 1.0
     assert values.pop("positive_fraction") == 0.5
     assert values.pop("active_fraction") == 1.0  # the KL term reaches every unmasked row
@@ -192,8 +193,8 @@ def test_metrics(device: torch.device) -> None:
     psi = 1.5 * torch.tanh(x / 1.5)
     zeta = torch.log1p(psi.exp()) ** 1.5 + (torch.log1p((-psi).exp()) / 0.8) ** 2
     assert fidelity["psi_mean"].item() == pytest.approx(psi.mean().item(), abs=1e-7)
-    assert fidelity["hazard_mean"].item() == pytest.approx(zeta.mean().item(), rel=1e-6)
-    assert fidelity["survival_mean"].item() == pytest.approx((-zeta).exp().mean().item(), rel=1e-6)
+    assert fidelity["hazard_mean"].item() == pytest.approx(zeta.mean().item(), rel=close)
+    assert fidelity["survival_mean"].item() == pytest.approx((-zeta).exp().mean().item(), rel=close)
     assert fidelity["active_fraction"].item() == pytest.approx(4 / 5)
     assert {"clip_fraction", "kl_ref", "hysteretic_weight", "entropy"}.isdisjoint(fidelity)
 
