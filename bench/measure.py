@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,39 +16,32 @@ Run = Callable[[], object]
 FLUSH_BYTES = 512 << 20
 
 
-class Clock(ABC):
-    """Seconds that one call takes."""
-
-    @abstractmethod
-    def time(self, run: Run) -> float:
-        """Call ``run`` once. Its result is freed after the clock has stopped: that cost is the caller's."""
+Clock = Callable[[Run], float]
 
 
-class CpuClock(Clock):
-    """Wall time. No cache is flushed: the logits of every named shape are larger than it."""
+def cpu_clock(run: Run) -> float:
+    """Wall time of one call, in seconds; the result is freed after the clock has stopped.
 
-    def time(self, run: Run) -> float:
-        start = time.perf_counter()
-        result = run()
-        seconds = time.perf_counter() - start
-        del result
-        return seconds
+    No cache is flushed: the logits of every named shape are larger than it.
+    """
+    start = time.perf_counter()
+    result = run()
+    seconds = time.perf_counter() - start
+    del result
+    return seconds
 
 
-class CudaClock(Clock):
-    """Time between two events on the device, with a cold L2.
+def cuda_clock(device: torch.device) -> Clock:
+    """A clock of the time between two events on the device, with a cold L2.
 
-    The flush also keeps the device busy while the host enqueues ``run``, as a training step's preceding work does:
+    The flush also keeps the device busy while the host enqueues the run, as a training step's preceding work does:
     launch overhead shows only where it exceeds that.
     """
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
-
-    def time(self, run: Run) -> float:
+    def clock(run: Run) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self.flush.zero_()
+        flush.zero_()
         start.record()
         result = run()
         end.record()
@@ -57,10 +49,18 @@ class CudaClock(Clock):
         del result
         return float(start.elapsed_time(end)) / 1e3
 
+    return clock
+
 
 def clock_for(device: torch.device) -> Clock:
     """The clock of ``device``."""
-    return CudaClock(device) if device.type == "cuda" else CpuClock()
+    return cuda_clock(device) if device.type == "cuda" else cpu_clock
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ def refuse_synchronising(task: Task) -> None:
 def captured(task: Task) -> Task:
     """The task with its run, forward included, in a CUDA graph, of which the timed run is a replay; on CUDA only.
 
-    Three runs before, on a stream of their own: allocator and libraries set up there what must not be captured. What a
-    run returns lives as long as the graph.
+    Three runs before, on a stream of their own: allocator and libraries set themselves up there, which must not be
+    captured. The result of a run lives as long as the graph.
 
     Raises:
         Synchronises: see :func:`refuse_synchronising`.
@@ -124,7 +124,7 @@ def captured(task: Task) -> Task:
 
 @dataclass(frozen=True)
 class Failure:
-    """A task that raised, and what."""
+    """A task that raised, and its error."""
 
     name: str
     error: Exception
@@ -135,8 +135,7 @@ def rounds(
 ) -> Iterator[dict[str, float] | Failure]:
     """Time every task once per round, in an order that rotates from round to round.
 
-    What disturbs a machine (its clock rate, its neighbours) then disturbs all tasks alike, none always runs behind
-    the same other one, and a ratio can be taken within a round. A task that raises is yielded as a
+    A disturbance (the clock rate, neighbours) then disturbs all tasks alike, none always runs behind the same other one, and a ratio can be taken within a round. A task that raises is yielded as a
     :class:`Failure` and dropped; its round is completed by the others.
 
     Args:
@@ -157,7 +156,7 @@ def rounds(
         for name in names[shift:] + names[:shift]:
             try:
                 alive[name].before()
-                seconds[name] = clock.time(alive[name].run)
+                seconds[name] = clock(alive[name].run)
             except Exception as error:  # a provider's code: anything can come
                 del alive[name]
                 # Its frames hold what the provider had allocated, which the others of this round may need.
@@ -169,8 +168,8 @@ def rounds(
 def _cpu_peak(run: Run) -> int | None:
     """Peak of PyTorch's CPU allocator during ``run``, from the profiler's record of every allocation and release.
 
-    Resident memory would also count, or miss, what the C library keeps and returns when it likes. Memory allocated
-    before is not in the record; scratch that a kernel gets from the C library by itself is not either.
+    Resident memory would also count, or miss, memory that the C library keeps and returns when it likes. Memory
+    allocated before is not in the record; scratch that a kernel gets from the C library by itself is not either.
     """
     # The profiler announces itself on stderr, through the progress bar. Its logger reads this when it first starts.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -191,7 +190,7 @@ def _cpu_peak(run: Run) -> int | None:
 
 
 def peak_extra_bytes(run: Run, device: torch.device) -> int | None:
-    """Peak memory that one call of ``run`` takes beyond what is allocated now, its result included; None: unknown."""
+    """Peak memory that one call of ``run`` takes beyond the memory allocated now, its result included; None: unknown."""
     if device.type != "cuda":
         return _cpu_peak(run)
     torch.cuda.synchronize(device)
@@ -205,7 +204,7 @@ def peak_extra_bytes(run: Run, device: torch.device) -> int | None:
 
 
 class CpuUse:
-    """How much of the machine's CPUs others take from now on: what decides whether times on a CPU can be believed."""
+    """Share of the machine's CPUs that others take from now on: it decides whether times on a CPU can be believed."""
 
     def __init__(self) -> None:
         self.start = self._read()
