@@ -77,7 +77,13 @@ def parse_shape(text: str) -> Shape:
     try:
         vocabulary, hidden = int(fields.pop("V")), int(fields.pop("H", "0"))
         softcap = float(fields.pop("softcap")) if "softcap" in fields else None
-        if kind != "custom" or fields or vocabulary < 2 or hidden < 0 or not (softcap is None or 0 < softcap < math.inf):
+        if (
+            kind != "custom"
+            or fields
+            or vocabulary < 2
+            or hidden < 0
+            or not (softcap is None or 0 < softcap < math.inf)
+        ):
             raise ValueError(text)
     except (KeyError, ValueError):
         raise ValueError(f"shape: expected one of {', '.join(SHAPES)} or {CUSTOM}, got {text!r}") from None

@@ -122,6 +122,10 @@ def judge(inputs: Inputs, truth: Truth, step: Step, provider: Provider) -> Error
     elif provider.ours:
         broken.append(off("log-probability", size.max().item(), OWN_LOGPROB_LIMIT))
         for part, found in verdict.errors.items():
-            if found.beyond is not None and (told := off(f"gradient of the {part}", found.beyond, OWN_GRADIENT_LIMIT[case.dtype])):
+            if found.beyond is not None and (
+                told := off(f"gradient of the {part}", found.beyond, OWN_GRADIENT_LIMIT[case.dtype])
+            ):
                 broken.append(f"{told} beyond its rounding")
-    return Errors(loss_error, logprob, verdict.errors, *(", ".join(filter(None, each)) for each in (complaints, broken)))
+    return Errors(
+        loss_error, logprob, verdict.errors, *(", ".join(filter(None, each)) for each in (complaints, broken))
+    )

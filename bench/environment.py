@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 import hpo_fused
-from hpo_fused.backend import kernels
 
 
 def cpu_name() -> str:
@@ -64,7 +63,7 @@ def _huge_pages() -> str | None:
         return None
 
 
-# What nvidia-smi calls them, and how they are recorded. The clocks are those of the moment, and the highest.
+# Fields by their names at nvidia-smi and in a result. The clocks are those of the moment, and the highest.
 NVIDIA_SMI = {
     "driver_version": "driver",
     "power.limit": "power_limit_w",
@@ -75,18 +74,12 @@ NVIDIA_SMI = {
 }
 
 
-# Whose versions are recorded where they are installed: they are what is compared with.
+# Distributions that are compared with: their versions are recorded where they are installed.
 PEERS = ("trl", "liger-kernel", "cut-cross-entropy", "transformers")
-
-# Of a GPU at work: NVML's bits of what holds its clocks down (nvmlClocksEventReasons).
-CLOCK_LIMITS = {
-    0x1: "idle", 0x2: "application clocks", 0x4: "power cap", 0x8: "hardware slowdown", 0x10: "sync boost",
-    0x20: "thermal, software", 0x40: "thermal, hardware", 0x80: "power brake", 0x100: "display clocks",
-}  # fmt: skip
 
 
 def _nvidia_smi(gpu: str, fields: Sequence[str]) -> list[str] | None:
-    """What nvidia-smi says of these fields of one GPU; None where it is not there or knows one of them not."""
+    """Values that nvidia-smi gives for these fields of one GPU; None where it is missing or does not know one."""
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", f"--id={gpu}"]
     try:
         said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
@@ -115,22 +108,9 @@ def nvidia_state(gpu: str) -> dict[str, Any]:
 
 
 def nvidia_name(device: torch.device) -> str:
-    """What nvidia-smi knows the GPU by: an index would miss what CUDA_VISIBLE_DEVICES renumbers."""
+    """Name by which nvidia-smi knows the GPU: an index would not survive CUDA_VISIBLE_DEVICES' renumbering."""
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
     return f"GPU-{uuid}" if uuid else str(device.index or 0)
-
-
-def nvidia_clocks(gpu: str) -> tuple[float, list[str]] | None:
-    """The clock of the multiprocessors now, MHz, and what holds it down; None where it cannot be read."""
-    for reasons in ("clocks_event_reasons.active", "clocks_throttle_reasons.active"):  # the newer name, the older one
-        values = _nvidia_smi(gpu, ["clocks.current.sm", reasons])
-        if values is not None and (clock := _float(values[0])) is not None:
-            try:
-                bits = int(values[1], 16)
-            except ValueError:
-                bits = 0
-            return clock, [name for bit, name in CLOCK_LIMITS.items() if bits & bit]
-    return None
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -162,6 +142,8 @@ def environment(device: torch.device) -> dict[str, Any]:
             "hip": torch.version.hip,
         }
         found |= nvidia_state(nvidia_name(device))
-        if kernels is not None:
-            found["launch_parameters"] = kernels.launch.origin(torch.cuda.current_device())
+        if hpo_fused.backend_for(torch.empty(0, device=device)) == "triton":
+            from hpo_fused.kernels.launch import origin
+
+            found["launch_parameters"] = origin(torch.cuda.current_device())
     return found

@@ -114,7 +114,7 @@ class Result:
         environment: versions and hardware.
         settings: those that are not of a case.
         rows: in the order in which they were measured.
-        kernels: of ``compile``: each compiled kernel (``compiled.build.Kernel``) as a dict.
+        kernels: of ``compile``: each compiled kernel (``machine_code.build.Kernel``) as a dict.
         notes: a line for each thing that was left out.
         interrupted: cut short, so that rows and rounds are missing.
     """

@@ -252,7 +252,9 @@ def run_case(case: Case, providers: Sequence[Provider], settings: Settings, rows
         drawn = Drawn.of(case, settings)
         drawn.rows = mine
         for provider in everybody:
-            tell(f"{provider.name}, first call and check" + (f" ({provider.slow_start})" if provider.slow_start else ""))
+            tell(
+                f"{provider.name}, first call and check" + (f" ({provider.slow_start})" if provider.slow_start else "")
+            )
             drawn.check(provider)
         if settings.repeats:
             tell(f"timing at most {settings.repeats} rounds")

@@ -143,7 +143,9 @@ class LogitsTruth(Truth):
         """Of logits [N, V] and tokens [N] in the layout ``shape`` [B, T], a few rows in float64 at a time."""
         parts = [
             reference.token_logprobs(z.double(), y, softcap=softcap)
-            for z, y in zip(*(x.split(max(1, CHUNK_ELEMENTS // logits.shape[-1])) for x in (logits, tokens)), strict=True)
+            for z, y in zip(
+                *(x.split(max(1, CHUNK_ELEMENTS // logits.shape[-1])) for x in (logits, tokens)), strict=True
+            )
         ]
         logprobs, entropies = (torch.cat(values).view(shape) for values in zip(*parts, strict=True))
         z = logits[rows].double().requires_grad_()
@@ -243,7 +245,9 @@ class LinearTruth(Truth):
         """One GEMM and a pass in float64 over its result, a few rows at a time."""
         (count, size), vocabulary, device = hidden.shape, weight.shape[0], hidden.device
         generator = torch.Generator().manual_seed(seed + 2)
-        columns = torch.cat([tokens[rows], torch.randint(vocabulary, (COLUMNS,), generator=generator).to(device)]).unique()
+        columns = torch.cat(
+            [tokens[rows], torch.randint(vocabulary, (COLUMNS,), generator=generator).to(device)]
+        ).unique()
         probes = _signs(size, PROBES, device=device, generator=generator)
         signs = _signs(vocabulary, device=device, generator=generator)
         along = torch.cat([part.double() @ probes for part in _by_rows(weight)])
@@ -279,7 +283,9 @@ class LinearTruth(Truth):
         second = self._judge_weight(inputs, of_weight, c, moved, tolerance)
         return GradientVerdict(first.errors | second.errors, first.complaints + second.complaints)
 
-    def _judge_hidden(self, inputs: Inputs, got: Tensor, c: Tensor, steady: Tensor, tolerance: float) -> GradientVerdict:
+    def _judge_hidden(
+        self, inputs: Inputs, got: Tensor, c: Tensor, steady: Tensor, tolerance: float
+    ) -> GradientVerdict:
         upstream, dtype = inputs.case.upstream, inputs.case.dtype
         floor = PEAKED * c.abs() * inputs.leaves[1].detach()[inputs.tokens.flatten()].double().norm(dim=-1)
         expected = c[self.rows].unsqueeze(-1) * self.directions
@@ -288,9 +294,7 @@ class LinearTruth(Truth):
         along = torch.cat([part.double() @ self.probes for part in _by_rows(got)]) / upstream
         size = torch.cat([part.double().norm(dim=-1) for part in _by_rows(got)]) / upstream
         expected = c.unsqueeze(-1) * self.hidden_probes
-        _, probed = _relative(
-            (along - expected).abs().amax(-1), size.maximum(expected.abs().amax(-1)), floor, steady
-        )
+        _, probed = _relative((along - expected).abs().amax(-1), size.maximum(expected.abs().amax(-1)), floor, steady)
         silent = bool((got[c == 0] == 0).all())
         complaints = [
             off("gradient of hidden", worst, tolerance * ROW_LIMIT[dtype]),

@@ -35,7 +35,7 @@ PROVIDERS: dict[str, Callable[[], Provider]] = {
     "liger:logprobs": LigerLogprobs,
     "liger:chunked": LigerChunked,
     "cce": CutCrossEntropy,
-    "torch:linear_cross_entropy": TorchCrossEntropy,
+    "linear_cross_entropy": TorchCrossEntropy,
 }
 # The others are hpo_fused with a backend that it might not choose itself.
 DEFAULT = [name for name in PROVIDERS if not name.startswith("hpo_fused:")]

@@ -54,7 +54,7 @@ class CutCrossEntropy(Peer):
 class TorchCrossEntropy(Provider):
     """``torch.nn.functional.linear_cross_entropy`` over all rows, chunked: less work than a policy loss."""
 
-    name = "torch:linear_cross_entropy"
+    name = "linear_cross_entropy"
     summary = (
         "torch.nn.functional.linear_cross_entropy (PyTorch >= 2.13), chunked: plain cross entropy of all rows, the "
         f"nearest to the same work; on a CPU in chunks of {CPU_ROWS} rows, acc_policy='compact', since its own choice "

@@ -1,0 +1,523 @@
+"""The commands of ``hpo-fused-bench``."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, cast, get_type_hints
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from hpo_fused import Objective
+
+from . import compare as comparison
+from . import pictures, plan, report
+from . import providers as known
+from .cases import (
+    CUSTOM,
+    DEFAULT_SHAPES,
+    DTYPES,
+    MODES,
+    OPERATIONS,
+    SHAPES,
+    Case,
+    Mode,
+    Operation,
+    cases_of,
+    labels,
+    parse_shape,
+)
+from .environment import environment
+from .machine_code.report import Report, ReportFailed, call_table, kernel_table, run_report
+from .machine_code.targets import TARGETS
+from .providers import Provider, Unavailable
+from .providers.fused import Fused
+from .results import Result
+from .run import Settings, run_case
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False,
+    help="Time the fused policy losses against what people use today, on this machine.",
+)  # fmt: skip
+
+DeviceName = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N; auto is a GPU if there is one.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Few rows and rounds: about a minute on two CPU cores.")]
+Seed = Annotated[int, typer.Option(help="Of the random inputs.")]
+Output = Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")]
+Names = list[str] | None
+
+
+def _option(name: str, text: str) -> Any:
+    return typer.Option(f"--{name}", help=f"{text}; repeatable.")
+
+
+@dataclass
+class CaseOptions:
+    """Options of every command that measures cases; a command's parameter of this type is replaced by them."""
+
+    op: Annotated[Names, _option("op", f"Of {', '.join(OPERATIONS)} (policy_loss; memory: and linear_policy_loss)")] = (
+        None
+    )
+    shape: Annotated[Names, _option("shape", f"Named shape (see `shapes`) or {CUSTOM} (two, by device)")] = None
+    tokens: Annotated[list[int] | None, _option("tokens", "Rows (by operation and device)")] = None
+    dtype: Annotated[Names, _option("dtype", f"Of {', '.join(DTYPES)} (bf16; accuracy: and fp32)")] = None
+    objective: Annotated[Names, _option("objective", "A preset of hpo_fused.Objective (mhpo_ahpo)")] = None
+    inactive: Annotated[list[float] | None, _option("inactive", "Share of responses with zero advantage (0)")] = None
+    mode: Annotated[Names, _option("mode", f"Of {', '.join(MODES)} (both); backward: its forward is not timed")] = None
+    ragged: Annotated[bool, typer.Option("--ragged", help="Responses of different lengths, padded and masked.")] = False
+    inplace: Annotated[bool, typer.Option("--inplace", help="Who can writes the gradient over the logits.")] = False
+    chunk_mib: Annotated[
+        float | None, typer.Option(min=0.0, help="Linear operations: memory for a chunk's logits, MiB (chunk_bytes).")
+    ] = None
+    provider: Annotated[Names, _option("provider", "See `providers`, or module:Class (all that run unasked)")] = None
+
+    def cases(
+        self, device: torch.device, tokens: Callable[[Operation], Sequence[int]], *,
+        op: Sequence[str] = ("policy_loss",), dtype: Sequence[str] = ("bf16",), cuda_graph: bool = False,
+    ) -> list[Case]:  # fmt: skip
+        """Every combination; BadParameter for names that there are not. The arguments stand in for missing options."""
+        axes = {
+            "op": self.op or op, "dtype": self.dtype or dtype, "objective": self.objective or ["mhpo_ahpo"],
+            "mode": self.mode or ["both"],
+        }  # fmt: skip
+        expected = {"op": OPERATIONS, "dtype": DTYPES, "objective": Objective.presets(), "mode": MODES}
+        for name, values in axes.items():
+            check_known(f"--{name}", values, expected[name])
+        if any(not 0 <= share <= 1 for share in self.inactive or ()) or any(count < 1 for count in self.tokens or ()):
+            raise typer.BadParameter("--inactive: expected shares of 0 to 1; --tokens: expected 1 at least")
+        if cuda_graph and (device.type != "cuda" or "backward" in axes["mode"]):
+            raise typer.BadParameter(
+                "--cuda-graph: expected a GPU, and mode forward or both, whose forward is captured"
+            )
+        try:
+            shapes = [parse_shape(name) for name in self.shape or DEFAULT_SHAPES[device.type]]
+            cases = [
+                case
+                for one in cast(Sequence[Operation], axes["op"])
+                for case in cases_of(
+                    [one],
+                    shapes,
+                    self.tokens or tokens(one),
+                    axes["dtype"],
+                    axes["objective"],
+                    self.inactive or [0.0],
+                    cast(Sequence[Mode], axes["mode"]),
+                    ragged=self.ragged,
+                    inplace=self.inplace,
+                    chunk_mib=self.chunk_mib,
+                    cuda_graph=cuda_graph,
+                )  # fmt: skip
+            ]
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+        for case in cases:
+            row = case.shape.vocabulary * case.torch_dtype.itemsize
+            if case.chunk_bytes is not None and case.chunk_bytes < row:
+                raise typer.BadParameter(f"--chunk-mib: expected a row of logits ({row} bytes) at least")
+        return list(dict.fromkeys(cases))
+
+    def providers(self, device: torch.device) -> list[Provider]:
+        """Providers by name; none named: the device's defaults."""
+        try:
+            return [known.create(name) for name in dict.fromkeys(self.provider or known.defaults(device))]
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+
+
+def takes_cases(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with its parameter ``options`` replaced by one for each field of :class:`CaseOptions`."""
+    hints = get_type_hints(CaseOptions, include_extras=True)
+
+    @functools.wraps(command)
+    def replaced(**values: Any) -> None:
+        command(CaseOptions(**{name: values.pop(name) for name in hints}), **values)
+
+    own = inspect.signature(command, eval_str=True)
+    fields = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=getattr(CaseOptions, name), annotation=hint)
+        for name, hint in hints.items()
+    ]
+    others = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in list(own.parameters.values())[1:]]
+    replaced.__signature__ = inspect.Signature([*fields, *others])  # type: ignore[attr-defined]
+    replaced.__annotations__ = {one.name: one.annotation for one in (*fields, *others)}
+    return replaced
+
+
+def device_of(name: str) -> torch.device:
+    """The device of that name, made the current one; auto is a GPU if there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"--device: expected cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise typer.BadParameter(f"--device: PyTorch sees {count} GPUs, got {name!r}")
+        torch.cuda.set_device(device)
+        device = torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def check_known(option: str, names: Iterable[str], expected: Iterable[str]) -> None:
+    """Raise BadParameter for the first name that is not expected."""
+    expected = list(expected)
+    for name in names:
+        if name not in expected:
+            raise typer.BadParameter(f"{option}: expected one of {', '.join(expected)}, got {name!r}")
+
+
+def check_writable(output: Path | None) -> None:
+    """Refuse a file that cannot be written now, not after minutes of work."""
+    if output is None:
+        return
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.open("a", encoding="utf-8").close()
+    except OSError as error:
+        raise typer.BadParameter(f"cannot write {output}: {error.strerror}") from None
+
+
+def read(path: Path) -> Result:
+    """The result in a file; BadParameter where there is none."""
+    try:
+        return Result.read(path)
+    except OSError as error:
+        raise typer.BadParameter(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def default_tokens(operation: Operation, device: torch.device, quick: bool) -> int:
+    """Rows where none were asked for: on a CPU few enough that a round of everything takes seconds."""
+    if operation == "logprob_policy_loss":
+        return 65536
+    full = 8192 if device.type == "cuda" else 256 if operation.startswith("linear_") else 1024
+    return full // 4 if quick else full
+
+
+def launch_of(text: str) -> tuple[int, int, int]:
+    """THREADS,LOADS,ROWS as numbers."""
+    try:
+        threads, loads, rows = (int(part) for part in text.split(","))
+        if min(threads, loads, rows) < 1:
+            raise ValueError(text)
+    except ValueError:
+        raise typer.BadParameter(
+            f"--launch: expected THREADS,LOADS,ROWS, three positive integers, got {text!r}"
+        ) from None
+    return threads, loads, rows
+
+
+def measure(
+    result: Result, cases: Sequence[Case], providers: Sequence[Provider], settings: Settings, *, named: bool = False
+) -> None:
+    """Every case into ``result``, which holds what is finished however this ends.
+
+    ``named``: the providers were asked for by name, so that one without an operation says so in a row.
+    """
+    err, names = Console(stderr=True, highlight=False), labels(cases)
+    try:
+        for case in cases:
+            able = [one for one in providers if named or case.operation in one.operations()]
+            run_case(
+                case, able, settings, result.rows,
+                lambda line, name=names[case]: err.print(f"{name}: {line}", style="dim", markup=False, soft_wrap=True),
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        result.interrupted = True
+
+
+def finish(result: Result, output: Path | None) -> None:
+    """Show and write the result, and end: 130 if it was interrupted, 1 if something was wrong."""
+    out = Console(highlight=False)
+    report.show(result, out)
+    if output is not None:
+        result.write(output)
+        out.print(f"Wrote {output}", soft_wrap=True)
+    if result.interrupted:
+        raise typer.Exit(INTERRUPTED)
+    if any(row.complaint for row in result.rows):
+        raise typer.Exit(1)
+
+
+@app.command()
+@takes_cases
+def speed(
+    options: CaseOptions,
+    cuda_graph: Annotated[
+        bool, typer.Option("--cuda-graph", help="Time replays of a CUDA graph: no host work.")
+    ] = False,
+    launch: Annotated[Names, _option("launch", "THREADS,LOADS,ROWS: hpo_fused launched with these, too")] = None,
+    device: DeviceName = "auto",
+    repeats: Annotated[int | None, typer.Option(min=1, help="Rounds at most (100 on a GPU, 20 on a CPU).")] = None,
+    budget: Annotated[
+        float | None, typer.Option(min=0.0, help="Seconds of timing per case (30), though three rounds at least.")
+    ] = None,
+    quick: Quick = False,
+    seed: Seed = 0,
+    output: Output = None,
+) -> None:
+    """Time against eager PyTorch, torch.compile, other projects, and a bare copy of the logits or bare GEMMs.
+
+    Every combination of the options is a case. Every provider is first held against float64; one that differs is
+    reported and not timed. Then all run once per round, in rotating order. The exit status is 1 if a provider was wrong
+    or failed, or if hpo_fused misses a limit of its own.
+    """
+    where = device_of(device)
+    cases = options.cases(where, lambda op: [default_tokens(op, where, quick)], cuda_graph=cuda_graph)
+    launched = [Fused("auto" if where.type == "cuda" else "triton", launch_of(text)) for text in launch or ()]
+    repeats = repeats or (10 if quick else 100 if where.type == "cuda" else 20)
+    settings = Settings(where, repeats, budget if budget is not None else 10.0 if quick else 30.0, seed)
+    providers = [*options.providers(where), *launched]
+    check_writable(output)
+    result = Result("speed", environment(where), {"repeats": repeats, "budget": settings.budget, "seed": seed})
+    measure(result, cases, providers, settings, named=bool(options.provider))
+    finish(result, output)
+
+
+@app.command()
+@takes_cases
+def accuracy(options: CaseOptions, device: DeviceName = "auto", seed: Seed = 0, output: Output = None) -> None:
+    """Hold every provider against float64: loss, log-probabilities, entropies and gradients.
+
+    Nothing is timed. The exit status is 1 if a provider was wrong or failed, or if hpo_fused misses a limit of its own.
+    """
+    where = device_of(device)
+    untimed("accuracy", options, options.cases(where, lambda op: [256], dtype=("bf16", "fp32")), where, seed, output)
+
+
+@app.command()
+@takes_cases
+def memory(
+    options: CaseOptions, device: DeviceName = "auto", quick: Quick = False, seed: Seed = 0, output: Output = None
+) -> None:
+    """Peak memory against the number of tokens. Results are held against float64, and nothing is timed."""
+    where = device_of(device)
+    sizes = [1024, 2048, 4096, 8192, 16384] if where.type == "cuda" else [64, 128, 256, 512]
+    cases = options.cases(where, lambda op: sizes[: 3 if quick else None], op=("policy_loss", "linear_policy_loss"))
+    untimed("memory", options, cases, where, seed, output)
+
+
+def untimed(
+    command: str, options: CaseOptions, cases: Sequence[Case], device: torch.device, seed: int, output: Path | None
+) -> None:
+    """Check every case and take its memory, and end the command."""
+    providers = options.providers(device)
+    check_writable(output)
+    result = Result(command, environment(device), {"seed": seed})
+    measure(result, cases, providers, Settings(device, 0, 0.0, seed), named=bool(options.provider))
+    finish(result, output)
+
+
+@app.command("all")
+def all_(
+    output: Annotated[Path, typer.Option(help="Folder for result.json, report.md and pictures.")],
+    budget: Annotated[float, typer.Option(min=0.0, help="Seconds after which nothing more is begun.")] = 480.0,
+    quick: Annotated[bool, typer.Option("--quick", help="The short plan.")] = False,
+    device: DeviceName = "auto",
+    seed: Seed = 0,
+) -> None:
+    """Measure a fixed plan (bench/plan.py), the most important first, and write a report with pictures.
+
+    The report is written anew after each case, so that Ctrl-C and a used budget leave everything that was measured. The
+    exit status is 1 if a provider was wrong or failed, or if hpo_fused misses a limit of its own.
+    """
+    where, deadline = device_of(device), time.monotonic() + budget
+    check_writable(output / "result.json")
+    result = Result("all", environment(where), {"budget": budget, "quick": quick, "seed": seed})
+    todo = [(part, case) for part in plan.PLANS[where.type, quick] for case in part.cases()]
+    names = labels(case for _, case in todo)
+    for part, case in todo:
+        if result.interrupted or time.monotonic() > deadline:
+            result.notes.append(f"{names[case]}: not begun, as the budget of {budget:g} s was used")
+            continue
+        wanted = [name for name in known.defaults(where) if part.compiled or where.type != "cpu" or name != "compile"]
+        settings = Settings(where, 100 if part.timed else 0, plan.SECONDS_PER_CASE[where.type], seed)
+        measure(result, [case], [known.create(name) for name in wanted], settings)
+        write_report(result, output)
+    if not quick and not result.interrupted and time.monotonic() <= deadline:
+        try:
+            compiled = compile_kernels(plan.COMPILED_TARGETS, "", False)
+            result.kernels = [dataclasses.asdict(kernel) for kernel in compiled.kernels]
+            result.notes += compiled.broken
+        except ReportFailed as error:
+            result.notes.append(f"machine code: {error}")
+        except KeyboardInterrupt:
+            result.interrupted = True
+    write_report(result, output)
+    finish(result, output / "result.json")
+
+
+def write_report(result: Result, folder: Path) -> None:
+    """Write result.json, report.md and, where matplotlib is installed, pictures."""
+    result.write(folder / "result.json")
+    try:
+        drawn = pictures.draw(result, folder)
+    except ModuleNotFoundError:
+        drawn = []
+    (folder / "report.md").write_text(report.markdown(result, drawn), encoding="utf-8")
+
+
+@app.command("report")
+def report_(
+    file: Annotated[Path, typer.Argument(help="A result of any command, written with --output.")],
+    pictures_to: Annotated[
+        Path | None, typer.Option("--pictures", help="Write report.md and pictures to this folder instead.")
+    ] = None,
+) -> None:
+    """Print a result as markdown, or write it with pictures."""
+    result = read(file)
+    if pictures_to is None:
+        typer.echo(report.markdown(result), nl=False)
+        return
+    try:
+        pictures_to.mkdir(parents=True, exist_ok=True)
+        drawn = pictures.draw(result, pictures_to)
+        (pictures_to / "report.md").write_text(report.markdown(result, drawn), encoding="utf-8")
+    except ModuleNotFoundError as error:
+        typer.echo(f"pictures need {error.name}: pip install 'hpo-fused[bench]'", err=True)
+        raise typer.Exit(2) from None
+    typer.echo(f"Wrote {', '.join(['report.md', *drawn])} to {pictures_to}")
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="The base.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="The new one.")],
+    worse_than: Annotated[
+        float | None,
+        typer.Option(min=1.0, help="Exit with 1 where a row of hpo_fused is worse by more than this factor."),
+    ] = None,
+) -> None:
+    """Two results side by side, joined by case and provider.
+
+    With `--worse-than` the exit status is 1 where hpo_fused's time or peak memory in B is more than that many times A's,
+    or a row of it that was ok in A is not in B; it is 2 where no row of it is in both.
+    """
+    results = read(first), read(second)
+    found = comparison.pairs(*results)
+    out = Console(highlight=False)
+    comparison.table(found).print(out)
+    for line in comparison.differences(*results):
+        out.print(line, style="dim", markup=False)
+    if comparison.other_machine(*results):
+        out.print("Different machines: their times are no comparison of the code.", style="yellow")
+    lone = {len(result.rows) - len(found) for result in results}
+    if lone != {0}:
+        out.print(
+            f"Rows in one file only: {' and '.join(str(len(r.rows) - len(found)) for r in results)}.", style="yellow"
+        )
+    ours = [pair for pair in found if pair.first.ours]
+    if not ours:
+        out.print("No row of hpo_fused is in both.", style="red")
+        raise typer.Exit(2)
+    names = labels(pair.first.case for pair in found)
+    told = [
+        f"{names[pair.first.case]}: {pair.first.provider} {words}"
+        for pair in ours
+        if worse_than is not None and (words := pair.worse(worse_than))
+    ]
+    for line in told:
+        out.print(line, style="red", markup=False)
+    if told:
+        raise typer.Exit(1)
+
+
+def compile_kernels(targets: Sequence[str], only: str, every: bool) -> Report:
+    """The report, its progress on stderr."""
+    with Console(stderr=True).status(f"compiling for {', '.join(targets)}") as status:
+        return run_report(targets, only, every, progress=status.update)
+
+
+@app.command("compile")
+def compile_(
+    target: Annotated[Names, _option("target", f"Of {', '.join(TARGETS)} (all)")] = None,
+    only: Annotated[str, typer.Option(help="Only calls whose name contains this, on each target.")] = "",
+    every: Annotated[bool, typer.Option("--every", help="Every call on each target, not the core set.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Exit with 1 if a limit is broken.")] = False,
+    output: Output = None,
+) -> None:
+    """Compile the kernels that public calls launch, without a GPU: registers, spills, accesses, instructions.
+
+    The limits: nothing spills; main loops access memory 16 bytes at a time; a main loop takes at most 1.15
+    special-function operations per element, and both sweeps together 18 instructions (22 with the entropy), softcap
+    apart. A kernel that does not compile breaks them, too; the exit status is 2 where none does.
+    """
+    check_known("--target", target or (), TARGETS)
+    check_writable(output)
+    out = Console(highlight=False)
+    try:
+        found = compile_kernels(list(dict.fromkeys(target or TARGETS)), only, every or bool(target))
+    except ReportFailed as error:
+        typer.echo(f"hpo-fused-bench compile: {error}", err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+    kernels = [dataclasses.asdict(kernel) for kernel in found.kernels]
+    if (view := kernel_table(kernels)) is not None:
+        view.print(out)
+        call_table(found.public).print(out)
+    out.print()
+    for line in found.broken:
+        out.print(line, style="red", markup=False, soft_wrap=True)
+    said = f"{len(found.broken)} limits broken" if found.broken else "all limits hold"
+    out.print(f"{len(kernels)} kernels compiled, {said}.", style="bold")
+    if output is not None:
+        Result("compile", environment(torch.device("cpu")), kernels=kernels, notes=found.broken).write(output)
+    if not kernels:
+        raise typer.Exit(2)
+    if check and found.broken:
+        raise typer.Exit(1)
+
+
+@app.command()
+def providers(device: DeviceName = "auto") -> None:
+    """List the providers, with the version that would run here or the reason why none would.
+
+    `--provider module:Class` takes classes outside this package, too: see docs/benchmark.md.
+    """
+    where, out = device_of(device), Console(highlight=False)
+    view = RichTable.grid("", "", padding=(0, 2, 1, 0))
+    for name in known.PROVIDERS:
+        one = known.create(name)
+        try:
+            usable = one.available(where)
+        except Unavailable as reason:
+            usable = f"no: {reason}"
+        lines = [usable, one.summary, f"operations: {', '.join(one.operations())}"]
+        lines += [f"leaves out: {one.leaves_out}"] if one.leaves_out else []
+        view.add_row(name + " *" * (name in known.defaults(where)), "\n".join(lines))
+    out.print(view, markup=False)
+    out.print("* measured by default, on the operations that it has.", style="dim")
+
+
+@app.command()
+def shapes() -> None:
+    """List the named shapes."""
+    view = RichTable("shape", "vocabulary", "hidden", "softcap", "why", box=None, pad_edge=False)
+    for shape in SHAPES.values():
+        softcap = "–" if shape.softcap is None else f"{shape.softcap:g}"
+        view.add_row(shape.name, str(shape.vocabulary), str(shape.hidden), softcap, shape.why)
+    view.add_row(CUSTOM, "N", "N or –", "C or –", "any other")
+    Console(highlight=False).print(view, markup=False)
+
+
+@app.command()
+def env(device: DeviceName = "auto") -> None:
+    """Print the part of a result that describes this machine."""
+    for key, value in environment(device_of(device)).items():
+        typer.echo(f"{key}: {'–' if value is None else value}")

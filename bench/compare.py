@@ -1,0 +1,79 @@
+"""Two results side by side: rows of equal cases and providers, the ratio of their times and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .cases import labels
+from .results import Result, Row
+from .tables import MIB, NOTHING, Table, number
+
+# The machine is another one where one of these differs; the rest of an environment is told and refused by nobody.
+MACHINE = ("platform", "device", "cpu", "gpu", "threads")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Rows of A and B that measured the same."""
+
+    first: Row
+    second: Row
+
+    @property
+    def time(self) -> float | None:
+        """Time of B over A's; None where one was not timed."""
+        return _ratio(self.second.median_s, self.first.median_s)
+
+    @property
+    def memory(self) -> float | None:
+        """Peak memory of B over A's; None where one was not taken."""
+        return _ratio(self.second.peak_bytes, self.first.peak_bytes)
+
+    def worse(self, threshold: float) -> str:
+        """How B is worse, by more than ``threshold`` times or by its status, or ""."""
+        if self.first.status == "ok" and self.second.status != "ok":
+            return f"is {self.second.status}: {self.second.note}"
+        ratios = {"time": self.time, "peak memory": self.memory}
+        return ", ".join(f"{name} {number(v)}×" for name, v in ratios.items() if v is not None and v > threshold)
+
+
+def _ratio(second: float | None, first: float | None) -> float | None:
+    return second / first if second is not None and first else None
+
+
+def pairs(first: Result, second: Result) -> list[Pair]:
+    """Joined by case and provider, in the order of A."""
+    others = {(row.case, row.provider): row for row in second.rows}
+    return [Pair(row, others[row.case, row.provider]) for row in first.rows if (row.case, row.provider) in others]
+
+
+def differences(first: Result, second: Result) -> Iterator[str]:
+    """A line for each entry of the environments that differs, the date apart."""
+    for name in dict.fromkeys([*first.environment, *second.environment]):
+        a, b = (result.environment.get(name) for result in (first, second))
+        if a != b and name != "created":
+            yield f"{name}: {a} → {b}"
+
+
+def other_machine(first: Result, second: Result) -> bool:
+    """Whether the two were measured on different machines."""
+    return any(first.environment.get(name) != second.environment.get(name) for name in MACHINE)
+
+
+def table(found: list[Pair]) -> Table:
+    """Times and peaks of both."""
+    names = labels(pair.first.case for pair in found)
+    headings = ("case", "provider", "A ms", "B ms", "B÷A", "A÷limit", "B÷limit", "A MiB", "B MiB", "B÷A")
+    view = Table("B against A", headings)
+    for pair in found:
+        both = (pair.first, pair.second)
+        view.add(
+            names[pair.first.case], pair.first.provider,
+            *(NOTHING if row.median_s is None else number(1e3 * row.median_s) for row in both), number(pair.time),
+            *(number(row.over_limit) for row in both),
+            *(NOTHING if row.peak_bytes is None else number(row.peak_bytes / MIB) for row in both), number(pair.memory),
+            bold=pair.first.ours,
+        )  # fmt: skip
+    view.notes = ["÷limit: where it did not change and the time did, so did the machine."]
+    return view

@@ -1,0 +1,152 @@
+"""Calls of the public functions that together reach every kernel and code path. Needs no Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hpo_fused as hf
+from hpo_fused.bench.cases import DTYPES, Operation
+
+VOCABULARY = 151936  # the launch settings depend on the row's length
+ROWS, HIDDEN = 2, 16
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call, on CPU tensors that nothing is computed from.
+
+    Args:
+        name: how it is reported.
+        operation: the public function.
+        core: compiled for every target.
+        dtype: of logits or hidden states.
+        objective: a preset, or the arguments of ``Objective.from_...``: see ``overrides``.
+        overrides: of the preset.
+        gradient: backward is called too; else the call is under no_grad.
+        loss_factor: the loss is multiplied by it before backward.
+        unaligned: logits start 2 bytes (an element) off a 16-byte boundary, so that gradients are stored narrowly.
+        old, ref, weights, per_token, packed, statistics: which optional arguments are given, and in which layout.
+        arguments: further ones, such as softcap.
+    """
+
+    name: str
+    operation: Operation = "policy_loss"
+    core: bool = False
+    dtype: str = "bf16"
+    objective: str = "mhpo_ahpo"
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    gradient: bool = True
+    loss_factor: float = 1.0
+    unaligned: bool = False
+    old: bool = True
+    ref: bool = False
+    weights: bool = False
+    per_token: bool = False
+    packed: bool = False
+    statistics: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def softcap(self) -> bool:
+        return "softcap" in self.arguments
+
+    @property
+    def entropy(self) -> bool:
+        """Whether the entropy is computed beside the loss."""
+        return bool(self.arguments.get("entropy", True))
+
+    @property
+    def roles(self) -> set[str]:
+        """Main loops that the call's kernels must have together."""
+        if self.operation == "logprob_policy_loss":
+            return set()
+        return {"statistics", "gradient"} if self.gradient else {"statistics"}
+
+    def run(self) -> None:
+        """Call the function, and backward."""
+        shape = (ROWS,) if self.packed else (1, ROWS)
+        options: dict[str, Any] = {"backend": "triton", **self.arguments}
+        values = torch.zeros(shape)
+        if self.packed:
+            options["cu_seqlens"] = torch.tensor([0, 1, ROWS], dtype=torch.int32)
+        else:
+            options["mask"] = torch.ones(shape, dtype=torch.bool)
+        tokens = torch.zeros(shape, dtype=torch.int64)
+        if self.operation.endswith("policy_loss"):
+            options["objective"] = hf.Objective.preset(self.objective, **self.overrides)
+            options["old_logprobs"] = values if self.old else None
+            options["ref_logprobs"] = values if self.ref else None
+            options["token_weights"] = torch.ones(shape) if self.weights else None
+            if self.statistics:
+                responses = torch.ones(2 if self.packed else 1)
+                options["statistics"] = hf.BatchStatistics.from_batch(
+                    responses, options.get("mask"), cu_seqlens=options.get("cu_seqlens")
+                )
+            advantages = torch.ones(shape if self.per_token else (2 if self.packed else 1,))
+            options["advantages"] = advantages
+        elif self.packed:
+            del options["cu_seqlens"]
+        with torch.set_grad_enabled(self.gradient):
+            inputs = self._inputs(shape)
+            leaf = inputs[0].requires_grad_(self.gradient)
+            if self.arguments.get("inplace"):
+                inputs = (leaf * 1, *inputs[1:])  # not a leaf, as an LM head's output
+            ids = () if self.operation == "logprob_policy_loss" else (tokens,)
+            out = getattr(hf, self.operation)(*inputs, *ids, **options)
+            root = out.loss if self.operation.endswith("policy_loss") else out.logprobs.sum() + out.entropy.sum()
+        if self.gradient:
+            (root * self.loss_factor).backward()
+
+    def _inputs(self, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+        dtype = DTYPES[self.dtype]
+        if self.operation == "logprob_policy_loss":
+            return (torch.zeros(shape),)
+        if self.operation.startswith("linear_"):
+            weight = torch.zeros(VOCABULARY, HIDDEN, dtype=dtype)
+            return torch.zeros(*shape, HIDDEN, dtype=dtype), weight.requires_grad_(self.gradient)
+        width = VOCABULARY + 8 if self.unaligned else VOCABULARY
+        logits = torch.zeros(*shape, width, dtype=dtype)
+        return (logits[..., 1 : VOCABULARY + 1] if self.unaligned else logits,)
+
+
+FULL = {"ref": True, "overrides": {"kl_coef": 0.1, "entropy_coef": 0.01}}  # both terms beside the surrogate
+
+CALLS = (
+    # The least and the most that each kernel does, the widest element and the narrow stores.
+    Call("default", core=True),
+    Call("no entropy", core=True, arguments={"entropy": False}),
+    Call("KL and entropy", core=True, **FULL),
+    Call("KL and entropy, fp32", core=True, dtype="fp32", **FULL),
+    Call("clip, softcap, KL and entropy", core=True, objective="dapo", arguments={"softcap": 30.0}, **FULL),
+    Call("truncated ratio, unaligned", core=True, objective="cispo", unaligned=True),
+    Call("sequence level", core=True, objective="gspo"),
+    Call("log-probabilities and entropies", "token_logprobs", core=True),
+    Call("log-probabilities, softcap", "token_logprobs", core=True, arguments={"softcap": 30.0}),
+    Call("loss of log-probabilities", "logprob_policy_loss", core=True, ref=True, overrides={"kl_coef": 0.1}),
+    # The other code paths.
+    Call("no entropy, fp32", dtype="fp32", arguments={"entropy": False}),
+    Call("clip, on-policy", objective="grpo", old=False),
+    Call("soft gate", objective="sapo"),
+    Call("forward alone", gradient=False),
+    Call("in place", arguments={"inplace": True}),
+    Call("scaled gradient", loss_factor=2.0),
+    Call("scaled gradient, fp32", dtype="fp32", loss_factor=2.0),
+    Call("fp16", dtype="fp16"),
+    Call("fp16, KL and entropy", dtype="fp16", **FULL),
+    Call("packed, everything", packed=True, per_token=True, weights=True, statistics=True, **FULL),
+    Call("padded, everything", per_token=True, weights=True, statistics=True, **FULL),
+    Call(
+        "temperature, constant length", objective="dr_grpo", overrides={"max_length": 4}, arguments={"temperature": 0.7}
+    ),
+    Call("sequence level, packed", objective="gspo", packed=True, **FULL),
+    Call("log-probabilities, fp32", "token_logprobs", dtype="fp32"),
+    Call("log-probabilities, forward alone", "token_logprobs", gradient=False),
+    Call("loss of log-probabilities, sequence level", "logprob_policy_loss", objective="gspo", packed=True),
+    Call("hidden states", "linear_policy_loss", arguments={"active_count": ROWS}),
+    Call("hidden states, log-probabilities", "linear_token_logprobs", arguments={"active_count": ROWS}),
+)

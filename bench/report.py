@@ -1,0 +1,186 @@
+"""A result for people: tables of times, errors, memory and kernels, for the terminal and as markdown."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+from rich.console import Console
+
+from .cases import Case, labels
+from .machine_code.report import kernel_table
+from .results import Result, Row
+from .tables import MIB, NOTHING, Table, error, number
+from .truth import OWN_GRADIENT_LIMIT, OWN_LOGPROB_LIMIT, ROWS
+
+BUSY = 0.1  # share of the CPUs in use by others from which a warning is printed
+
+
+def by_case(rows: Sequence[Row]) -> Iterator[tuple[Case, list[Row]]]:
+    """Rows in the order in which they were measured, those of one case together."""
+    for case, group in groupby(rows, key=lambda row: row.case):
+        yield case, list(group)
+
+
+def rate(row: Row) -> tuple[float | None, str]:
+    """The speed that a row reached, of the work that nobody can avoid, and its unit."""
+    work = row.case.work()
+    if work is None or row.median_s is None:
+        return None, ""
+    amount, unit = work
+    if row.limit and unit == "GB/s":  # a copy reads and writes all, whatever the case needs
+        amount = 2 * row.case.logits_bytes / 1e9
+    return amount / row.median_s, unit
+
+
+def speed_table(rows: Sequence[Row]) -> Table | None:
+    """Times; None where nothing was timed."""
+    if not any(row.rounds for row in rows):
+        return None
+    names = labels(row.case for row in rows)
+    view = Table("Time", ("case", "provider", "median ms", "25–75 %", "÷ ours", "÷ limit", "rate", "peak MiB"))
+    for case, group in by_case(rows):
+        for row in group:
+            if row.median_s is None or row.q25_s is None or row.q75_s is None:
+                continue
+            speed, unit = rate(row)
+            view.add(
+                names[case], row.provider, number(1e3 * row.median_s),
+                f"{number(1e3 * row.q25_s)}–{number(1e3 * row.q75_s)}",
+                *(f"{number(ratio)}×" if ratio is not None else NOTHING for ratio in (row.over_ours, row.over_limit)),
+                f"{number(speed)} {unit}" if unit else NOTHING,
+                NOTHING if row.peak_bytes is None else number(row.peak_bytes / MIB), bold=row.ours,
+            )  # fmt: skip
+    view.notes = [
+        "÷ ours, ÷ limit: medians of the ratios within each round; limit: a copy of the logits, or the bare GEMMs in the "
+        "faster dtype.",
+        "rate: GB/s of one read of the active rows and, where there is a gradient, one write of all of it; TFLOP/s of "
+        "one GEMM over the active rows, three where there are gradients. Peak MiB: beyond the inputs, gradients included.",
+    ]
+    if any(row.case.mode == "backward" for row in rows):
+        view.notes.append("backward: who makes the gradient in its forward has next to nothing left to do there.")
+    return view
+
+
+def accuracy_table(rows: Sequence[Row]) -> Table | None:
+    """Errors; None where nothing was checked."""
+    checked = [row for row in rows if row.errors is not None]
+    if not checked:
+        return None
+    names = labels(row.case for row in checked)
+    headings = ("case", "provider", "gradient of", "loss", "log p", "worst", "median", "beyond", "same")
+    view = Table("Against float64", headings, left=3)
+    for row in checked:
+        assert row.errors is not None
+        same = {None: NOTHING, True: "yes", False: "no"}[row.repeats]
+        first = [error(row.errors.loss), error(row.errors.logprob)]
+        for part, found in (row.errors.gradients or {NOTHING: None}).items():
+            columns = [error(value) for value in ((found.worst, found.median, found.beyond) if found else (None,) * 3)]
+            view.add(names[row.case], row.provider, part, *first, *columns, same, bold=row.ours)
+            first, same = ["", ""], ""
+    own = ", ".join(
+        f"{error(OWN_GRADIENT_LIMIT[dtype])} in {dtype}" for dtype in dict.fromkeys(row.case.dtype for row in checked)
+    )
+    view.notes = [
+        "loss: error relative to the sum of |dloss/dlogp|, which unlike the loss does not cancel. log p: largest absolute "
+        f"error (hpo_fused's limit: {error(OWN_LOGPROB_LIMIT)}; with hidden states, of rows whose logits were rounded alike).",
+        f"gradient: relative to the row's, over up to {ROWS} rows; the sampled token's column apart from the others.",
+        f"beyond: worst error beyond one rounding to the dtype (hpo_fused's limit: {own}). same: a second call gave the "
+        "same loss and gradients, bit for bit.",
+    ]
+    return view
+
+
+def memory_table(rows: Sequence[Row]) -> Table | None:
+    """Peak memory against the number of tokens; None where no case was measured at several."""
+    families: dict[tuple[str, str, bool], dict[int, Row]] = {}
+    names = labels((row.case for row in rows), without=("tokens",))
+    for row in rows:
+        if row.peak_bytes is not None or row.status == "out_of_memory":
+            families.setdefault((names[row.case], row.provider, row.ours), {})[row.case.tokens] = row
+    several = {key: found for key, found in families.items() if len(found) > 1}
+    if not several:
+        return None
+    sizes = sorted({tokens for found in several.values() for tokens in found})
+    view = Table("Peak memory, MiB", ("case", "provider", *(f"N={size}" for size in sizes)))
+    for (name, provider, ours), found in several.items():
+        peaks = (found[size].peak_bytes if size in found else None for size in sizes)
+        view.add(name, provider, *(NOTHING if peak is None else number(peak / MIB) for peak in peaks), bold=ours)
+    view.notes = ["Beyond the inputs, gradients included."]
+    return view
+
+
+def remarks(result: Result) -> list[str]:
+    """A line for each reason why something was not measured or is not right, and for each provider that does less."""
+    names = labels(row.case for row in result.rows)
+    reasons: dict[str, dict[str, list[str]]] = {}
+    for row in result.rows:
+        told = row.complaint or (f"{row.status.replace('_', ' ')}: {row.note}" if row.status != "ok" else "")
+        if told:
+            reasons.setdefault(told, {}).setdefault(row.provider, []).append(names[row.case])
+    cases = len(names)
+    lines = []
+    for told, who in reasons.items():
+        places = dict.fromkeys(place for found in who.values() for place in found)
+        where = "" if len(places) == cases > 1 else f" ({'; '.join(places)})"
+        lines.append(f"{', '.join(who)}: {told}{where}")
+    lines += dict.fromkeys(
+        f"{row.provider} leaves out: {row.leaves_out}" for row in result.rows if row.status == "ok" and row.leaves_out
+    )
+    busy = max((row.others_cpu or 0.0 for row in result.rows), default=0.0)
+    if busy >= BUSY:
+        lines.append(f"Other processes used up to {busy:.0%} of the CPUs meanwhile: do not trust these times.")
+    if result.interrupted:
+        lines.append("Interrupted: rows or rounds are missing.")
+    return [*result.notes, *lines]
+
+
+def verdict(result: Result) -> str:
+    """One line: the median over the timed cases of every provider's time over hpo_fused's, "" where there is none."""
+    ratios: dict[str, list[float]] = {}
+    for row in result.rows:
+        if row.over_ours is not None and not row.limit and not row.ours:
+            ratios.setdefault(row.provider, []).append(row.over_ours)
+    limits = [row.over_limit for row in result.rows if row.provider == "hpo_fused" and row.over_limit is not None]
+    words = [f"{name} {number(statistics.median(values))}×" for name, values in ratios.items()]
+    words += [f"the limit {number(1 / statistics.median(limits))}×"] if limits else []
+    return f"Time over hpo_fused's, median over {len(limits)} cases: {', '.join(words)}." if words else ""
+
+
+def machine(result: Result) -> str:
+    """The machine and the versions in one line."""
+    found = result.environment
+    where = found.get("gpu") or f"{found['cpu']}, {found['threads']} thread{'s' * (found['threads'] != 1)}"
+    triton = f", triton {found['triton']}" if found.get("triton") else ""
+    commit = f" at {found['commit'][:12]}" if found.get("commit") else ""
+    return f"{where}; torch {found['torch']}{triton}, python {found['python']}, hpo_fused {found['hpo_fused']}{commit}."
+
+
+def tables(result: Result) -> list[Table]:
+    """Every table that there is something for."""
+    found = (
+        speed_table(result.rows), accuracy_table(result.rows), memory_table(result.rows), kernel_table(result.kernels)
+    )  # fmt: skip
+    return [table for table in found if table is not None]
+
+
+def show(result: Result, out: Console) -> None:
+    """On the terminal."""
+    out.print(machine(result), style="dim")
+    for table in tables(result):
+        table.print(out)
+    out.print()
+    for line in remarks(result):
+        out.print(line, style="yellow", markup=False)
+    if said := verdict(result):
+        out.print(said, style="bold", markup=False)
+
+
+def markdown(result: Result, pictures: Sequence[str] = ()) -> str:
+    """As a document, with pictures by their file names."""
+    parts = [machine(result), verdict(result), *(f"![{name.partition('.')[0]}]({name})" for name in pictures)]
+    parts += [table.markdown() for table in tables(result)]
+    if lines := remarks(result):
+        parts.append("\n".join(["## Remarks", "", *(f"- {line}" for line in lines)]))
+    return "\n\n".join(part for part in parts if part) + "\n"
