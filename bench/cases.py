@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any, Literal, get_args
@@ -121,6 +121,19 @@ class Case:
     cuda_graph: bool = False
     chunk_mib: float | None = None
 
+    def __post_init__(self) -> None:
+        known = {"operation": OPERATIONS, "dtype": DTYPES, "objective": Objective.presets(), "mode": MODES}
+        for name, values in known.items():
+            if (value := getattr(self, name)) not in values:
+                raise ValueError(f"{name}: expected one of {', '.join(values)}, got {value!r}")
+        if not 0 <= self.inactive <= 1:
+            raise ValueError(f"inactive: expected a share of 0 to 1, got {self.inactive}")
+        if self.linear and self.shape.hidden == 0:
+            raise ValueError(f"shape: expected a hidden size (H=N) for {self.operation}, got {self.shape.name!r}")
+        row = self.shape.vocabulary * self.torch_dtype.itemsize
+        if self.chunk_bytes is not None and self.chunk_bytes < row:
+            raise ValueError(f"chunk_mib: expected a row of logits ({row} bytes) at least, got {self.chunk_mib:g} MiB")
+
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Case:
         """The inverse of ``dataclasses.asdict``."""
@@ -202,36 +215,40 @@ def of_tokens(operation: Operation, shape: Shape, tokens: int, **fields: Any) ->
     """A case of exactly ``tokens`` rows, in as many responses of equal length, up to 64, as divide them.
 
     Fields that make no difference to the operation are set to their defaults, so that equal work is an equal case.
-
-    Raises:
-        ValueError: a linear operation on a shape without a hidden size.
     """
+    if tokens < 1:
+        raise ValueError(f"tokens: expected 1 at least, got {tokens}")
     responses = next(count for count in range(MOST_RESPONSES, 0, -1) if tokens % count == 0)
     case = Case(operation, shape, responses, tokens // responses, **fields)
-    if case.linear and shape.hidden == 0:
-        raise ValueError(f"shape: expected one with a hidden size (H=N) for {operation}, got {shape.name!r}")
     if operation == "logprob_policy_loss":
         case = replace(case, shape=NO_VOCABULARY, dtype="fp32")
     if not case.gives_loss:
         case = replace(case, objective=Case.objective, inactive=0.0)
-    if operation != "policy_loss":
-        case = replace(case, inplace=False)
-    return case if case.linear else replace(case, chunk_mib=None)
+    return replace(
+        case, inplace=case.inplace and operation == "policy_loss", chunk_mib=case.chunk_mib if case.linear else None
+    )
 
 
 def cases_of(
-    operations: Iterable[Operation], shapes: Sequence[Shape], tokens: Iterable[int], dtypes: Sequence[str] = ("bf16",),
-    objectives: Sequence[str] = ("mhpo_ahpo",), inactive: Sequence[float] = (0.0,), modes: Sequence[Mode] = ("both",),
-    **fields: Any,
-) -> list[Case]:  # fmt: skip
-    """Every combination once, those of one operation and shape together."""
-    axes = product(operations, shapes, dtypes, objectives, inactive, modes, sorted(set(tokens)))
-    return list(
-        dict.fromkeys(
-            of_tokens(operation, shape, count, dtype=dtype, objective=objective, inactive=share, mode=mode, **fields)
-            for operation, shape, dtype, objective, share, mode, count in axes
-        )
-    )
+    tokens: Mapping[Operation, Iterable[int]], shapes: Sequence[Shape], axes: Mapping[str, Sequence[Any]], **fields: Any
+) -> list[Case]:
+    """Every combination once, those of one operation and shape together.
+
+    Args:
+        tokens: numbers of rows of each operation.
+        shapes: of each of them.
+        axes: values of further fields of a case.
+        fields: of all cases.
+
+    Raises:
+        ValueError: a value that there is not; the message names the field.
+    """
+    found = [
+        of_tokens(operation, shape, count, **dict(zip(axes, values, strict=True)), **fields)
+        for operation, counts in tokens.items()
+        for shape, *values, count in product(shapes, *axes.values(), sorted(set(counts)))
+    ]
+    return list(dict.fromkeys(found))
 
 
 def labels(cases: Iterable[Case], *, without: Sequence[str] = ()) -> dict[Case, str]:

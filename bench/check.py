@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .inputs import Inputs
-from .truth import OWN_GRADIENT_LIMIT, OWN_LOGPROB_LIMIT, GradientError, GradientVerdict, Truth, off
+from .truth import OWN_GRADIENT_LIMIT, OWN_LOGPROB_LIMIT, GradientError, Truth, Verdict, off
 
 if TYPE_CHECKING:
     from .providers import Provider, Step
@@ -93,7 +93,7 @@ def judge(inputs: Inputs, truth: Truth, step: Step, provider: Provider) -> Error
         if out.loss is not None:
             scale = coefficients.abs().sum().clamp(min=torch.finfo(torch.float64).tiny)
             loss_error = ((out.loss.detach().double() - loss).abs() / scale).item()
-    verdict = GradientVerdict({}, [])
+    verdict = Verdict()
     if step.gradients:
         verdict = truth.judge(inputs, step.gradients, coefficients, torch.where(moved, shift, 0.0), provider.tolerance)
 
@@ -122,10 +122,7 @@ def judge(inputs: Inputs, truth: Truth, step: Step, provider: Provider) -> Error
     elif provider.ours:
         broken.append(off("log-probability", size.max().item(), OWN_LOGPROB_LIMIT))
         for part, found in verdict.errors.items():
-            if found.beyond is not None and (
-                told := off(f"gradient of the {part}", found.beyond, OWN_GRADIENT_LIMIT[case.dtype])
-            ):
-                broken.append(f"{told} beyond its rounding")
-    return Errors(
-        loss_error, logprob, verdict.errors, *(", ".join(filter(None, each)) for each in (complaints, broken))
-    )
+            told = off(f"gradient of the {part}", found.beyond or 0.0, OWN_GRADIENT_LIMIT[case.dtype])
+            broken.append(told and f"{told} beyond its rounding")
+    joined = (", ".join(filter(None, each)) for each in (complaints, broken))
+    return Errors(loss_error, logprob, verdict.errors, *joined)

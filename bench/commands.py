@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, cast, get_type_hints
@@ -15,8 +14,6 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table as RichTable
-
-from hpo_fused import Objective
 
 from . import compare as comparison
 from . import pictures, plan, report
@@ -29,7 +26,6 @@ from .cases import (
     OPERATIONS,
     SHAPES,
     Case,
-    Mode,
     Operation,
     cases_of,
     labels,
@@ -49,11 +45,6 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False,
     help="Time the fused policy losses against what people use today, on this machine.",
 )  # fmt: skip
-
-DeviceName = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N; auto is a GPU if there is one.")]
-Quick = Annotated[bool, typer.Option("--quick", help="Few rows and rounds: about a minute on two CPU cores.")]
-Seed = Annotated[int, typer.Option(help="Of the random inputs.")]
-Output = Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")]
 Names = list[str] | None
 
 
@@ -61,70 +52,50 @@ def _option(name: str, text: str) -> Any:
     return typer.Option(f"--{name}", help=f"{text}; repeatable.")
 
 
+def _flag(name: str, text: str) -> Any:
+    return typer.Option(f"--{name}", help=text)
+
+
+DeviceName = Annotated[str, _flag("device", "cpu, cuda or cuda:N; auto is a GPU if there is one.")]
+Quick = Annotated[bool, _flag("quick", "Few rows and rounds: about a minute on two CPU cores.")]
+Seed = Annotated[int, _flag("seed", "Of the random inputs.")]
+Output = Annotated[Path | None, _flag("output", "Write the result to this JSON file.")]
+
+
 @dataclass
 class CaseOptions:
     """Options of every command that measures cases; a command's parameter of this type is replaced by them."""
 
-    op: Annotated[Names, _option("op", f"Of {', '.join(OPERATIONS)} (policy_loss; memory: and linear_policy_loss)")] = (
-        None
-    )
+    op: Annotated[Names, _option("op", f"Of {', '.join(OPERATIONS)} (the losses of logits or hidden states)")] = None
     shape: Annotated[Names, _option("shape", f"Named shape (see `shapes`) or {CUSTOM} (two, by device)")] = None
     tokens: Annotated[list[int] | None, _option("tokens", "Rows (by operation and device)")] = None
     dtype: Annotated[Names, _option("dtype", f"Of {', '.join(DTYPES)} (bf16; accuracy: and fp32)")] = None
     objective: Annotated[Names, _option("objective", "A preset of hpo_fused.Objective (mhpo_ahpo)")] = None
     inactive: Annotated[list[float] | None, _option("inactive", "Share of responses with zero advantage (0)")] = None
     mode: Annotated[Names, _option("mode", f"Of {', '.join(MODES)} (both); backward: its forward is not timed")] = None
-    ragged: Annotated[bool, typer.Option("--ragged", help="Responses of different lengths, padded and masked.")] = False
-    inplace: Annotated[bool, typer.Option("--inplace", help="Who can writes the gradient over the logits.")] = False
-    chunk_mib: Annotated[
-        float | None, typer.Option(min=0.0, help="Linear operations: memory for a chunk's logits, MiB (chunk_bytes).")
-    ] = None
+    ragged: Annotated[bool, _flag("ragged", "Responses of different lengths, padded and masked.")] = False
+    inplace: Annotated[bool, _flag("inplace", "Who can writes the gradient over the logits.")] = False
+    chunk_mib: Annotated[float | None, _flag("chunk-mib", "Linear operations: memory for a chunk's logits.")] = None
     provider: Annotated[Names, _option("provider", "See `providers`, or module:Class (all that run unasked)")] = None
 
     def cases(
         self, device: torch.device, tokens: Callable[[Operation], Sequence[int]], *,
         op: Sequence[str] = ("policy_loss",), dtype: Sequence[str] = ("bf16",), cuda_graph: bool = False,
     ) -> list[Case]:  # fmt: skip
-        """Every combination; BadParameter for names that there are not. The arguments stand in for missing options."""
-        axes = {
-            "op": self.op or op, "dtype": self.dtype or dtype, "objective": self.objective or ["mhpo_ahpo"],
-            "mode": self.mode or ["both"],
+        """Every combination; BadParameter for values that there are not. The arguments stand in for missing options."""
+        axes: dict[str, Sequence[Any]] = {
+            "dtype": self.dtype or dtype, "objective": self.objective or ["mhpo_ahpo"],
+            "inactive": self.inactive or [0.0], "mode": self.mode or ["both"],
         }  # fmt: skip
-        expected = {"op": OPERATIONS, "dtype": DTYPES, "objective": Objective.presets(), "mode": MODES}
-        for name, values in axes.items():
-            check_known(f"--{name}", values, expected[name])
-        if any(not 0 <= share <= 1 for share in self.inactive or ()) or any(count < 1 for count in self.tokens or ()):
-            raise typer.BadParameter("--inactive: expected shares of 0 to 1; --tokens: expected 1 at least")
         if cuda_graph and (device.type != "cuda" or "backward" in axes["mode"]):
-            raise typer.BadParameter(
-                "--cuda-graph: expected a GPU, and mode forward or both, whose forward is captured"
-            )
+            raise typer.BadParameter("--cuda-graph: expected a GPU, and mode forward or both: the forward is captured")
+        fields = {name: getattr(self, name) for name in ("ragged", "inplace", "chunk_mib")}
         try:
             shapes = [parse_shape(name) for name in self.shape or DEFAULT_SHAPES[device.type]]
-            cases = [
-                case
-                for one in cast(Sequence[Operation], axes["op"])
-                for case in cases_of(
-                    [one],
-                    shapes,
-                    self.tokens or tokens(one),
-                    axes["dtype"],
-                    axes["objective"],
-                    self.inactive or [0.0],
-                    cast(Sequence[Mode], axes["mode"]),
-                    ragged=self.ragged,
-                    inplace=self.inplace,
-                    chunk_mib=self.chunk_mib,
-                    cuda_graph=cuda_graph,
-                )  # fmt: skip
-            ]
+            rows = {one: self.tokens or tokens(one) for one in cast(Sequence[Operation], self.op or op)}
+            return cases_of(rows, shapes, axes, cuda_graph=cuda_graph, **fields)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
-        for case in cases:
-            row = case.shape.vocabulary * case.torch_dtype.itemsize
-            if case.chunk_bytes is not None and case.chunk_bytes < row:
-                raise typer.BadParameter(f"--chunk-mib: expected a row of logits ({row} bytes) at least")
-        return list(dict.fromkeys(cases))
 
     def providers(self, device: torch.device) -> list[Provider]:
         """Providers by name; none named: the device's defaults."""
@@ -142,42 +113,29 @@ def takes_cases(command: Callable[..., None]) -> Callable[..., None]:
     def replaced(**values: Any) -> None:
         command(CaseOptions(**{name: values.pop(name) for name in hints}), **values)
 
-    own = inspect.signature(command, eval_str=True)
     fields = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=getattr(CaseOptions, name), annotation=hint)
         for name, hint in hints.items()
     ]
-    others = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in list(own.parameters.values())[1:]]
-    replaced.__signature__ = inspect.Signature([*fields, *others])  # type: ignore[attr-defined]
-    replaced.__annotations__ = {one.name: one.annotation for one in (*fields, *others)}
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+    parameters = [*fields, *(one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own)]
+    replaced.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    replaced.__annotations__ = {one.name: one.annotation for one in parameters}
     return replaced
 
 
 def device_of(name: str) -> torch.device:
     """The device of that name, made the current one; auto is a GPU if there is one."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"--device: expected cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise typer.BadParameter(f"--device: PyTorch sees {count} GPUs, got {name!r}")
-        torch.cuda.set_device(device)
-        device = torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
-def check_known(option: str, names: Iterable[str], expected: Iterable[str]) -> None:
-    """Raise BadParameter for the first name that is not expected."""
-    expected = list(expected)
-    for name in names:
-        if name not in expected:
-            raise typer.BadParameter(f"{option}: expected one of {', '.join(expected)}, got {name!r}")
+        name = "cuda" if count else "cpu"
+    kind, _, index = name.partition(":")
+    if name != "cpu" and (kind != "cuda" or not (index or "0").isdecimal() or int(index or 0) >= count):
+        raise typer.BadParameter(f"--device: expected cpu or one of {count} GPUs (cuda, cuda:N), got {name!r}")
+    if name == "cpu":
+        return torch.device("cpu")
+    torch.cuda.set_device(int(index or 0))
+    return torch.device("cuda", int(index or 0))
 
 
 def check_writable(output: Path | None) -> None:
@@ -211,14 +169,10 @@ def default_tokens(operation: Operation, device: torch.device, quick: bool) -> i
 
 def launch_of(text: str) -> tuple[int, int, int]:
     """THREADS,LOADS,ROWS as numbers."""
-    try:
-        threads, loads, rows = (int(part) for part in text.split(","))
-        if min(threads, loads, rows) < 1:
-            raise ValueError(text)
-    except ValueError:
-        raise typer.BadParameter(
-            f"--launch: expected THREADS,LOADS,ROWS, three positive integers, got {text!r}"
-        ) from None
+    parts = text.split(",")
+    if len(parts) != 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise typer.BadParameter(f"--launch: expected THREADS,LOADS,ROWS, positive integers, got {text!r}")
+    threads, loads, rows = map(int, parts)
     return threads, loads, rows
 
 
@@ -230,13 +184,14 @@ def measure(
     ``named``: the providers were asked for by name, so that one without an operation says so in a row.
     """
     err, names = Console(stderr=True, highlight=False), labels(cases)
+
+    def tell(line: str) -> None:
+        err.print(f"{names[case]}: {line}", style="dim", markup=False, soft_wrap=True)
+
     try:
         for case in cases:
             able = [one for one in providers if named or case.operation in one.operations()]
-            run_case(
-                case, able, settings, result.rows,
-                lambda line, name=names[case]: err.print(f"{name}: {line}", style="dim", markup=False, soft_wrap=True),
-            )  # fmt: skip
+            run_case(case, able, settings, result.rows, tell)
     except KeyboardInterrupt:
         result.interrupted = True
 
@@ -258,15 +213,11 @@ def finish(result: Result, output: Path | None) -> None:
 @takes_cases
 def speed(
     options: CaseOptions,
-    cuda_graph: Annotated[
-        bool, typer.Option("--cuda-graph", help="Time replays of a CUDA graph: no host work.")
-    ] = False,
+    cuda_graph: Annotated[bool, _flag("cuda-graph", "Time replays of a CUDA graph: no host work.")] = False,
     launch: Annotated[Names, _option("launch", "THREADS,LOADS,ROWS: hpo_fused launched with these, too")] = None,
     device: DeviceName = "auto",
     repeats: Annotated[int | None, typer.Option(min=1, help="Rounds at most (100 on a GPU, 20 on a CPU).")] = None,
-    budget: Annotated[
-        float | None, typer.Option(min=0.0, help="Seconds of timing per case (30), though three rounds at least.")
-    ] = None,
+    budget: Annotated[float, _flag("budget", "Seconds of timing per case, though three rounds at least.")] = 30.0,
     quick: Quick = False,
     seed: Seed = 0,
     output: Output = None,
@@ -281,12 +232,7 @@ def speed(
     cases = options.cases(where, lambda op: [default_tokens(op, where, quick)], cuda_graph=cuda_graph)
     launched = [Fused("auto" if where.type == "cuda" else "triton", launch_of(text)) for text in launch or ()]
     repeats = repeats or (10 if quick else 100 if where.type == "cuda" else 20)
-    settings = Settings(where, repeats, budget if budget is not None else 10.0 if quick else 30.0, seed)
-    providers = [*options.providers(where), *launched]
-    check_writable(output)
-    result = Result("speed", environment(where), {"repeats": repeats, "budget": settings.budget, "seed": seed})
-    measure(result, cases, providers, settings, named=bool(options.provider))
-    finish(result, output)
+    run_all("speed", options, cases, launched, Settings(where, repeats, budget, seed), output)
 
 
 @app.command()
@@ -297,7 +243,8 @@ def accuracy(options: CaseOptions, device: DeviceName = "auto", seed: Seed = 0, 
     Nothing is timed. The exit status is 1 if a provider was wrong or failed, or if hpo_fused misses a limit of its own.
     """
     where = device_of(device)
-    untimed("accuracy", options, options.cases(where, lambda op: [256], dtype=("bf16", "fp32")), where, seed, output)
+    cases = options.cases(where, lambda op: [256], dtype=("bf16", "fp32"))
+    run_all("accuracy", options, cases, [], Settings(where, 0, 0.0, seed), output)
 
 
 @app.command()
@@ -309,25 +256,27 @@ def memory(
     where = device_of(device)
     sizes = [1024, 2048, 4096, 8192, 16384] if where.type == "cuda" else [64, 128, 256, 512]
     cases = options.cases(where, lambda op: sizes[: 3 if quick else None], op=("policy_loss", "linear_policy_loss"))
-    untimed("memory", options, cases, where, seed, output)
+    run_all("memory", options, cases, [], Settings(where, 0, 0.0, seed), output)
 
 
-def untimed(
-    command: str, options: CaseOptions, cases: Sequence[Case], device: torch.device, seed: int, output: Path | None
-) -> None:
-    """Check every case and take its memory, and end the command."""
-    providers = options.providers(device)
+def run_all(
+    command: str, options: CaseOptions, cases: Sequence[Case], others: Sequence[Provider], settings: Settings,
+    output: Path | None,
+) -> None:  # fmt: skip
+    """Measure the cases and end the command; ``others`` beside the providers of the options."""
+    providers = [*options.providers(settings.device), *others]
     check_writable(output)
-    result = Result(command, environment(device), {"seed": seed})
-    measure(result, cases, providers, Settings(device, 0, 0.0, seed), named=bool(options.provider))
+    told = {name: getattr(settings, name) for name in ("repeats", "budget", "seed")}
+    result = Result(command, environment(settings.device), told)
+    measure(result, cases, providers, settings, named=bool(options.provider))
     finish(result, output)
 
 
 @app.command("all")
 def all_(
-    output: Annotated[Path, typer.Option(help="Folder for result.json, report.md and pictures.")],
-    budget: Annotated[float, typer.Option(min=0.0, help="Seconds after which nothing more is begun.")] = 480.0,
-    quick: Annotated[bool, typer.Option("--quick", help="The short plan.")] = False,
+    output: Annotated[Path, _flag("output", "Folder for result.json, report.md and pictures.")],
+    budget: Annotated[float, _flag("budget", "Seconds after which nothing more is begun.")] = 480.0,
+    quick: Annotated[bool, _flag("quick", "The short plan.")] = False,
     device: DeviceName = "auto",
     seed: Seed = 0,
 ) -> None:
@@ -351,9 +300,8 @@ def all_(
         write_report(result, output)
     if not quick and not result.interrupted and time.monotonic() <= deadline:
         try:
-            compiled = compile_kernels(plan.COMPILED_TARGETS, "", False)
-            result.kernels = [dataclasses.asdict(kernel) for kernel in compiled.kernels]
-            result.notes += compiled.broken
+            compiled = compile_kernels(plan.COMPILED_TARGETS)
+            result.kernels, result.notes = compiled.as_dicts(), [*result.notes, *compiled.broken]
         except ReportFailed as error:
             result.notes.append(f"machine code: {error}")
         except KeyboardInterrupt:
@@ -362,36 +310,29 @@ def all_(
     finish(result, output / "result.json")
 
 
-def write_report(result: Result, folder: Path) -> None:
-    """Write result.json, report.md and, where matplotlib is installed, pictures."""
+def write_report(result: Result, folder: Path) -> list[str]:
+    """Write result.json, report.md and, where matplotlib is installed, pictures; the names of the pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
     result.write(folder / "result.json")
     try:
         drawn = pictures.draw(result, folder)
     except ModuleNotFoundError:
         drawn = []
     (folder / "report.md").write_text(report.markdown(result, drawn), encoding="utf-8")
+    return drawn
 
 
 @app.command("report")
 def report_(
     file: Annotated[Path, typer.Argument(help="A result of any command, written with --output.")],
-    pictures_to: Annotated[
-        Path | None, typer.Option("--pictures", help="Write report.md and pictures to this folder instead.")
-    ] = None,
+    folder: Annotated[Path | None, _flag("output", "Write result.json, report.md and pictures to this folder.")] = None,
 ) -> None:
     """Print a result as markdown, or write it with pictures."""
     result = read(file)
-    if pictures_to is None:
+    if folder is None:
         typer.echo(report.markdown(result), nl=False)
-        return
-    try:
-        pictures_to.mkdir(parents=True, exist_ok=True)
-        drawn = pictures.draw(result, pictures_to)
-        (pictures_to / "report.md").write_text(report.markdown(result, drawn), encoding="utf-8")
-    except ModuleNotFoundError as error:
-        typer.echo(f"pictures need {error.name}: pip install 'hpo-fused[bench]'", err=True)
-        raise typer.Exit(2) from None
-    typer.echo(f"Wrote {', '.join(['report.md', *drawn])} to {pictures_to}")
+    else:
+        typer.echo(f"Wrote {', '.join(['result.json', 'report.md', *write_report(result, folder)])} to {folder}")
 
 
 @app.command()
@@ -399,14 +340,13 @@ def compare(
     first: Annotated[Path, typer.Argument(metavar="A", help="The base.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="The new one.")],
     worse_than: Annotated[
-        float | None,
-        typer.Option(min=1.0, help="Exit with 1 where a row of hpo_fused is worse by more than this factor."),
+        float | None, typer.Option(min=1.0, help="Exit with 1 where hpo_fused is worse by more than this factor.")
     ] = None,
 ) -> None:
     """Two results side by side, joined by case and provider.
 
-    With `--worse-than` the exit status is 1 where hpo_fused's time or peak memory in B is more than that many times A's,
-    or a row of it that was ok in A is not in B; it is 2 where no row of it is in both.
+    With `--worse-than` the exit status is 1 where hpo_fused's time or peak memory in B is more than that many times
+    A's, or a row of it that was ok in A is not in B; it is 2 where no row of it is in both.
     """
     results = read(first), read(second)
     found = comparison.pairs(*results)
@@ -414,30 +354,17 @@ def compare(
     comparison.table(found).print(out)
     for line in comparison.differences(*results):
         out.print(line, style="dim", markup=False)
-    if comparison.other_machine(*results):
-        out.print("Different machines: their times are no comparison of the code.", style="yellow")
-    lone = {len(result.rows) - len(found) for result in results}
-    if lone != {0}:
-        out.print(
-            f"Rows in one file only: {' and '.join(str(len(r.rows) - len(found)) for r in results)}.", style="yellow"
-        )
-    ours = [pair for pair in found if pair.first.ours]
-    if not ours:
+    if not any(pair.first.ours for pair in found):
         out.print("No row of hpo_fused is in both.", style="red")
         raise typer.Exit(2)
-    names = labels(pair.first.case for pair in found)
-    told = [
-        f"{names[pair.first.case]}: {pair.first.provider} {words}"
-        for pair in ours
-        if worse_than is not None and (words := pair.worse(worse_than))
-    ]
-    for line in told:
+    worse = comparison.worse(found, worse_than) if worse_than is not None else []
+    for line in worse:
         out.print(line, style="red", markup=False)
-    if told:
+    if worse:
         raise typer.Exit(1)
 
 
-def compile_kernels(targets: Sequence[str], only: str, every: bool) -> Report:
+def compile_kernels(targets: Sequence[str], only: str = "", every: bool = False) -> Report:
     """The report, its progress on stderr."""
     with Console(stderr=True).status(f"compiling for {', '.join(targets)}") as status:
         return run_report(targets, only, every, progress=status.update)
@@ -446,9 +373,9 @@ def compile_kernels(targets: Sequence[str], only: str, every: bool) -> Report:
 @app.command("compile")
 def compile_(
     target: Annotated[Names, _option("target", f"Of {', '.join(TARGETS)} (all)")] = None,
-    only: Annotated[str, typer.Option(help="Only calls whose name contains this, on each target.")] = "",
-    every: Annotated[bool, typer.Option("--every", help="Every call on each target, not the core set.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Exit with 1 if a limit is broken.")] = False,
+    only: Annotated[str, _flag("only", "Only calls whose name contains this, on each target.")] = "",
+    every: Annotated[bool, _flag("every", "Every call on each target, not the core set.")] = False,
+    check: Annotated[bool, _flag("check", "Exit with 1 if a limit is broken.")] = False,
     output: Output = None,
 ) -> None:
     """Compile the kernels that public calls launch, without a GPU: registers, spills, accesses, instructions.
@@ -457,7 +384,6 @@ def compile_(
     special-function operations per element, and both sweeps together 18 instructions (22 with the entropy), softcap
     apart. A kernel that does not compile breaks them, too; the exit status is 2 where none does.
     """
-    check_known("--target", target or (), TARGETS)
     check_writable(output)
     out = Console(highlight=False)
     try:
@@ -467,18 +393,17 @@ def compile_(
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
-    kernels = [dataclasses.asdict(kernel) for kernel in found.kernels]
-    if (view := kernel_table(kernels)) is not None:
+    if (view := kernel_table(found.as_dicts())) is not None:
         view.print(out)
         call_table(found.public).print(out)
     out.print()
     for line in found.broken:
         out.print(line, style="red", markup=False, soft_wrap=True)
     said = f"{len(found.broken)} limits broken" if found.broken else "all limits hold"
-    out.print(f"{len(kernels)} kernels compiled, {said}.", style="bold")
+    out.print(f"{len(found.kernels)} kernels compiled, {said}.", style="bold")
     if output is not None:
-        Result("compile", environment(torch.device("cpu")), kernels=kernels, notes=found.broken).write(output)
-    if not kernels:
+        Result("compile", environment(torch.device("cpu")), kernels=found.as_dicts(), notes=found.broken).write(output)
+    if not found.kernels:
         raise typer.Exit(2)
     if check and found.broken:
         raise typer.Exit(1)
@@ -512,8 +437,9 @@ def shapes() -> None:
     for shape in SHAPES.values():
         softcap = "–" if shape.softcap is None else f"{shape.softcap:g}"
         view.add_row(shape.name, str(shape.vocabulary), str(shape.hidden), softcap, shape.why)
-    view.add_row(CUSTOM, "N", "N or –", "C or –", "any other")
-    Console(highlight=False).print(view, markup=False)
+    out = Console(highlight=False)
+    out.print(view, markup=False)
+    out.print(f"{CUSTOM}: any other", markup=False)
 
 
 @app.command()

@@ -9,9 +9,6 @@ from .cases import labels
 from .results import Result, Row
 from .tables import MIB, NOTHING, Table, number
 
-# The machine is another one where one of these differs; the rest of an environment is told and refused by nobody.
-MACHINE = ("platform", "device", "cpu", "gpu", "threads")
-
 
 @dataclass(frozen=True)
 class Pair:
@@ -56,9 +53,11 @@ def differences(first: Result, second: Result) -> Iterator[str]:
             yield f"{name}: {a} → {b}"
 
 
-def other_machine(first: Result, second: Result) -> bool:
-    """Whether the two were measured on different machines."""
-    return any(first.environment.get(name) != second.environment.get(name) for name in MACHINE)
+def worse(found: list[Pair], threshold: float) -> list[str]:
+    """A line for each row of hpo_fused that is worse in B."""
+    names = labels(pair.first.case for pair in found)
+    told = [(pair.first, pair.worse(threshold)) for pair in found if pair.first.ours]
+    return [f"{names[row.case]}: {row.provider} {words}" for row, words in told if words]
 
 
 def table(found: list[Pair]) -> Table:

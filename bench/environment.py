@@ -15,17 +15,30 @@ import torch
 
 import hpo_fused
 
+# Distributions whose versions the numbers depend on, where they are installed.
+DISTRIBUTIONS = ("triton", "pytorch-triton-rocm", "trl", "liger-kernel", "cut-cross-entropy", "transformers")
+# Fields by their names at nvidia-smi and in a result; the clocks are those of the moment, and the highest.
+NVIDIA_SMI = {
+    "driver_version": "driver", "power.limit": "power_limit_w", "clocks.current.sm": "clock_sm_mhz",
+    "clocks.max.sm": "clock_sm_max_mhz", "clocks.max.memory": "clock_memory_max_mhz",
+}  # fmt: skip
+
+
+def _output(command: Sequence[str]) -> str | None:
+    """Standard output of a command; None where it is missing or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
 
 def cpu_name() -> str:
     """The processor's model, or the architecture where the system does not say."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def git_commit() -> str | None:
@@ -35,82 +48,22 @@ def git_commit() -> str | None:
     its top counts.
     """
     here = Path(__file__).resolve().parent
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(here), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != here.parent:
-            return None
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.SubprocessError):
+    top = _output(["git", "-C", str(here), "rev-parse", "--show-toplevel"])
+    if top is None or Path(top).resolve() != here.parent:
         return None
+    commit = _output(["git", "-C", str(here), "rev-parse", "HEAD"])
+    return commit and commit + "+" * bool(_output(["git", "-C", str(here), "status", "--porcelain"]))
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
-
-
-def _huge_pages() -> str | None:
-    try:
-        text = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(encoding="ascii")
-        return text[text.index("[") + 1 : text.index("]")]
-    except (OSError, ValueError):
-        return None
-
-
-# Fields by their names at nvidia-smi and in a result. The clocks are those of the moment, and the highest.
-NVIDIA_SMI = {
-    "driver_version": "driver",
-    "power.limit": "power_limit_w",
-    "clocks.current.sm": "clock_sm_mhz",
-    "clocks.max.sm": "clock_sm_max_mhz",
-    "clocks.current.memory": "clock_memory_mhz",
-    "clocks.max.memory": "clock_memory_max_mhz",
-}
-
-
-# Distributions that are compared with: their versions are recorded where they are installed.
-PEERS = ("trl", "liger-kernel", "cut-cross-entropy", "transformers")
-
-
-def _nvidia_smi(gpu: str, fields: Sequence[str]) -> list[str] | None:
-    """Values that nvidia-smi gives for these fields of one GPU; None where it is missing or does not know one."""
-    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", f"--id={gpu}"]
-    try:
-        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    values = [value.strip() for value in said.strip().split(",")]
-    return values if len(values) == len(fields) else None
-
-
-def _float(value: str) -> float | None:
-    try:
-        return float(value)
-    except ValueError:  # [N/A], [Not Supported]
-        return None
-
-
-def nvidia_state(gpu: str) -> dict[str, Any]:
-    """Driver, power limit and clocks of one GPU, by index or UUID; None for what cannot be read."""
-    values = _nvidia_smi(gpu, list(NVIDIA_SMI))
-    if values is None:
-        return dict.fromkeys(NVIDIA_SMI.values())
-    return {
-        name: value if name == "driver" else _float(value)
-        for name, value in zip(NVIDIA_SMI.values(), values, strict=True)
-    }
-
-
-def nvidia_name(device: torch.device) -> str:
-    """Name by which nvidia-smi knows the GPU: an index would not survive CUDA_VISIBLE_DEVICES' renumbering."""
+def nvidia_state(device: torch.device) -> dict[str, str | None]:
+    """Driver, power limit and clocks of one GPU; None for fields that cannot be read."""
+    # By UUID: an index would not survive CUDA_VISIBLE_DEVICES' renumbering.
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    return f"GPU-{uuid}" if uuid else str(device.index or 0)
+    gpu = f"GPU-{uuid}" if uuid else str(device.index or 0)
+    query = f"--query-gpu={','.join(NVIDIA_SMI)}"
+    said = (_output(["nvidia-smi", query, "--format=csv,noheader,nounits", f"--id={gpu}"]) or "").split(",")
+    values = [value.strip() for value in said] if len(said) == len(NVIDIA_SMI) else [None] * len(NVIDIA_SMI)
+    return dict(zip(NVIDIA_SMI.values(), values, strict=True))
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -121,17 +74,19 @@ def environment(device: torch.device) -> dict[str, Any]:
         "commit": git_commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton") or _version("pytorch-triton-rocm"),
         "platform": f"{platform.system()} {platform.machine()}",
         "device": str(device),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         # Fresh memory costs a page fault per 4 KiB unless PyTorch asks for huge pages.
-        "transparent_huge_pages": _huge_pages(),
         "thp_mem_alloc_enable": os.environ.get("THP_MEM_ALLOC_ENABLE"),
     }
-    found |= {name: installed for name in PEERS if (installed := _version(name)) is not None}
+    for name in DISTRIBUTIONS:
+        try:
+            found["triton" if "triton" in name else name] = version(name)
+        except PackageNotFoundError:
+            continue
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found |= {
@@ -141,7 +96,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             "cuda": torch.version.cuda,
             "hip": torch.version.hip,
         }
-        found |= nvidia_state(nvidia_name(device))
+        found |= nvidia_state(device)
         if hpo_fused.backend_for(torch.empty(0, device=device)) == "triton":
             from hpo_fused.kernels.launch import origin
 

@@ -122,25 +122,18 @@ def captured(task: Task) -> Task:
     return Task(replay, task.before)
 
 
-@dataclass(frozen=True)
-class Failure:
-    """A task that raised, and its error."""
-
-    name: str
-    error: Exception
-
-
 def rounds(
     tasks: Mapping[str, Task], clock: Clock, repeats: int, budget: float, minimum: int = 3
-) -> Iterator[dict[str, float] | Failure]:
-    """Time every task once per round, in an order that rotates from round to round.
+) -> Iterator[dict[str, float | Exception]]:
+    """Time every task once per round, in an order that rotates from round to round; yields the seconds by name.
 
-    A disturbance (the clock rate, neighbours) then disturbs all tasks alike, none always runs behind the same other one, and a ratio can be taken within a round. A task that raises is yielded as a
-    :class:`Failure` and dropped; its round is completed by the others.
+    A disturbance (of the clock rate, by neighbours) then disturbs all tasks alike, none always runs behind the same
+    other one, and a ratio can be taken within a round. A task that raises has its error in the place of the seconds,
+    and is dropped; its round is completed by the others.
 
     Args:
-        tasks: what to time, by name.
-        clock: how.
+        tasks: by name.
+        clock: for each of them.
         repeats: rounds at most.
         budget: seconds after which no further round starts, once ``minimum`` are done.
         minimum: rounds at least (unless ``repeats`` is smaller).
@@ -152,16 +145,16 @@ def rounds(
             return
         names = list(alive)
         shift = index % max(len(names), 1)
-        seconds: dict[str, float] = {}
+        seconds: dict[str, float | Exception] = {}
         for name in names[shift:] + names[:shift]:
             try:
                 alive[name].before()
                 seconds[name] = clock(alive[name].run)
             except Exception as error:  # a provider's code: anything can come
                 del alive[name]
-                # Its frames hold what the provider had allocated, which the others of this round may need.
+                # Its frames hold memory that the provider had allocated, which the others of this round may need.
                 error.__cause__ = error.__context__ = None
-                yield Failure(name, error.with_traceback(None))
+                seconds[name] = error.with_traceback(None)
         yield seconds
 
 
@@ -171,7 +164,7 @@ def _cpu_peak(run: Run) -> int | None:
     Resident memory would also count, or miss, memory that the C library keeps and returns when it likes. Memory
     allocated before is not in the record; scratch that a kernel gets from the C library by itself is not either.
     """
-    # The profiler announces itself on stderr, through the progress bar. Its logger reads this when it first starts.
+    # The profiler announces itself on stderr; its logger reads this when it first starts.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
@@ -190,7 +183,7 @@ def _cpu_peak(run: Run) -> int | None:
 
 
 def peak_extra_bytes(run: Run, device: torch.device) -> int | None:
-    """Peak memory that one call of ``run`` takes beyond the memory allocated now, its result included; None: unknown."""
+    """Peak memory of one call of ``run`` beyond the memory allocated now, its result included; None: unknown."""
     if device.type != "cuda":
         return _cpu_peak(run)
     torch.cuda.synchronize(device)
@@ -203,31 +196,18 @@ def peak_extra_bytes(run: Run, device: torch.device) -> int | None:
     return peak
 
 
-class CpuUse:
-    """Share of the machine's CPUs that others take from now on: it decides whether times on a CPU can be believed."""
+def cpu_seconds() -> tuple[float, float] | None:
+    """Seconds of all CPUs so far, and of these the ones that other processes took; None where there is no /proc/stat.
 
-    def __init__(self) -> None:
-        self.start = self._read()
-
-    @staticmethod
-    def _read() -> tuple[float, float, float] | None:
-        """Seconds of all CPUs: passed, passed busy, and used by this process. None where there is no /proc/stat."""
-        try:
-            with open("/proc/stat", encoding="ascii") as lines:
-                ticks = [int(word) for word in lines.readline().split()[1:9]]  # user ... idle iowait ... steal
-            scale = os.sysconf("SC_CLK_TCK")
-        except (OSError, ValueError, AttributeError):
-            return None
-        own = os.times()
-        return sum(ticks) / scale, (sum(ticks) - ticks[3] - ticks[4]) / scale, own.user + own.system
-
-    def others(self) -> float | None:
-        """Share of all CPU time since the start that went to other processes or was stolen from this machine."""
-        now = self._read()
-        if self.start is None or now is None or now[0] <= self.start[0]:
-            return None
-        passed, busy, own = (b - a for a, b in zip(self.start, now, strict=True))
-        return min(max((busy - own) / passed, 0.0), 1.0)
+    The share of others decides whether times on a CPU can be believed.
+    """
+    try:
+        with open("/proc/stat", encoding="ascii") as lines:
+            ticks = [int(word) for word in lines.readline().split()[1:9]]  # user ... idle iowait ... steal
+        scale, own = os.sysconf("SC_CLK_TCK"), os.times()
+    except (OSError, ValueError, AttributeError):
+        return None
+    return sum(ticks) / scale, (sum(ticks) - ticks[3] - ticks[4]) / scale - own.user - own.system
 
 
 def available_bytes() -> int | None:

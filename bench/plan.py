@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .cases import Case, Mode, Operation, cases_of, parse_shape
@@ -27,12 +26,11 @@ class Part:
     timed: bool = True
     compiled: bool = True
 
-    def cases(self) -> Iterator[Case]:
+    def cases(self) -> list[Case]:
         """One for each shape and number of tokens."""
         shapes = [parse_shape(name) for name in self.shapes]
-        yield from cases_of(
-            [self.operation], shapes, self.tokens, [self.dtype], inactive=[self.inactive], modes=[self.mode]
-        )
+        fields = {"dtype": self.dtype, "inactive": self.inactive, "mode": self.mode}
+        return cases_of({self.operation: self.tokens}, shapes, {}, **fields)
 
 
 CPU_QUICK = (

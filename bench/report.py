@@ -53,10 +53,10 @@ def speed_table(rows: Sequence[Row]) -> Table | None:
                 NOTHING if row.peak_bytes is None else number(row.peak_bytes / MIB), bold=row.ours,
             )  # fmt: skip
     view.notes = [
-        "÷ ours, ÷ limit: medians of the ratios within each round; limit: a copy of the logits, or the bare GEMMs in the "
-        "faster dtype.",
+        "÷ ours, ÷ limit: medians of the ratios within each round; limit: a copy of the logits, or the bare GEMMs in "
+        "the faster dtype.",
         "rate: GB/s of one read of the active rows and, where there is a gradient, one write of all of it; TFLOP/s of "
-        "one GEMM over the active rows, three where there are gradients. Peak MiB: beyond the inputs, gradients included.",
+        "one GEMM over the active rows, three where there are gradients. Peak MiB: beyond the inputs, with gradients.",
     ]
     if any(row.case.mode == "backward" for row in rows):
         view.notes.append("backward: who makes the gradient in its forward has next to nothing left to do there.")
@@ -75,19 +75,20 @@ def accuracy_table(rows: Sequence[Row]) -> Table | None:
         assert row.errors is not None
         same = {None: NOTHING, True: "yes", False: "no"}[row.repeats]
         first = [error(row.errors.loss), error(row.errors.logprob)]
-        for part, found in (row.errors.gradients or {NOTHING: None}).items():
-            columns = [error(value) for value in ((found.worst, found.median, found.beyond) if found else (None,) * 3)]
-            view.add(names[row.case], row.provider, part, *first, *columns, same, bold=row.ours)
+        for part, found in row.errors.gradients.items() or [(NOTHING, None)]:
+            values = (None,) * 3 if found is None else (found.worst, found.median, found.beyond)
+            view.add(names[row.case], row.provider, part, *first, *map(error, values), same, bold=row.ours)
             first, same = ["", ""], ""
     own = ", ".join(
         f"{error(OWN_GRADIENT_LIMIT[dtype])} in {dtype}" for dtype in dict.fromkeys(row.case.dtype for row in checked)
     )
     view.notes = [
-        "loss: error relative to the sum of |dloss/dlogp|, which unlike the loss does not cancel. log p: largest absolute "
-        f"error (hpo_fused's limit: {error(OWN_LOGPROB_LIMIT)}; with hidden states, of rows whose logits were rounded alike).",
+        "loss: error relative to the sum of |dloss/dlogp|, which unlike the loss does not cancel. log p: largest "
+        f"absolute error (hpo_fused's limit: {error(OWN_LOGPROB_LIMIT)}; of hidden states, where logits were rounded "
+        "alike).",
         f"gradient: relative to the row's, over up to {ROWS} rows; the sampled token's column apart from the others.",
-        f"beyond: worst error beyond one rounding to the dtype (hpo_fused's limit: {own}). same: a second call gave the "
-        "same loss and gradients, bit for bit.",
+        f"beyond: worst error beyond one rounding to the dtype (hpo_fused's limit: {own}). same: a second call gave "
+        "the same loss and gradients, bit for bit.",
     ]
     return view
 

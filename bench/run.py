@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,13 +15,12 @@ from .cases import Case
 from .check import fingerprint, judge
 from .inputs import Inputs
 from .measure import (
-    CpuUse,
-    Failure,
     Synchronises,
     Task,
     available_bytes,
     captured,
     clock_for,
+    cpu_seconds,
     is_out_of_memory,
     peak_extra_bytes,
     rounds,
@@ -162,6 +161,14 @@ def record_failure(row: Row, error: Exception) -> None:
         row.status, row.note = "failed", f"{type(error).__name__}: {message}"
 
 
+def record_failures(rows: Mapping[str, Row], outcome: Mapping[str, float | Exception]) -> dict[str, float]:
+    """Errors of a round into their rows; the seconds of the others."""
+    for name, value in outcome.items():
+        if isinstance(value, Exception):
+            record_failure(rows[name], value)
+    return {name: value for name, value in outcome.items() if not isinstance(value, Exception)}
+
+
 def check_first(trial: Trial, truth: Truth, row: Row, device: torch.device) -> None:
     """The first call into ``row``: compiled, judged, its memory taken by a second call whose result is compared.
 
@@ -190,40 +197,16 @@ def check_first(trial: Trial, truth: Truth, row: Row, device: torch.device) -> N
     row.repeats = equal(first, fingerprints(second))
 
 
-@dataclass
-class Drawn:
-    """A case's inputs and truth, and its rows as far as they are."""
-
-    case: Case
-    settings: Settings
-    inputs: Inputs
-    truth: Truth
-    rows: dict[str, Row] = field(default_factory=dict)
-    tasks: dict[str, Task] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, case: Case, settings: Settings) -> Drawn:
-        """Draw them; raises MemoryError with the reason where they would not fit."""
-        if settings.device.type == "cuda":
-            # The next case is to have the whole memory: PyTorch keeps freed pieces in the sizes that were asked for.
-            # Collected first, since tracebacks and compiled functions hold tensors in cycles.
-            gc.collect()
-            torch.cuda.empty_cache()
-        if note := does_not_fit(2 * case.input_bytes, settings.device):
-            raise MemoryError(note)
-        return cls(case, settings, *draw(case, settings.device, settings.seed))
-
-    def check(self, provider: Provider) -> Trial:
-        """The provider's row, from its first call, and the trial."""
-        row = self.rows.setdefault(provider.name, new_row(self.case, provider))
-        trial = Trial(provider, self.inputs)
-        try:
-            check_first(trial, self.truth, row, self.settings.device)
-        except Exception as error:  # a provider's code: anything can come
-            record_failure(row, error)
-        if row.status == "ok":
-            self.tasks[provider.name] = Task(trial.step, trial.before)
-        return trial
+def draw_case(case: Case, device: torch.device, seed: int) -> tuple[Inputs, Truth]:
+    """The case's inputs and truth; raises MemoryError with the reason where they would not fit."""
+    if device.type == "cuda":
+        # The next case is to have the whole memory: PyTorch keeps freed pieces in the sizes that were asked for.
+        # Collected first, since tracebacks and compiled functions hold tensors in cycles.
+        gc.collect()
+        torch.cuda.empty_cache()
+    if note := does_not_fit(2 * case.input_bytes, device):
+        raise MemoryError(note)
+    return draw(case, device, seed)
 
 
 def new_row(case: Case, provider: Provider) -> Row:
@@ -249,16 +232,21 @@ def run_case(case: Case, providers: Sequence[Provider], settings: Settings, rows
     samples: dict[str, list[float]] = {name: [] for name in mine}
     try:
         tell("drawing inputs and their float64 values")
-        drawn = Drawn.of(case, settings)
-        drawn.rows = mine
+        inputs, truth = draw_case(case, settings.device, settings.seed)
+        tasks: dict[str, Task] = {}
         for provider in everybody:
-            tell(
-                f"{provider.name}, first call and check" + (f" ({provider.slow_start})" if provider.slow_start else "")
-            )
-            drawn.check(provider)
+            tell(f"{provider.name}, first call and check{provider.slow_start and f' ({provider.slow_start})'}")
+            row = mine[provider.name]
+            try:
+                trial = Trial(provider, inputs)
+                check_first(trial, truth, row, settings.device)
+            except Exception as error:  # a provider's code: anything can come
+                record_failure(row, error)
+            if row.status == "ok":
+                tasks[provider.name] = Task(trial.step, trial.before)
         if settings.repeats:
             tell(f"timing at most {settings.repeats} rounds")
-            _time(mine, drawn.tasks, samples, settings, case.cuda_graph)
+            _time(mine, tasks, samples, settings, case.cuda_graph)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -285,20 +273,18 @@ def _time(
     gc.disable()  # a collection in the middle of a sample is nobody's time
     try:
         for outcome in rounds(tasks, clock, warm_up, 0.0, warm_up):
-            if isinstance(outcome, Failure):
-                record_failure(rows[outcome.name], outcome.error)
+            record_failures(rows, outcome)
         alive = {name: task for name, task in tasks.items() if rows[name].status == "ok"}
         if cuda_graph:
             alive = dict(_captured(rows, alive))
-        use = CpuUse()
+        begun = cpu_seconds() if settings.device.type == "cpu" else None
         for outcome in rounds(alive, clock, settings.repeats, settings.budget, settings.least):
-            if isinstance(outcome, Failure):
-                record_failure(rows[outcome.name], outcome.error)
-                continue
-            for name, seconds in outcome.items():
+            for name, seconds in record_failures(rows, outcome).items():
                 samples[name].append(seconds)
-            for row in rows.values():
-                row.others_cpu = use.others() if settings.device.type == "cpu" else None
+            if begun is not None and (now := cpu_seconds()) is not None:
+                passed, others = (b - a for a, b in zip(begun, now, strict=True))
+                for row in rows.values():
+                    row.others_cpu = min(max(others / passed, 0.0), 1.0) if passed > 0 else None
     finally:
         if collecting:
             gc.enable()

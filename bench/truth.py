@@ -11,7 +11,7 @@ directions.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -53,6 +53,7 @@ PEAKED = 0.05
 # rounding error, hence twice float32's limit for the narrower dtypes.
 OWN_GRADIENT_LIMIT = {"bf16": 6e-6, "fp16": 6e-6, "fp32": 3e-6}
 OWN_LOGPROB_LIMIT = 4e-6
+TINY = torch.finfo(torch.float64).tiny
 
 
 @dataclass(frozen=True)
@@ -69,17 +70,41 @@ class GradientError:
     beyond: float | None = None
 
 
-@dataclass(frozen=True)
-class GradientVerdict:
-    """Errors by the name of the gradient's part, and complaints ("" where nothing is wrong)."""
-
-    errors: dict[str, GradientError]
-    complaints: list[str]
-
-
 def off(name: str, error: float, limit: float) -> str:
     """The complaint about an error beyond its limit, else "". NaN is beyond every limit."""
     return "" if error <= limit else f"{name} off by {error:.1e} (limit {limit:.0e})"
+
+
+@dataclass
+class Verdict:
+    """Errors by the name of the gradient's part, and complaints ("" where nothing is wrong)."""
+
+    errors: dict[str, GradientError] = field(default_factory=dict)
+    complaints: list[str] = field(default_factory=list)
+
+    def hold(
+        self, part: str, error: Tensor, size: Tensor, limit: float, floor: Tensor | None = None,
+        judged: Tensor | None = None, told: bool = True,
+    ) -> None:  # fmt: skip
+        """Hold rows' errors, relative to rows of that size, against a limit.
+
+        Args:
+            part: of the gradient.
+            error, size: [R].
+            limit: of the relative error.
+            floor: scale [R] on which smaller rows are judged.
+            judged: bool [R], rows to judge; NaN is judged anyway.
+            told: the errors are results, too, and not only a check.
+        """
+        judged = torch.ones_like(size, dtype=torch.bool) if judged is None else judged | error.isnan()
+        if not bool(judged.any()):
+            return
+        scale = (size if floor is None else size.maximum(floor)).clamp(min=max(NEGLIGIBLE * size.max().item(), TINY))
+        self.complaints.append(off(f"gradient of {part}", (error / scale)[judged].max().item(), limit))
+        rows = judged & (size > 0)
+        if told and bool(rows.any()):
+            relative = error[rows] / size[rows]
+            self.errors[part] = GradientError(relative.max().item(), relative.median().item())
 
 
 def spread_rows(chosen: Tensor, most: int) -> Tensor:
@@ -104,31 +129,17 @@ class Truth(ABC):
 
     @abstractmethod
     def judge(
-        self, inputs: Inputs, gradients: tuple[Tensor, ...], coefficients: Tensor, moved: Tensor, tolerance: float
-    ) -> GradientVerdict:
+        self, inputs: Inputs, gradients: tuple[Tensor, ...], c: Tensor, moved: Tensor, tolerance: float
+    ) -> Verdict:
         """Hold gradients, which carry the case's upstream factor, against the exact ones.
 
         Args:
             inputs: of the case.
             gradients: as the leaves.
-            coefficients: dloss/dlogp [B, T].
+            c: dloss/dlogp [B, T].
             moved: [B, T], 0, or the error of a log-probability whose logits were rounded otherwise than the truth's.
             tolerance: times the limits.
         """
-
-
-def _relative(error: Tensor, size: Tensor, floor: Tensor, judged: Tensor) -> tuple[GradientError | None, float]:
-    """Errors relative to rows of that size, and the worst with small rows judged on the scale of ``floor``."""
-    judged = judged | error.isnan()
-    if not bool(judged.any()):
-        return None, 0.0
-    scale = size.maximum(floor).clamp(min=max(NEGLIGIBLE * size.max().item(), torch.finfo(torch.float64).tiny))
-    worst = (error / scale)[judged].max().item()
-    rows = judged & (size > 0)
-    if not bool(rows.any()):
-        return None, worst
-    relative = error[rows] / size[rows]
-    return GradientError(relative.max().item(), relative.median().item()), worst
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,23 +152,20 @@ class LogitsTruth(Truth):
     @classmethod
     def of(cls, logits: Tensor, tokens: Tensor, softcap: float | None, rows: Tensor, shape: torch.Size) -> LogitsTruth:
         """Of logits [N, V] and tokens [N] in the layout ``shape`` [B, T], a few rows in float64 at a time."""
-        parts = [
-            reference.token_logprobs(z.double(), y, softcap=softcap)
-            for z, y in zip(
-                *(x.split(max(1, CHUNK_ELEMENTS // logits.shape[-1])) for x in (logits, tokens)), strict=True
-            )
-        ]
+        step = max(1, CHUNK_ELEMENTS // logits.shape[-1])
+        pieces = zip(logits.split(step), tokens.split(step), strict=True)
+        parts = [reference.token_logprobs(z.double(), y, softcap=softcap) for z, y in pieces]
         logprobs, entropies = (torch.cat(values).view(shape) for values in zip(*parts, strict=True))
         z = logits[rows].double().requires_grad_()
         (slopes,) = torch.autograd.grad(reference.token_logprobs(z, tokens[rows], softcap=softcap).logprobs.sum(), z)
         return cls(logprobs, entropies, torch.full_like(logprobs, OWN_LOGPROB_LIMIT), rows, slopes)
 
     def judge(
-        self, inputs: Inputs, gradients: tuple[Tensor, ...], coefficients: Tensor, moved: Tensor, tolerance: float
-    ) -> GradientVerdict:
+        self, inputs: Inputs, gradients: tuple[Tensor, ...], c: Tensor, moved: Tensor, tolerance: float
+    ) -> Verdict:
         """The column of a row's token is judged apart from the others: its entry can be larger than all of them."""
-        (gradient,), upstream, dtype = gradients, inputs.case.upstream, inputs.case.dtype
-        c = coefficients.flatten()[self.rows]
+        (gradient,), upstream, verdict = gradients, inputs.case.upstream, Verdict()
+        c = c.flatten()[self.rows]
         exact = c.unsqueeze(-1) * self.slopes
         got = gradient.detach().flatten(0, 1)[self.rows].double() / upstream
         rounded = (exact * upstream).to(gradient.dtype).double() / upstream
@@ -167,35 +175,28 @@ class LogitsTruth(Truth):
             return values.gather(-1, column).abs().squeeze(-1), values.scatter(-1, column, 0.0).norm(dim=-1)
 
         error, rounding, size = parts(got - exact), parts(rounded - exact), parts(exact)
-        smallest = max(NEGLIGIBLE * max(part.max().item() for part in size), torch.finfo(torch.float64).tiny)
+        smallest = max(NEGLIGIBLE * max(part.max().item() for part in size), TINY)
         allowed = (size[0].maximum(PEAKED * c.abs()).clamp(min=smallest), size[1].clamp(min=smallest))
         # NaN wins a maximum, and a median too.
-        worst = max_of([(e - r) / a for e, r, a in zip(error, rounding, allowed, strict=True)])
-        found = {}
+        worst = torch.cat([(e - r) / a for e, r, a in zip(error, rounding, allowed, strict=True)]).max().item()
+        verdict.complaints.append(off("gradient", worst, tolerance * GRADIENT_LIMIT[inputs.case.dtype]))
         for name, e, r, s in zip(("sampled token", "other tokens"), error, rounding, size, strict=True):
             if bool((rows := s > 0).any()):
                 relative, beyond = e[rows] / s[rows], (e - r)[rows] / s[rows]
-                found[name] = GradientError(relative.max().item(), relative.median().item(), beyond.max().item())
-        return GradientVerdict(found, [off("gradient", worst, tolerance * GRADIENT_LIMIT[dtype])])
+                found = GradientError(relative.max().item(), relative.median().item(), beyond.max().item())
+                verdict.errors[name] = found
+        return verdict
 
 
-def max_of(values: list[Tensor]) -> float:
-    """The largest entry of all; NaN if there is one."""
-    return torch.cat(values).max().item()
-
-
-@dataclass(frozen=True, eq=False)
 class LogprobsTruth(Truth):
     """Truth about log-probabilities that are given: their gradient is c itself."""
 
     def judge(
-        self, inputs: Inputs, gradients: tuple[Tensor, ...], coefficients: Tensor, moved: Tensor, tolerance: float
-    ) -> GradientVerdict:
-        c, got = coefficients.flatten(), gradients[0].detach().flatten().double() / inputs.case.upstream
-        # Float32's rounding of x = logp - old_logp reaches c magnified by how steep the objective is.
-        error, worst = _relative((got - c).abs(), c.abs(), torch.zeros_like(c), torch.ones_like(c, dtype=torch.bool))
-        errors = {} if error is None else {"log-probabilities": error}
-        return GradientVerdict(errors, [off("gradient", worst, tolerance * GRADIENT_LIMIT["fp32"])])
+        self, inputs: Inputs, gradients: tuple[Tensor, ...], c: Tensor, moved: Tensor, tolerance: float
+    ) -> Verdict:
+        c, got, verdict = c.flatten(), gradients[0].detach().flatten().double() / inputs.case.upstream, Verdict()
+        verdict.hold("log-probabilities", (got - c).abs(), c.abs(), tolerance * GRADIENT_LIMIT["fp32"])
+        return verdict
 
 
 def _signs(*shape: int, device: torch.device, generator: torch.Generator) -> Tensor:
@@ -208,8 +209,8 @@ def block_sums(values: Tensor) -> Tensor:
     return F.pad(values, (0, width * BLOCKS - values.shape[-1])).view(-1, BLOCKS, width).sum(-1)
 
 
-def _by_rows(values: Tensor) -> tuple[Tensor, ...]:
-    return values.split(max(1, CHUNK_ELEMENTS // values.shape[-1]))
+def _by_rows(values: Tensor) -> list[Tensor]:
+    return list(values.split(max(1, CHUNK_ELEMENTS // values.shape[-1])))
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,9 +246,8 @@ class LinearTruth(Truth):
         """One GEMM and a pass in float64 over its result, a few rows at a time."""
         (count, size), vocabulary, device = hidden.shape, weight.shape[0], hidden.device
         generator = torch.Generator().manual_seed(seed + 2)
-        columns = torch.cat(
-            [tokens[rows], torch.randint(vocabulary, (COLUMNS,), generator=generator).to(device)]
-        ).unique()
+        others = torch.randint(vocabulary, (COLUMNS,), generator=generator).to(device)
+        columns = torch.cat([tokens[rows], others]).unique()
         probes = _signs(size, PROBES, device=device, generator=generator)
         signs = _signs(vocabulary, device=device, generator=generator)
         along = torch.cat([part.double() @ probes for part in _by_rows(weight)])
@@ -275,39 +275,36 @@ class LinearTruth(Truth):
         )  # fmt: skip
 
     def judge(
-        self, inputs: Inputs, gradients: tuple[Tensor, ...], coefficients: Tensor, moved: Tensor, tolerance: float
-    ) -> GradientVerdict:
+        self, inputs: Inputs, gradients: tuple[Tensor, ...], c: Tensor, moved: Tensor, tolerance: float
+    ) -> Verdict:
+        verdict, dtype = Verdict(), inputs.case.dtype
         of_hidden, of_weight = (gradient.detach() for gradient in gradients)
-        c, moved = coefficients.flatten(), moved.flatten()
-        first = self._judge_hidden(inputs, of_hidden.flatten(0, 1), c, moved == 0, tolerance)
-        second = self._judge_weight(inputs, of_weight, c, moved, tolerance)
-        return GradientVerdict(first.errors | second.errors, first.complaints + second.complaints)
+        limits = tolerance * ROW_LIMIT[dtype], tolerance * PROBE_LIMIT[dtype]
+        self._judge_hidden(verdict, inputs, of_hidden.flatten(0, 1), c.flatten(), moved.flatten() == 0, limits)
+        self._judge_weight(verdict, inputs, of_weight, c.flatten(), moved.flatten(), limits)
+        return verdict
 
     def _judge_hidden(
-        self, inputs: Inputs, got: Tensor, c: Tensor, steady: Tensor, tolerance: float
-    ) -> GradientVerdict:
-        upstream, dtype = inputs.case.upstream, inputs.case.dtype
+        self, verdict: Verdict, inputs: Inputs, got: Tensor, c: Tensor, steady: Tensor, limits: tuple[float, float]
+    ) -> None:
+        upstream = inputs.case.upstream
         floor = PEAKED * c.abs() * inputs.leaves[1].detach()[inputs.tokens.flatten()].double().norm(dim=-1)
         expected = c[self.rows].unsqueeze(-1) * self.directions
         error = (got[self.rows].double() / upstream - expected).norm(dim=-1)
-        errors, worst = _relative(error, expected.norm(dim=-1), floor[self.rows], steady[self.rows])
+        verdict.hold("hidden", error, expected.norm(dim=-1), limits[0], floor[self.rows], steady[self.rows])
         along = torch.cat([part.double() @ self.probes for part in _by_rows(got)]) / upstream
         size = torch.cat([part.double().norm(dim=-1) for part in _by_rows(got)]) / upstream
         expected = c.unsqueeze(-1) * self.hidden_probes
-        _, probed = _relative((along - expected).abs().amax(-1), size.maximum(expected.abs().amax(-1)), floor, steady)
-        silent = bool((got[c == 0] == 0).all())
-        complaints = [
-            off("gradient of hidden", worst, tolerance * ROW_LIMIT[dtype]),
-            off("gradient of hidden, all rows,", probed, tolerance * PROBE_LIMIT[dtype]),
-            "" if silent else "gradient of hidden not zero in rows without a learning signal",
-        ]
-        return GradientVerdict({} if errors is None else {"hidden": errors}, complaints)
+        error, size = (along - expected).abs().amax(-1), size.maximum(expected.abs().amax(-1))
+        verdict.hold("hidden, all rows,", error, size, limits[1], floor, steady, told=False)
+        if bool((got[c == 0] != 0).any()):
+            verdict.complaints.append("gradient of hidden not zero in rows without a learning signal")
 
-    def _judge_weight(self, inputs: Inputs, got: Tensor, c: Tensor, moved: Tensor, tolerance: float) -> GradientVerdict:
-        upstream, dtype = inputs.case.upstream, inputs.case.dtype
-        hidden = inputs.leaves[0].detach().flatten(0, 1).double()
-        sizes = c.abs() * hidden.norm(dim=-1)
-        rows = (moved != 0).nonzero().squeeze(1)
+    def _judge_weight(
+        self, verdict: Verdict, inputs: Inputs, got: Tensor, c: Tensor, moved: Tensor, limits: tuple[float, float]
+    ) -> None:
+        upstream, hidden = inputs.case.upstream, inputs.leaves[0].detach().flatten(0, 1).double()
+        sizes, rows = c.abs() * hidden.norm(dim=-1), (moved != 0).nonzero().squeeze(1)
 
         def expected_of(slopes: Tensor, masses: Tensor) -> tuple[Tensor, Tensor]:
             """Exact sums over rows [k, H], and the part [k] that logits rounded otherwise may change.
@@ -321,22 +318,14 @@ class LinearTruth(Truth):
         expected, allowed = expected_of(self.column_slopes, self.column_slopes.abs())
         error = ((got[self.columns].double() / upstream - expected).norm(dim=-1) - allowed).clamp(min=0)
         own = torch.where(inputs.tokens.flatten().unsqueeze(-1) == self.columns, sizes.unsqueeze(-1), 0.0).amax(0)
-        every = torch.ones_like(self.columns, dtype=torch.bool)
-        errors, worst = _relative(error, expected.norm(dim=-1), PEAKED * own, every)
-
+        verdict.hold("weight", error, expected.norm(dim=-1), limits[0], PEAKED * own)
         expected, allowed = expected_of(self.weight_probes, self.masses)
-        width = -(-len(got) // BLOCKS)
-        sums, scale = torch.zeros_like(expected), expected.norm(dim=-1)
+        width, sums, scale = -(-len(got) // BLOCKS), torch.zeros_like(expected), expected.norm(dim=-1)
         for block, (part, sign) in enumerate(zip(got.split(width), self.signs.split(width), strict=True)):
             exact = part.double() / upstream
             sums[block], scale[block] = sign @ exact, scale[block].maximum(exact.norm())
         error = ((sums - expected).norm(dim=-1) - allowed).clamp(min=0)
-        _, probed = _relative(error, scale, torch.zeros_like(scale), torch.ones_like(scale, dtype=torch.bool))
-        complaints = [
-            off("gradient of weight", worst, tolerance * ROW_LIMIT[dtype]),
-            off("gradient of weight, all rows,", probed, tolerance * PROBE_LIMIT[dtype]),
-        ]
-        return GradientVerdict({} if errors is None else {"weight": errors}, complaints)
+        verdict.hold("weight, all rows,", error, scale, limits[1], told=False)
 
 
 def _row_slopes(logits: Tensor, tokens: Tensor, softcap: float | None, size: int) -> tuple[Tensor, ...]:

@@ -25,12 +25,13 @@ class Call:
         operation: the public function.
         core: compiled for every target.
         dtype: of logits or hidden states.
-        objective: a preset, or the arguments of ``Objective.from_...``: see ``overrides``.
-        overrides: of the preset.
+        objective: a preset.
+        both_terms: the objective has a KL and an entropy term.
         gradient: backward is called too; else the call is under no_grad.
         loss_factor: the loss is multiplied by it before backward.
-        unaligned: logits start 2 bytes (an element) off a 16-byte boundary, so that gradients are stored narrowly.
-        old, ref, weights, per_token, packed, statistics: which optional arguments are given, and in which layout.
+        unaligned: logits start an element off a 16-byte boundary, so that gradients are stored narrowly.
+        old, everything, packed: old log-probabilities are given; advantages and weights are per token and statistics
+            given; the layout is packed.
         arguments: further ones, such as softcap.
     """
 
@@ -39,16 +40,13 @@ class Call:
     core: bool = False
     dtype: str = "bf16"
     objective: str = "mhpo_ahpo"
-    overrides: Mapping[str, Any] = field(default_factory=dict)
+    both_terms: bool = False
     gradient: bool = True
     loss_factor: float = 1.0
     unaligned: bool = False
     old: bool = True
-    ref: bool = False
-    weights: bool = False
-    per_token: bool = False
+    everything: bool = False
     packed: bool = False
-    statistics: bool = False
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -69,28 +67,27 @@ class Call:
 
     def run(self) -> None:
         """Call the function, and backward."""
-        shape = (ROWS,) if self.packed else (1, ROWS)
+        shape, responses = ((ROWS,), ROWS) if self.packed else ((1, ROWS), 1)
         options: dict[str, Any] = {"backend": "triton", **self.arguments}
-        values = torch.zeros(shape)
+        tokens, values, mask = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape), None
         if self.packed:
-            options["cu_seqlens"] = torch.tensor([0, 1, ROWS], dtype=torch.int32)
+            options["cu_seqlens"] = torch.arange(ROWS + 1, dtype=torch.int32)
         else:
-            options["mask"] = torch.ones(shape, dtype=torch.bool)
-        tokens = torch.zeros(shape, dtype=torch.int64)
+            options["mask"] = mask = torch.ones(shape, dtype=torch.bool)
         if self.operation.endswith("policy_loss"):
-            options["objective"] = hf.Objective.preset(self.objective, **self.overrides)
+            terms = {"kl_coef": 0.1, "entropy_coef": 0.01} if self.both_terms else {}
+            length = {"max_length": ROWS} if self.objective == "dr_grpo" else {}
+            options["objective"] = hf.Objective.preset(self.objective, **terms, **length)
+            options["advantages"] = torch.ones(shape if self.everything else responses)
             options["old_logprobs"] = values if self.old else None
-            options["ref_logprobs"] = values if self.ref else None
-            options["token_weights"] = torch.ones(shape) if self.weights else None
-            if self.statistics:
-                responses = torch.ones(2 if self.packed else 1)
+            options["ref_logprobs"] = values if self.both_terms else None
+            if self.both_terms and self.operation == "logprob_policy_loss":
+                options["entropy"] = values
+            if self.everything:
+                options["token_weights"] = torch.ones(shape)
                 options["statistics"] = hf.BatchStatistics.from_batch(
-                    responses, options.get("mask"), cu_seqlens=options.get("cu_seqlens")
+                    torch.ones(responses), mask, cu_seqlens=options.get("cu_seqlens")
                 )
-            advantages = torch.ones(shape if self.per_token else (2 if self.packed else 1,))
-            options["advantages"] = advantages
-        elif self.packed:
-            del options["cu_seqlens"]
         with torch.set_grad_enabled(self.gradient):
             inputs = self._inputs(shape)
             leaf = inputs[0].requires_grad_(self.gradient)
@@ -114,20 +111,18 @@ class Call:
         return (logits[..., 1 : VOCABULARY + 1] if self.unaligned else logits,)
 
 
-FULL = {"ref": True, "overrides": {"kl_coef": 0.1, "entropy_coef": 0.01}}  # both terms beside the surrogate
-
 CALLS = (
     # The least and the most that each kernel does, the widest element and the narrow stores.
     Call("default", core=True),
     Call("no entropy", core=True, arguments={"entropy": False}),
-    Call("KL and entropy", core=True, **FULL),
-    Call("KL and entropy, fp32", core=True, dtype="fp32", **FULL),
-    Call("clip, softcap, KL and entropy", core=True, objective="dapo", arguments={"softcap": 30.0}, **FULL),
+    Call("KL and entropy", core=True, both_terms=True),
+    Call("KL and entropy, fp32", core=True, dtype="fp32", both_terms=True),
+    Call("clip, softcap, KL and entropy", core=True, objective="dapo", both_terms=True, arguments={"softcap": 30.0}),
     Call("truncated ratio, unaligned", core=True, objective="cispo", unaligned=True),
     Call("sequence level", core=True, objective="gspo"),
     Call("log-probabilities and entropies", "token_logprobs", core=True),
     Call("log-probabilities, softcap", "token_logprobs", core=True, arguments={"softcap": 30.0}),
-    Call("loss of log-probabilities", "logprob_policy_loss", core=True, ref=True, overrides={"kl_coef": 0.1}),
+    Call("loss of log-probabilities", "logprob_policy_loss", core=True, both_terms=True),
     # The other code paths.
     Call("no entropy, fp32", dtype="fp32", arguments={"entropy": False}),
     Call("clip, on-policy", objective="grpo", old=False),
@@ -137,13 +132,11 @@ CALLS = (
     Call("scaled gradient", loss_factor=2.0),
     Call("scaled gradient, fp32", dtype="fp32", loss_factor=2.0),
     Call("fp16", dtype="fp16"),
-    Call("fp16, KL and entropy", dtype="fp16", **FULL),
-    Call("packed, everything", packed=True, per_token=True, weights=True, statistics=True, **FULL),
-    Call("padded, everything", per_token=True, weights=True, statistics=True, **FULL),
-    Call(
-        "temperature, constant length", objective="dr_grpo", overrides={"max_length": 4}, arguments={"temperature": 0.7}
-    ),
-    Call("sequence level, packed", objective="gspo", packed=True, **FULL),
+    Call("fp16, KL and entropy", dtype="fp16", both_terms=True),
+    Call("packed, everything", packed=True, both_terms=True, everything=True),
+    Call("padded, everything", both_terms=True, everything=True),
+    Call("temperature, constant length", objective="dr_grpo", arguments={"temperature": 0.7}),
+    Call("sequence level, packed", objective="gspo", packed=True, both_terms=True),
     Call("log-probabilities, fp32", "token_logprobs", dtype="fp32"),
     Call("log-probabilities, forward alone", "token_logprobs", gradient=False),
     Call("loss of log-probabilities, sequence level", "logprob_policy_loss", objective="gspo", packed=True),

@@ -6,6 +6,7 @@ TRITON_INTERPRET is not set.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -92,6 +93,10 @@ class Report:
     public: list[PublicCall] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
+    def as_dicts(self) -> list[dict[str, Any]]:
+        """The kernels for JSON."""
+        return [dataclasses.asdict(kernel) for kernel in self.kernels]
+
     @property
     def broken(self) -> list[str]:
         """A line for each limit that does not hold, and for each kernel that did not compile."""
@@ -116,8 +121,10 @@ def run_report(
         progress: called with a line for each kernel that is done.
 
     Raises:
-        ReportFailed: no Triton, nothing to compile, or the process failed.
+        ReportFailed: no such target, no Triton, nothing to compile, or the process failed.
     """
+    if unknown := [name for name in targets if name not in TARGETS]:
+        raise ReportFailed(f"target: expected one of {', '.join(TARGETS)}, got {unknown[0]!r}")
     if importlib.util.find_spec("triton") is None:
         raise ReportFailed("compiling kernels needs triton: pip install 'hpo-fused[triton]' (Linux only)")
     if not any(only in call.name for call in CALLS):
@@ -183,8 +190,8 @@ def broken_limits(kernels: Iterable[Kernel]) -> list[str]:
     """A line for each limit that a kernel breaks.
 
     Nothing spills; main loops access memory 16 bytes at a time, stores too where the output is aligned as the input
-    is; no more special-function operations than the formulas need and no more instructions than the goal. The kernels of
-    a call have the main loops that it needs.
+    is; no more special-function operations than the formulas need and no more instructions than the goal. The kernels
+    of a call have the main loops that it needs.
     """
     kernels = list(kernels)
     lines = [
@@ -217,11 +224,12 @@ def kernel_table(kernels: Sequence[dict[str, Any]]) -> Table | None:
             kernel["kernel"], kernel["calls"][0], kernel["target"], str(kernel["registers"]), str(kernel["spills"]),
             str(kernel["shared_bytes"]), f"{kernel['widest_load']}/{kernel['widest_store']}", *cells,
         )  # fmt: skip
+    gpus = ", ".join(f"{TARGETS[name].gpu} ({name})" for name in dict.fromkeys(one["target"] for one in kernels))
     view.notes = [
-        "regs: registers of a thread; spill: bytes (NVIDIA) or registers (AMD) that did not fit into them; smem: bytes of "
-        "shared memory of a program; ld/st: bytes of a thread's widest load and store.",
+        "regs: registers of a thread; spill: bytes (NVIDIA) or registers (AMD) that did not fit into them; smem: bytes "
+        "of shared memory of a program; ld/st: bytes of a thread's widest load and store.",
         "statistics, gradient: instructions per element of that main loop, special functions among them in brackets. "
-        f"Launch settings of {', '.join(f'{TARGETS[name].gpu} ({name})' for name in dict.fromkeys(k['target'] for k in kernels))}.",
+        f"Launch settings of {gpus}.",
     ]
     return view
 

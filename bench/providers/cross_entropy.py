@@ -26,8 +26,8 @@ class CutCrossEntropy(Peer):
 
     name = "cce"
     summary = (
-        "cut-cross-entropy's per-token cross entropy without gradient filtering, eager loss; skips masked rows, rows of "
-        "zero advantage never"
+        "cut-cross-entropy's per-token cross entropy without gradient filtering, eager loss; skips masked rows, rows "
+        "of zero advantage never"
     )
     leaves_out = "entropy"
     distribution = "cut-cross-entropy"

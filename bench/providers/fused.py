@@ -49,9 +49,9 @@ class Fused(Provider):
     def context(self) -> AbstractContextManager[object]:
         if self.launch is None:
             return nullcontext()
-        from hpo_fused.kernels.launch import LaunchParameters, override
+        from hpo_fused.kernels import launch
 
-        context: AbstractContextManager[object] = override(parameters=LaunchParameters(*self.launch))
+        context: AbstractContextManager[object] = launch.override(parameters=launch.LaunchParameters(*self.launch))
         return context
 
     def peak_bytes(self, case: Case, device: torch.device) -> float:

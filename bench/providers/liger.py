@@ -1,4 +1,4 @@
-"""Liger-Kernel's GRPO losses of logits and of hidden states, and its log-probabilities of policies that do not train."""
+"""Liger-Kernel's GRPO losses of logits and of hidden states, and its log-probabilities without a gradient."""
 
 from __future__ import annotations
 

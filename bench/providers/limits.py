@@ -40,8 +40,8 @@ class Gemms(Provider):
     """Logits, dhidden and dweight of the active rows, to memory in use before.
 
     The forward alone is the first of the three GEMMs, the backward alone the others. The gradient of the logits is the
-    logits: GEMMs do not look. In another dtype than the head's, columns of the vocabulary are taken a part at a time and
-    each part is multiplied by the same part of the head, since a second head might not fit.
+    logits: GEMMs do not look. In another dtype than the head's, columns of the vocabulary are taken a part at a time,
+    each with the same part of the head, since a second head might not fit.
 
     Args:
         dtype: "fp32", or None for the case's own.

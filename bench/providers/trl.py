@@ -82,8 +82,8 @@ class TrlChunked(_Trl):
 
     name = "trl:chunked"
     summary = (
-        "TRL >= 1.16's ChunkedLogProbFunction (4 GEMMs in tiles of 4096 x 32768; on a CPU two of them in float32), with "
-        "entropy, eager loss; skips masked rows on a GPU, rows of zero advantage never"
+        "TRL >= 1.16's ChunkedLogProbFunction (4 GEMMs in tiles of 4096 x 32768; on a CPU two of them in float32), "
+        "with entropy, eager loss; skips masked rows on a GPU, rows of zero advantage never"
     )
     copies = 0.5
 
