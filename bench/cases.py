@@ -262,15 +262,10 @@ def labels(cases: Iterable[Case], *, without: Sequence[str] = ()) -> dict[Case, 
             yield case.shape.name
         if {"responses", "length"} & set(differing) and "tokens" not in without:
             yield f"N={case.tokens}"
-        for name in differing:
+        told = {"inactive": f"{case.inactive:.0%} inactive", "chunk_mib": f"chunk {case.chunk_mib} MiB"}
+        for name in ("dtype", "objective", "inactive", "mode", "ragged", "inplace", "cuda_graph", "chunk_mib"):
             value = getattr(case, name)
-            if name in ("dtype", "objective", "mode"):
-                yield value
-            elif name == "inactive":
-                yield f"{value:.0%} inactive"
-            elif name == "chunk_mib" and value is not None:
-                yield f"chunk {value:g} MiB"
-            elif name in ("ragged", "inplace", "cuda_graph") and value:
-                yield name
+            if name in differing and value not in (False, None):
+                yield told.get(name, name if value is True else value)
 
     return {case: " ".join(words(case)) for case in found}

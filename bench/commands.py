@@ -153,9 +153,7 @@ def read(path: Path) -> Result:
     """The result in a file; BadParameter where there is none."""
     try:
         return Result.read(path)
-    except OSError as error:
-        raise typer.BadParameter(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .cases import labels
 from .results import Result, Row
-from .tables import MIB, NOTHING, Table, number
+from .tables import Table, mib, number
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,8 @@ def table(found: list[Pair]) -> Table:
         both = (pair.first, pair.second)
         view.add(
             names[pair.first.case], pair.first.provider,
-            *(NOTHING if row.median_s is None else number(1e3 * row.median_s) for row in both), number(pair.time),
-            *(number(row.over_limit) for row in both),
-            *(NOTHING if row.peak_bytes is None else number(row.peak_bytes / MIB) for row in both), number(pair.memory),
+            *(number(1e3 * row.median_s if row.median_s else None) for row in both), number(pair.time),
+            *(number(row.over_limit) for row in both), *(mib(row.peak_bytes) for row in both), number(pair.memory),
             bold=pair.first.ours,
         )  # fmt: skip
     view.notes = ["÷limit: where it did not change and the time did, so did the machine."]

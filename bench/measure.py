@@ -71,44 +71,23 @@ class Task:
     before: Callable[[], object] = lambda: None
 
 
-class Synchronises(Exception):
-    """A run waits for the device, which nothing in a CUDA graph can."""
-
-
-def refuse_synchronising(task: Task) -> None:
-    """Run the task once; raise :class:`Synchronises` where PyTorch has to wait for the device meanwhile.
-
-    A capture in which the host waits ends in an error of CUDA's that says less, if it is an error at all.
-    """
-    task.before()
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        task.run()
-    except RuntimeError as error:
-        if "synchronizing CUDA operation" in str(error):
-            raise Synchronises("synchronises with the host, so it cannot be captured") from error
-        raise
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-
-
 def captured(task: Task) -> Task:
     """The task with its run, forward included, in a CUDA graph, of which the timed run is a replay; on CUDA only.
 
     Three runs before, on a stream of their own: allocator and libraries set themselves up there, which must not be
-    captured. The result of a run lives as long as the graph.
-
-    Raises:
-        Synchronises: see :func:`refuse_synchronising`.
+    captured. The result of a run lives as long as the graph. One that waits for the device raises before the capture,
+    which would end in an error that says less, if in one at all.
     """
-    refuse_synchronising(task)
-    stream = torch.cuda.Stream()
+    stream, mode = torch.cuda.Stream(), torch.cuda.get_sync_debug_mode()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             task.before()
-            task.run()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                task.run()
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
     torch.cuda.current_stream().wait_stream(stream)
     task.before()
     graph = torch.cuda.CUDAGraph()

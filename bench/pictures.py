@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from .cases import labels
-from .results import Result, Row
+from .results import Result, Row, against_tokens
 from .tables import MIB
 
 BAR = 0.8  # height of a case's bars together
@@ -20,14 +20,21 @@ def _figure(count: int, height: float) -> tuple[Any, list[Any]]:
     return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
 
-def _colours(rows: Sequence[Row]) -> dict[str, str]:
-    return {name: f"C{index % 10}" for index, name in enumerate(dict.fromkeys(row.provider for row in rows))}
+def _legend(figure: Any, axes: Any, colours: dict[str, str]) -> Any:
+    """The figure, with a legend above it."""
+    handles = [axes.plot([], [], "o-", color=colour, label=name)[0] for name, colour in colours.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=8)
+    return figure
+
+
+def _colours(names: Iterable[str]) -> dict[str, str]:
+    return {name: f"C{index % 10}" for index, name in enumerate(dict.fromkeys(names))}
 
 
 def _times(rows: Sequence[Row]) -> Any:
     """Horizontal bars, a group for each case."""
     names = labels(row.case for row in rows)
-    cases, colours = list(names), _colours(rows)
+    cases, colours = list(names), _colours(row.provider for row in rows)
     figure, (axes,) = _figure(1, 1.2 + 0.16 * len(rows) + 0.25 * len(cases))
     for index, case in enumerate(cases):
         group = [row for row in rows if row.case == case]
@@ -39,26 +46,19 @@ def _times(rows: Sequence[Row]) -> Any:
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_xscale("log")
     axes.set_xlabel("time ÷ limit (a copy of the logits, or the bare GEMMs)")
-    handles = [axes.barh(0, 0, color=colour, label=name) for name, colour in colours.items()]
-    figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=8)
-    return figure
+    return _legend(figure, axes, colours)
 
 
-def _memory(rows: Sequence[Row]) -> Any:
+def _memory(peaks: dict[tuple[str, str], dict[int, int]]) -> Any:
     """Lines, a pair of axes for each operation and shape."""
-    names = labels((row.case for row in rows), without=("tokens",))
-    groups, colours = list(dict.fromkeys(names[row.case] for row in rows)), _colours(rows)
-    figure, every = _figure(len(groups), 4.0)
-    for title, axes in zip(groups, every, strict=True):
-        for provider, colour in colours.items():
-            found = [row for row in rows if names[row.case] == title and row.provider == provider]
-            peaks = [(row.peak_bytes or 0) / MIB for row in found]
-            axes.plot([row.case.tokens for row in found], peaks, "o-", color=colour, markersize=3)
+    titles, colours = list(dict.fromkeys(title for title, _ in peaks)), _colours(provider for _, provider in peaks)
+    figure, every = _figure(len(titles), 4.0)
+    for (title, provider), found in peaks.items():
+        axes = every[titles.index(title)]
+        axes.plot([*found], [size / MIB for size in found.values()], "o-", color=colours[provider], markersize=3)
         axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="peak memory beyond the inputs, MiB")
         axes.set_title(title.replace(" ", "\n", 1), fontsize=8)
-    handles = [every[0].plot([], [], "o-", color=colour, label=name)[0] for name, colour in colours.items()]
-    figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=8)
-    return figure
+    return _legend(figure, every[0], colours)
 
 
 def draw(result: Result, folder: Path) -> list[str]:
@@ -68,15 +68,9 @@ def draw(result: Result, folder: Path) -> list[str]:
         ModuleNotFoundError: matplotlib is not installed.
     """
     timed = [row for row in result.rows if row.over_limit is not None and not row.limit]
-    peaks = [row for row in result.rows if row.peak_bytes is not None]
-    names = labels((row.case for row in peaks), without=("tokens",))
-    sizes: dict[str, set[int]] = {}
-    for row in peaks:
-        sizes.setdefault(names[row.case], set()).add(row.case.tokens)
-    several = [row for row in peaks if len(sizes[names[row.case]]) > 1]
-    written = []
-    for name, rows, make in (("time.png", timed, _times), ("memory.png", several, _memory)):
-        if rows:
-            make(rows).savefig(folder / name, dpi=110)
-            written.append(name)
-    return written
+    peaks = against_tokens(result.rows)
+    figures = {"time.png": timed and _times(timed), "memory.png": peaks and _memory(peaks)}
+    drawn = {name: figure for name, figure in figures.items() if figure}
+    for name, figure in drawn.items():
+        figure.savefig(folder / name, dpi=110)
+    return list(drawn)

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Sequence
 
 from rich.console import Console
 
-from .cases import Case, labels
+from .cases import labels
 from .machine_code.report import kernel_table
-from .results import Result, Row
-from .tables import MIB, NOTHING, Table, error, number
+from .results import Result, Row, against_tokens
+from .tables import NOTHING, Table, error, mib, number
 from .truth import OWN_GRADIENT_LIMIT, OWN_LOGPROB_LIMIT, ROWS
 
 BUSY = 0.1  # share of the CPUs in use by others from which a warning is printed
-
-
-def by_case(rows: Sequence[Row]) -> Iterator[tuple[Case, list[Row]]]:
-    """Rows in the order in which they were measured, those of one case together."""
-    for case, group in groupby(rows, key=lambda row: row.case):
-        yield case, list(group)
 
 
 def rate(row: Row) -> tuple[float | None, str]:
@@ -40,18 +33,15 @@ def speed_table(rows: Sequence[Row]) -> Table | None:
         return None
     names = labels(row.case for row in rows)
     view = Table("Time", ("case", "provider", "median ms", "25–75 %", "÷ ours", "÷ limit", "rate", "peak MiB"))
-    for case, group in by_case(rows):
-        for row in group:
-            if row.median_s is None or row.q25_s is None or row.q75_s is None:
-                continue
-            speed, unit = rate(row)
-            view.add(
-                names[case], row.provider, number(1e3 * row.median_s),
-                f"{number(1e3 * row.q25_s)}–{number(1e3 * row.q75_s)}",
-                *(f"{number(ratio)}×" if ratio is not None else NOTHING for ratio in (row.over_ours, row.over_limit)),
-                f"{number(speed)} {unit}" if unit else NOTHING,
-                NOTHING if row.peak_bytes is None else number(row.peak_bytes / MIB), bold=row.ours,
-            )  # fmt: skip
+    for row in rows:
+        if row.median_s is None or row.q25_s is None or row.q75_s is None:
+            continue
+        speed, unit = rate(row)
+        view.add(
+            names[row.case], row.provider, number(1e3 * row.median_s),
+            f"{number(1e3 * row.q25_s)}–{number(1e3 * row.q75_s)}", number(row.over_ours), number(row.over_limit),
+            f"{number(speed)} {unit}".strip(), mib(row.peak_bytes), bold=row.ours,
+        )  # fmt: skip
     view.notes = [
         "÷ ours, ÷ limit: medians of the ratios within each round; limit: a copy of the logits, or the bare GEMMs in "
         "the faster dtype.",
@@ -79,9 +69,8 @@ def accuracy_table(rows: Sequence[Row]) -> Table | None:
             values = (None,) * 3 if found is None else (found.worst, found.median, found.beyond)
             view.add(names[row.case], row.provider, part, *first, *map(error, values), same, bold=row.ours)
             first, same = ["", ""], ""
-    own = ", ".join(
-        f"{error(OWN_GRADIENT_LIMIT[dtype])} in {dtype}" for dtype in dict.fromkeys(row.case.dtype for row in checked)
-    )
+    dtypes = dict.fromkeys(row.case.dtype for row in checked)
+    own = ", ".join(f"{error(OWN_GRADIENT_LIMIT[dtype])} in {dtype}" for dtype in dtypes)
     view.notes = [
         "loss: error relative to the sum of |dloss/dlogp|, which unlike the loss does not cancel. log p: largest "
         f"absolute error (hpo_fused's limit: {error(OWN_LOGPROB_LIMIT)}; of hidden states, where logits were rounded "
@@ -95,19 +84,12 @@ def accuracy_table(rows: Sequence[Row]) -> Table | None:
 
 def memory_table(rows: Sequence[Row]) -> Table | None:
     """Peak memory against the number of tokens; None where no case was measured at several."""
-    families: dict[tuple[str, str, bool], dict[int, Row]] = {}
-    names = labels((row.case for row in rows), without=("tokens",))
-    for row in rows:
-        if row.peak_bytes is not None or row.status == "out_of_memory":
-            families.setdefault((names[row.case], row.provider, row.ours), {})[row.case.tokens] = row
-    several = {key: found for key, found in families.items() if len(found) > 1}
-    if not several:
+    if not (several := against_tokens(rows)):
         return None
-    sizes = sorted({tokens for found in several.values() for tokens in found})
+    sizes = sorted({tokens for peaks in several.values() for tokens in peaks})
     view = Table("Peak memory, MiB", ("case", "provider", *(f"N={size}" for size in sizes)))
-    for (name, provider, ours), found in several.items():
-        peaks = (found[size].peak_bytes if size in found else None for size in sizes)
-        view.add(name, provider, *(NOTHING if peak is None else number(peak / MIB) for peak in peaks), bold=ours)
+    for (name, provider), peaks in several.items():
+        view.add(name, provider, *(mib(peaks.get(size)) for size in sizes), bold=provider == "hpo_fused")
     view.notes = ["Beyond the inputs, gradients included."]
     return view
 
@@ -120,11 +102,10 @@ def remarks(result: Result) -> list[str]:
         told = row.complaint or (f"{row.status.replace('_', ' ')}: {row.note}" if row.status != "ok" else "")
         if told:
             reasons.setdefault(told, {}).setdefault(row.provider, []).append(names[row.case])
-    cases = len(names)
     lines = []
     for told, who in reasons.items():
         places = dict.fromkeys(place for found in who.values() for place in found)
-        where = "" if len(places) == cases > 1 else f" ({'; '.join(places)})"
+        where = "" if len(places) == len(names) > 1 else f" ({'; '.join(places)})"
         lines.append(f"{', '.join(who)}: {told}{where}")
     lines += dict.fromkeys(
         f"{row.provider} leaves out: {row.leaves_out}" for row in result.rows if row.status == "ok" and row.leaves_out
@@ -160,9 +141,8 @@ def machine(result: Result) -> str:
 
 def tables(result: Result) -> list[Table]:
     """Every table that there is something for."""
-    found = (
-        speed_table(result.rows), accuracy_table(result.rows), memory_table(result.rows), kernel_table(result.kernels)
-    )  # fmt: skip
+    rows = result.rows
+    found = speed_table(rows), accuracy_table(rows), memory_table(rows), kernel_table(result.kernels)
     return [table for table in found if table is not None]
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .cases import Case
+from .cases import Case, labels
 from .check import Errors
 
 SCHEMA_VERSION = 3
@@ -22,7 +22,7 @@ class Row:
     """One provider on one case.
 
     Attributes:
-        case, provider: what was measured.
+        case, provider: the measured ones.
         ours, limit: the provider belongs to this package; it is a bound and no implementation.
         status: "ok", "wrong" (differs from float64, not timed), "failed", "out_of_memory" or "skipped".
         note: the reason, for anything but "ok".
@@ -77,6 +77,16 @@ class Row:
         return "a second call gave another result" if self.ours and self.repeats is False else ""
 
 
+def against_tokens(rows: Sequence[Row]) -> dict[tuple[str, str], dict[int, int]]:
+    """Peak memory by the number of tokens for each case and provider that was measured at several numbers."""
+    names = labels((row.case for row in rows), without=("tokens",))
+    found: dict[tuple[str, str], dict[int, int]] = {}
+    for row in rows:
+        if row.peak_bytes is not None:
+            found.setdefault((names[row.case], row.provider), {})[row.case.tokens] = row.peak_bytes
+    return {key: peaks for key, peaks in found.items() if len(peaks) > 1}
+
+
 def median_ratio(samples: Sequence[float], others: Sequence[float]) -> float | None:
     """Median over rounds of sample / other; None without a common round.
 
@@ -114,7 +124,7 @@ class Result:
         environment: versions and hardware.
         settings: those that are not of a case.
         rows: in the order in which they were measured.
-        kernels: of ``compile``: each compiled kernel (``machine_code.build.Kernel``) as a dict.
+        kernels: of ``compile``: each compiled kernel (``machine_code.report.Kernel``) as a dict.
         notes: a line for each thing that was left out.
         interrupted: cut short, so that rows and rounds are missing.
     """

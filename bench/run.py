@@ -15,7 +15,6 @@ from .cases import Case
 from .check import fingerprint, judge
 from .inputs import Inputs
 from .measure import (
-    Synchronises,
     Task,
     available_bytes,
     captured,
@@ -153,7 +152,7 @@ def does_not_fit(needed: float, device: torch.device) -> str:
 def record_failure(row: Row, error: Exception) -> None:
     """What a provider raised, as a status and a note."""
     message = (str(error).strip() or "no message").splitlines()[0]
-    if isinstance(error, Unavailable | Synchronises):
+    if isinstance(error, Unavailable):
         row.status, row.note = "skipped", message
     elif is_out_of_memory(error):
         row.status, row.note = "out_of_memory", message

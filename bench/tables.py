@@ -24,6 +24,11 @@ def number(value: float | None) -> str:
     return f"{value:.{max(0, min(digits, 3))}f}"
 
 
+def mib(size: float | None) -> str:
+    """Bytes in MiB."""
+    return number(None if size is None else size / MIB)
+
+
 def error(value: float | None) -> str:
     """An error in as few characters as two digits take; a dash where there is none to tell."""
     if value is None:

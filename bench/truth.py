@@ -54,6 +54,7 @@ PEAKED = 0.05
 OWN_GRADIENT_LIMIT = {"bf16": 6e-6, "fp16": 6e-6, "fp32": 3e-6}
 OWN_LOGPROB_LIMIT = 4e-6
 TINY = torch.finfo(torch.float64).tiny
+Gradients = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,7 @@ class Truth(ABC):
     slack: Tensor
 
     @abstractmethod
-    def judge(
-        self, inputs: Inputs, gradients: tuple[Tensor, ...], c: Tensor, moved: Tensor, tolerance: float
-    ) -> Verdict:
+    def judge(self, inputs: Inputs, gradients: Gradients, c: Tensor, moved: Tensor, tolerance: float) -> Verdict:
         """Hold gradients, which carry the case's upstream factor, against the exact ones.
 
         Args:
@@ -160,9 +159,7 @@ class LogitsTruth(Truth):
         (slopes,) = torch.autograd.grad(reference.token_logprobs(z, tokens[rows], softcap=softcap).logprobs.sum(), z)
         return cls(logprobs, entropies, torch.full_like(logprobs, OWN_LOGPROB_LIMIT), rows, slopes)
 
-    def judge(
-        self, inputs: Inputs, gradients: tuple[Tensor, ...], c: Tensor, moved: Tensor, tolerance: float
-    ) -> Verdict:
+    def judge(self, inputs: Inputs, gradients: Gradients, c: Tensor, moved: Tensor, tolerance: float) -> Verdict:
         """The column of a row's token is judged apart from the others: its entry can be larger than all of them."""
         (gradient,), upstream, verdict = gradients, inputs.case.upstream, Verdict()
         c = c.flatten()[self.rows]
@@ -191,9 +188,7 @@ class LogitsTruth(Truth):
 class LogprobsTruth(Truth):
     """Truth about log-probabilities that are given: their gradient is c itself."""
 
-    def judge(
-        self, inputs: Inputs, gradients: tuple[Tensor, ...], c: Tensor, moved: Tensor, tolerance: float
-    ) -> Verdict:
+    def judge(self, inputs: Inputs, gradients: Gradients, c: Tensor, moved: Tensor, tolerance: float) -> Verdict:
         c, got, verdict = c.flatten(), gradients[0].detach().flatten().double() / inputs.case.upstream, Verdict()
         verdict.hold("log-probabilities", (got - c).abs(), c.abs(), tolerance * GRADIENT_LIMIT["fp32"])
         return verdict
@@ -274,9 +269,7 @@ class LinearTruth(Truth):
             probes, hidden_probes, signs, weight_probes, masses,
         )  # fmt: skip
 
-    def judge(
-        self, inputs: Inputs, gradients: tuple[Tensor, ...], c: Tensor, moved: Tensor, tolerance: float
-    ) -> Verdict:
+    def judge(self, inputs: Inputs, gradients: Gradients, c: Tensor, moved: Tensor, tolerance: float) -> Verdict:
         verdict, dtype = Verdict(), inputs.case.dtype
         of_hidden, of_weight = (gradient.detach() for gradient in gradients)
         limits = tolerance * ROW_LIMIT[dtype], tolerance * PROBE_LIMIT[dtype]

@@ -73,9 +73,8 @@ def compile_launch(job: _Job, registers_at_most: int | None = None) -> Kernel:
     code, registers, spills = read_amdgcn(compiled.asm) if target.amd else read_cubin(compiled.asm, tools)
     return Kernel(
         kernel=launch.name, target=job.target.name, calls=[one.name for one in job.calls], sweeps=launch.sweeps,
-        softcap=call.softcap, entropy=call.entropy, unaligned=call.unaligned, leaves=launch.leaves,
-        num_warps=int(launch.options.get("num_warps", 4)), registers=registers, spills=spills,
-        shared_bytes=int(compiled.metadata.shared), instructions=len(code),
+        softcap=call.softcap, entropy=call.entropy, unaligned=call.unaligned, registers=registers,
+        spills=spills, shared_bytes=int(compiled.metadata.shared),
         widest_load=max((width(i, LOADS) for i in code), default=0),
         widest_store=max((width(i, STORES) for i in code), default=0),
         loops=[dataclasses.asdict(loop) for loop in main_loops(code, launch.vector)] if launch.sweeps else [],

@@ -42,11 +42,8 @@ class Kernel:
         calls: names of the public calls that launch it.
         sweeps: it has main loops over rows.
         softcap, entropy, unaligned: as of the first of the calls.
-        leaves: arguments with tuples flattened, constants included.
-        num_warps: of a program.
         registers: of a thread; spills: bytes (NVIDIA) or registers (AMD) that did not fit into them.
         shared_bytes: shared memory of a program, for the reductions.
-        instructions: in the whole kernel.
         widest_load, widest_store: bytes of one access to device memory, anywhere in the kernel.
         loops: the main loops (``listing.Loop``) as dicts.
     """
@@ -58,12 +55,9 @@ class Kernel:
     softcap: bool
     entropy: bool
     unaligned: bool
-    leaves: int
-    num_warps: int
     registers: int
     spills: int
     shared_bytes: int
-    instructions: int
     widest_load: int
     widest_store: int
     loops: list[dict[str, Any]]

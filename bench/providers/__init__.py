@@ -15,7 +15,7 @@ from hpo_fused.bench.cases import Operation
 from .base import Output, Provider, Step, Unavailable
 from .cross_entropy import CutCrossEntropy, TorchCrossEntropy
 from .fused import Fused
-from .liger import LigerChunked, LigerLogprobs, LigerTriton
+from .liger import LigerChunked, LigerTriton
 from .limits import Copy, Gemms
 from .plain import Compiled, Eager
 from .trl import TrlChunked, TrlEager, TrlTriton
@@ -32,7 +32,6 @@ PROVIDERS: dict[str, Callable[[], Provider]] = {
     "trl:triton": TrlTriton,
     "trl:chunked": TrlChunked,
     "liger:triton": LigerTriton,
-    "liger:logprobs": LigerLogprobs,
     "liger:chunked": LigerChunked,
     "cce": CutCrossEntropy,
     "linear_cross_entropy": TorchCrossEntropy,

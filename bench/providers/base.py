@@ -39,7 +39,10 @@ class Step(NamedTuple):
 
 
 class Provider:
-    """One way to compute some of the operations. A subclass defines the methods of those that it has.
+    """One way to compute some of the operations.
+
+    A subclass defines a method for each that it has, under the operation's name: from :class:`Inputs`, whose ``leaves``
+    are differentiated, to an :class:`Output`.
 
     Attributes:
         name: how it is selected and reported.
@@ -69,7 +72,7 @@ class Provider:
     @classmethod
     def operations(cls) -> tuple[Operation, ...]:
         """Operations whose method the class defines."""
-        return tuple(name for name in OPERATIONS if getattr(cls, name) is not getattr(Provider, name))
+        return tuple(name for name in OPERATIONS if hasattr(cls, name))
 
     def available(self, device: torch.device) -> str:
         """The implementation and version that would run on the device.
@@ -108,23 +111,3 @@ class Provider:
         """The case's operation on ``inputs``."""
         output: Output = getattr(self, inputs.case.operation)(inputs)
         return output
-
-    def policy_loss(self, inputs: Inputs) -> Output:
-        """The loss of logits, ``inputs.leaves[0]``."""
-        raise NotImplementedError
-
-    def linear_policy_loss(self, inputs: Inputs) -> Output:
-        """The loss of hidden states and head, ``inputs.leaves``."""
-        raise NotImplementedError
-
-    def logprob_policy_loss(self, inputs: Inputs) -> Output:
-        """The loss of log-probabilities, ``inputs.leaves[0]``."""
-        raise NotImplementedError
-
-    def token_logprobs(self, inputs: Inputs) -> Output:
-        """Log-probabilities, attached, and entropies of logits."""
-        raise NotImplementedError
-
-    def linear_token_logprobs(self, inputs: Inputs) -> Output:
-        """Log-probabilities, attached, and entropies of hidden states and head."""
-        raise NotImplementedError

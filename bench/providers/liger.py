@@ -35,16 +35,26 @@ class _Longer(torch.autograd.Function):
 _longer: Callable[[Tensor, Tensor], Tensor] = _Longer.apply
 
 
-class _Liger(Peer):
-    """Liger-Kernel's kernels of logits, whose layout is [B, T + 1, V], contiguous, the last position unused.
+class LigerTriton(Peer):
+    """``liger_kernel.transformers.grpo_loss.triton_grpo_loss`` per token, then weights and normaliser in PyTorch.
 
-    It is what a model returns for ``logits_to_keep=T+1``. The benchmark's logits are copied into that layout once, in
-    the first call, which is not timed; logits that may be overwritten are in it from the start.
+    Its layout is [B, T + 1, V], contiguous, the last position unused: that of a model's output for
+    ``logits_to_keep=T+1``. The benchmark's logits are copied into it once, in the first call, which is not timed;
+    logits that may be overwritten are in it from the start. Log-ratios are not clamped, which makes a difference beyond
+    +-20 only. With a softcap, which the model applies, it is the capped logits that ``inplace`` overwrites.
     """
 
+    name = "liger:triton"
+    summary = (
+        "Liger-Kernel >= 0.8's Triton GRPO loss (2 reads, 1 write; one read more at sequence level), its own layout "
+        "[B, T+1, V] made beforehand; inplace=False unless asked for"
+    )
+    leaves_out = "entropy, log-probabilities; objectives other than clipping ones; the clamp of log-ratios"
     distribution = "liger-kernel"
     version = "0.8"
     needs_gpu = True
+    can_inplace = True
+    copies = 2.25
 
     def __init__(self) -> None:
         self.storages: WeakKeyDictionary[Inputs, Tensor] = WeakKeyDictionary()
@@ -53,6 +63,7 @@ class _Liger(Peer):
         super().prepare(case, device)
         if case.length > LONGEST:
             raise Unavailable(f"its grid takes responses of {LONGEST} tokens at most, these have {case.length}")
+        liger_shaping(case.resolved_objective())
 
     def room(self, inputs: Inputs) -> Tensor:
         return F.pad(inputs.leaves[0].detach(), (0, 0, 0, 1))[:, :-1]
@@ -70,74 +81,23 @@ class _Liger(Peer):
             storage = self.storages[inputs]
         return plain.capped(_longer(logits, storage), inputs.softcap)
 
-
-class LigerTriton(_Liger):
-    """``liger_kernel.transformers.grpo_loss.triton_grpo_loss`` per token, then weights and normaliser in PyTorch.
-
-    Log-ratios are not clamped, which makes a difference beyond +-20 only. With a softcap, which the model applies, it
-    is the capped logits that ``inplace`` overwrites.
-    """
-
-    name = "liger:triton"
-    summary = (
-        "Liger-Kernel >= 0.8's Triton GRPO loss (2 reads, 1 write; one read more at sequence level), its own layout "
-        "[B, T+1, V] made beforehand; inplace=False unless asked for"
-    )
-    leaves_out = "entropy, log-probabilities; objectives other than clipping ones; the clamp of log-ratios"
-    can_inplace = True
-    copies = 2.25
-
-    def prepare(self, case: Case, device: torch.device) -> None:
-        super().prepare(case, device)
-        liger_shaping(case.resolved_objective())
-
     def policy_loss(self, inputs: Inputs) -> Output:
         from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
         objective, mask = inputs.objective, inputs.mask
         options = liger_shaping(objective)
         bounds = {f"eps_{side}": options.pop(f"epsilon_{side}", 0.0) for side in ("low", "high")}
+        advantages = plain.weighted_advantages(objective, inputs.advantages, mask, inputs.case.length)
+        keep = None if mask is None else mask.long()
         losses, _, _ = triton_grpo_loss(
-            self._logits(inputs),
-            inputs.old_logprobs,
-            None,
-            inputs.tokens,
-            plain.weighted_advantages(objective, inputs.advantages, mask, inputs.case.length),
-            None if mask is None else mask.long(),
-            temperature=1.0,
-            beta=0.0,
-            inplace=inputs.case.inplace,
-            reduce=False,
-            **bounds,
-            **options,
-        )
+            self._logits(inputs), inputs.old_logprobs, None, inputs.tokens, advantages, keep, temperature=1.0, beta=0.0,
+            inplace=inputs.case.inplace, reduce=False, **bounds, **options,
+        )  # fmt: skip
         return Output(plain.normalised(objective, losses, mask), None, None)
 
 
-class LigerLogprobs(_Liger):
-    """``liger_kernel.ops.grpo_loss.fused_selective_log_softmax``."""
-
-    name = "liger:logprobs"
-    summary = "Liger-Kernel >= 0.8's fused_selective_log_softmax (1 read), its own layout [B, T+1, V] made beforehand"
-    leaves_out = "entropy, the gradient"
-    copies = 1.25
-
-    def prepare(self, case: Case, device: torch.device) -> None:
-        super().prepare(case, device)
-        if case.mode != "forward":
-            raise Unavailable("Liger-Kernel's fused_selective_log_softmax has no backward: mode forward only")
-
-    def token_logprobs(self, inputs: Inputs) -> Output:
-        from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
-
-        mask = None if inputs.mask is None else inputs.mask.long()
-        logprobs = fused_selective_log_softmax(self._logits(inputs), inputs.tokens, temperature=1.0, mask=mask)
-        return Output(None, logprobs, None)
-
-
 class LigerChunked(Peer):
-    """``liger_kernel.chunked_loss.LigerFusedLinearGRPOLoss``; its loss (not its GEMMs) under torch.compile, as is
-    its default."""
+    """``liger_kernel.chunked_loss.LigerFusedLinearGRPOLoss``; its loss (not its GEMMs) is compiled, by default."""
 
     name = "liger:chunked"
     summary = (
