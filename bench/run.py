@@ -225,15 +225,16 @@ def run_case(case: Case, providers: Sequence[Provider], settings: Settings, rows
         rows: takes the rows.
         tell: called with a line for each thing that is begun.
     """
-    everybody = [*providers, *(limits(case.operation) if settings.repeats else ())]
-    mine = {provider.name: new_row(case, provider) for provider in everybody}
+    bounds = limits(case.operation) if settings.repeats else []
+    everybody = {provider.name: provider for provider in (*providers, *bounds)}
+    mine = {name: new_row(case, provider) for name, provider in everybody.items()}
     rows.extend(mine.values())
     samples: dict[str, list[float]] = {name: [] for name in mine}
     try:
         tell("drawing inputs and their float64 values")
         inputs, truth = draw_case(case, settings.device, settings.seed)
         tasks: dict[str, Task] = {}
-        for provider in everybody:
+        for provider in everybody.values():
             tell(f"{provider.name}, first call and check{provider.slow_start and f' ({provider.slow_start})'}")
             row = mine[provider.name]
             try:

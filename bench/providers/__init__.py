@@ -20,7 +20,7 @@ from .limits import Copy, Gemms
 from .plain import Compiled, Eager
 from .trl import TrlChunked, TrlEager, TrlTriton
 
-__all__ = ["PROVIDERS", "Output", "Provider", "Step", "Unavailable", "create", "defaults", "limits"]
+__all__ = ["LIMITS", "PROVIDERS", "Output", "Provider", "Step", "Unavailable", "create", "defaults", "limits"]
 
 PROVIDERS: dict[str, Callable[[], Provider]] = {
     "hpo_fused": Fused,
@@ -35,9 +35,14 @@ PROVIDERS: dict[str, Callable[[], Provider]] = {
     "liger:chunked": LigerChunked,
     "cce": CutCrossEntropy,
     "linear_cross_entropy": TorchCrossEntropy,
+    "copy": Copy,
+    "gemms": Gemms,
+    "gemms:fp32": lambda: Gemms("fp32"),
 }
+# The fastest that can bound the operation counts; they are timed beside whatever is timed.
+LIMITS = ("copy", "gemms", "gemms:fp32")
 # The others are hpo_fused with a backend that it might not choose itself.
-DEFAULT = [name for name in PROVIDERS if not name.startswith("hpo_fused:")]
+DEFAULT = [name for name in PROVIDERS if not name.startswith("hpo_fused:") and name not in LIMITS]
 # Measured on a CPU only where it is named: a pass over the head's whole gradient for every response takes some 30 times
 # eager's time there.
 SLOW_ON_CPU = "liger:chunked"
@@ -49,8 +54,8 @@ def defaults(device: torch.device) -> list[str]:
 
 
 def limits(operation: Operation) -> list[Provider]:
-    """Bounds that every provider of the operation is held against; the fastest of them counts."""
-    return [Gemms(), Gemms("fp32")] if operation.startswith("linear_") else [Copy()]
+    """Bounds that every provider of the operation is held against."""
+    return [one for one in map(create, LIMITS) if operation in one.operations()]
 
 
 def create(name: str) -> Provider:

@@ -1,0 +1,1 @@
+"""The benchmark's cases and providers under pytest-benchmark; run pytest on this folder."""
