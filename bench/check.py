@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from .inputs import Inputs
-from .truth import OWN_GRADIENT_LIMIT, OWN_LOGPROB_LIMIT, GradientError, Truth, Verdict, off
+from .truth import OWN_GRADIENT_LIMIT, OWN_LOGPROB_LIMIT, TINY, GradientError, Truth, Verdict, off
 
 if TYPE_CHECKING:
     from .providers import Provider, Step
 
-# Loss relative to sum |dloss/dlogp|, the same for every dtype: it is a float32 sum over float32 arithmetic, and
+# Loss relative to sum |dloss/dlogp| (or itself), the same for every dtype: it is a float32 sum over float32 arithmetic, and
 # rounding log-probabilities to the logits' dtype is a mistake.
 LOSS_LIMIT = 1e-4
 LOGPROB_LIMIT = ENTROPY_LIMIT = 1e-3
@@ -32,7 +32,8 @@ class Errors:
     """Distance of a provider's result from float64.
 
     Attributes:
-        loss: relative to the sum of |dloss/dlogp|, which unlike the loss does not cancel; None where there is none.
+        loss: relative to the sum of |dloss/dlogp|, which does not cancel, or to the loss where that is larger; None
+            where there is none.
         logprob: largest absolute error of the rows that had to be computed and whose logits were rounded as the
             truth's; None if none was returned.
         gradients: by the name of the gradient's part.
@@ -91,7 +92,7 @@ def judge(inputs: Inputs, truth: Truth, step: Step, provider: Provider) -> Error
     if case.gives_loss:
         loss, coefficients = loss_and_coefficients(provider, inputs, truth.logprobs + shift)
         if out.loss is not None:
-            scale = coefficients.abs().sum().clamp(min=torch.finfo(torch.float64).tiny)
+            scale = coefficients.abs().sum().maximum(loss.abs()).clamp(min=TINY)
             loss_error = ((out.loss.detach().double() - loss).abs() / scale).item()
     verdict = Verdict()
     if step.gradients:
