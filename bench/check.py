@@ -18,8 +18,8 @@ from .truth import OWN_GRADIENT_LIMIT, OWN_LOGPROB_LIMIT, TINY, GradientError, T
 if TYPE_CHECKING:
     from .providers import Provider, Step
 
-# Loss relative to sum |dloss/dlogp| (or itself), the same for every dtype: it is a float32 sum over float32 arithmetic, and
-# rounding log-probabilities to the logits' dtype is a mistake.
+# Loss relative to sum |dloss/dlogp| or itself, the same for every dtype: it is a float32 sum over float32 arithmetic,
+# and rounding log-probabilities to the logits' dtype is a mistake.
 LOSS_LIMIT = 1e-4
 LOGPROB_LIMIT = ENTROPY_LIMIT = 1e-3
 # Of hidden states, a log-probability further off than float32 arithmetic explains belongs to a row with a logit that

@@ -72,5 +72,5 @@ def draw(result: Result, folder: Path) -> list[str]:
     figures = {"time.png": timed and _times(timed), "memory.png": peaks and _memory(peaks)}
     drawn = {name: figure for name, figure in figures.items() if figure}
     for name, figure in drawn.items():
-        figure.savefig(folder / name, dpi=110)
+        figure.savefig(folder / name, dpi=80)
     return list(drawn)

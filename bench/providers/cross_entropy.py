@@ -62,8 +62,8 @@ class TorchCrossEntropy(Provider):
     )
     leaves_out = "the policy loss, masks, log-probabilities, entropy, softcap"
     copies = 1.5
-    # It sums in the dtype itself, and rounds its value to it.
-    tolerance = 4.0
+    # It rounds probabilities and sums to the dtype itself, and its value, too.
+    tolerance = 16.0
     loss_limit = 8e-3
 
     def available(self, device: torch.device) -> str:
