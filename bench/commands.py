@@ -32,7 +32,7 @@ from .cases import (
     parse_shape,
 )
 from .environment import environment
-from .machine_code.report import Report, ReportFailed, call_table, kernel_table, run_report
+from .machine_code.report import ReportFailed, call_table, kernel_table, run_report
 from .machine_code.targets import TARGETS
 from .providers import Provider, Unavailable
 from .providers.fused import Fused
@@ -298,7 +298,7 @@ def all_(
         write_report(result, output)
     if not quick and not result.interrupted and time.monotonic() <= deadline:
         try:
-            compiled = compile_kernels(plan.COMPILED_TARGETS)
+            compiled = run_report(plan.COMPILED_TARGETS)
             result.kernels, result.notes = compiled.as_dicts(), [*result.notes, *compiled.broken]
         except ReportFailed as error:
             result.notes.append(f"machine code: {error}")
@@ -362,12 +362,6 @@ def compare(
         raise typer.Exit(1)
 
 
-def compile_kernels(targets: Sequence[str], only: str = "", every: bool = False) -> Report:
-    """The report, its progress on stderr."""
-    with Console(stderr=True).status(f"compiling for {', '.join(targets)}") as status:
-        return run_report(targets, only, every, progress=status.update)
-
-
 @app.command("compile")
 def compile_(
     target: Annotated[Names, _option("target", f"Of {', '.join(TARGETS)} (all)")] = None,
@@ -385,7 +379,7 @@ def compile_(
     check_writable(output)
     out = Console(highlight=False)
     try:
-        found = compile_kernels(list(dict.fromkeys(target or TARGETS)), only, every or bool(target))
+        found = run_report(list(dict.fromkeys(target or TARGETS)), only, every or bool(target))
     except ReportFailed as error:
         typer.echo(f"hpo-fused-bench compile: {error}", err=True)
         raise typer.Exit(2) from None

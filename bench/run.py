@@ -6,25 +6,15 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import measure
 from .cases import Case
 from .check import fingerprint, judge
 from .inputs import Inputs
-from .measure import (
-    Task,
-    available_bytes,
-    captured,
-    clock_for,
-    cpu_seconds,
-    is_out_of_memory,
-    peak_extra_bytes,
-    rounds,
-    synchronize,
-)
+from .measure import Task
 from .providers import Output, Provider, Step, Unavailable, limits
 from .results import Row, summarise
 from .truth import Truth, draw
@@ -62,9 +52,6 @@ class _Produce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
         return None, None
-
-
-produce: Callable[[Tensor, Tensor], Tensor] = _Produce.apply
 
 
 class Trial:
@@ -110,7 +97,7 @@ class Trial:
     def _forward(self) -> tuple[Output, tuple[Tensor, ...]]:
         inputs = self.inputs
         if self.storage is not None:
-            inputs = replace(inputs, leaves=(produce(self.anchor, self.storage),))
+            inputs = replace(inputs, leaves=(_Produce.apply(self.anchor, self.storage),))
         return self.provider.run(inputs), inputs.leaves
 
 
@@ -137,13 +124,13 @@ def peak_of(trial: Trial, device: torch.device) -> tuple[int | None, Step]:
         trial.before()
         kept.append(trial.step())
 
-    peak = peak_extra_bytes(run, device)
+    peak = measure.peak_extra_bytes(run, device)
     return peak, kept.pop()
 
 
 def does_not_fit(needed: float, device: torch.device) -> str:
     """A reason not to try on the CPU, or "". A GPU refuses by itself; Linux kills the process instead."""
-    available = available_bytes() if device.type == "cpu" else None
+    available = measure.available_bytes() if device.type == "cpu" else None
     if available is None or needed < 0.9 * available:
         return ""
     return f"needs about {needed / GIB:.1f} GiB of main memory, {available / GIB:.1f} GiB are free"
@@ -154,7 +141,7 @@ def record_failure(row: Row, error: Exception) -> None:
     message = (str(error).strip() or "no message").splitlines()[0]
     if isinstance(error, Unavailable):
         row.status, row.note = "skipped", message
-    elif is_out_of_memory(error):
+    elif measure.is_out_of_memory(error):
         row.status, row.note = "out_of_memory", message
     else:
         row.status, row.note = "failed", f"{type(error).__name__}: {message}"
@@ -181,7 +168,7 @@ def check_first(trial: Trial, truth: Truth, row: Row, device: torch.device) -> N
     trial.before()
     start = time.perf_counter()
     step = trial.step()
-    synchronize(device)
+    measure.synchronize(device)
     row.first_call_s = time.perf_counter() - start
     if provider.limit:
         return
@@ -248,7 +235,7 @@ def run_case(case: Case, providers: Sequence[Provider], settings: Settings, rows
             tell(f"timing at most {settings.repeats} rounds")
             _time(mine, tasks, samples, settings, case.cuda_graph)
     except Exception as error:
-        if not is_out_of_memory(error):
+        if not measure.is_out_of_memory(error):
             raise
         for row in mine.values():
             if row.status == "ok" and not samples[row.provider]:
@@ -267,21 +254,21 @@ def _time(
     cuda_graph: bool,
 ) -> None:  # fmt: skip
     """Interleaved rounds into the samples."""
-    clock = clock_for(settings.device)
+    clock = measure.clock_for(settings.device)
     warm_up = 3 if settings.device.type == "cuda" else 1
     collecting = gc.isenabled()
     gc.disable()  # a collection in the middle of a sample is nobody's time
     try:
-        for outcome in rounds(tasks, clock, warm_up, 0.0, warm_up):
+        for outcome in measure.rounds(tasks, clock, warm_up, 0.0, warm_up):
             record_failures(rows, outcome)
         alive = {name: task for name, task in tasks.items() if rows[name].status == "ok"}
         if cuda_graph:
             alive = dict(_captured(rows, alive))
-        begun = cpu_seconds() if settings.device.type == "cpu" else None
-        for outcome in rounds(alive, clock, settings.repeats, settings.budget, settings.least):
+        begun = measure.cpu_seconds() if settings.device.type == "cpu" else None
+        for outcome in measure.rounds(alive, clock, settings.repeats, settings.budget, settings.least):
             for name, seconds in record_failures(rows, outcome).items():
                 samples[name].append(seconds)
-            if begun is not None and (now := cpu_seconds()) is not None:
+            if begun is not None and (now := measure.cpu_seconds()) is not None:
                 passed, others = (b - a for a, b in zip(begun, now, strict=True))
                 for row in rows.values():
                     row.others_cpu = min(max(others / passed, 0.0), 1.0) if passed > 0 else None
@@ -299,7 +286,7 @@ def _captured(rows: Mapping[str, Row], tasks: Mapping[str, Task]) -> Iterator[tu
             continue
         try:
             expected = _run(task)
-            graph = captured(task)
+            graph = measure.captured(task)
             replayed = _run(graph)
         except Exception as error:  # a provider's code: anything can come
             record_failure(row, error)

@@ -20,15 +20,7 @@ from torch.nn import functional as F
 from hpo_fused import reference
 
 from .cases import Case
-from .inputs import (
-    CHUNK_ELEMENTS,
-    Inputs,
-    draw_advantages,
-    draw_hidden,
-    draw_logits,
-    draw_mask,
-    draw_old_logprobs,
-)
+from .inputs import CHUNK_ELEMENTS, Inputs, draw_advantages, draw_hidden, draw_logits, draw_mask, draw_old_logprobs
 
 ROWS = 16  # rows whose gradient is checked in full, and as many without a gradient where there are such
 COLUMNS = 16  # further rows of weight's gradient that are, beside those of the checked rows' tokens

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hpo_fused.bench import run
+from hpo_fused.bench import measure
 from hpo_fused.bench.inputs import Inputs
 from hpo_fused.bench.measure import Task, peak_extra_bytes, rounds
 from hpo_fused.bench.providers import PROVIDERS, Output, Provider, Unavailable, create, limits
@@ -164,7 +164,7 @@ def test_an_interrupted_case_keeps_its_rounds(monkeypatch: pytest.MonkeyPatch) -
         if arguments[2] == 5:  # not the warm-up
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "rounds", interrupted)
+    monkeypatch.setattr(measure, "rounds", interrupted)
     rows: list[Row] = []
     with pytest.raises(KeyboardInterrupt):
         run_case(CASE, [Eager(), Wrong()], Settings(CPU, 5, 0.0), rows, lambda line: None)

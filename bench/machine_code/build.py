@@ -25,7 +25,7 @@ from hpo_fused.kernels.launch import Machine, override
 from .calls import CALLS, Call
 from .listing import LOADS, STORES, main_loops, read_amdgcn, read_cubin, width
 from .record import Launch, recording
-from .report import PROGRESS, Kernel, PublicCall, Report
+from .report import Kernel, PublicCall, Report
 from .targets import FULL_TARGETS, TARGETS, Target
 
 
@@ -109,7 +109,8 @@ def compile_all(targets: Sequence[str], only: str = "", every: bool = False, reg
                 report.kernels.append(outcome)
             else:
                 report.failures.append(f"{name} {job.launch.name}, {job.calls[0].name}: not compiled: {outcome}")
-            print(f"{PROGRESS}{done} of {len(jobs)}", file=sys.stderr, flush=True)
+            print(f"\rcompiled {done} of {len(jobs)}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
     return report
 
 

@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +21,6 @@ from hpo_fused.bench.tables import NOTHING, Table, number
 
 from .calls import CALLS
 from .targets import TARGETS
-
-PROGRESS = "compiled "  # start of a line of standard error that tells how far it has come
 
 ACCESS_BYTES = 16
 # Special-function operations per element of a main loop, without softcap (whose tanh takes two more): one exp2, and
@@ -101,18 +99,14 @@ class ReportFailed(Exception):
     """The report could not be made; the message says why."""
 
 
-def run_report(
-    targets: Sequence[str], only: str = "", every: bool = False, registers: int | None = None,
-    progress: Callable[[str], object] = lambda line: None,
-) -> Report:  # fmt: skip
-    """The report on these targets, from a process of its own.
+def run_report(targets: Sequence[str], only: str = "", every: bool = False, registers: int | None = None) -> Report:
+    """The report on these targets, from a process of its own, which tells its progress and its errors on stderr.
 
     Args:
         targets: names of ``TARGETS``.
         only: calls whose name contains this, on each target.
         every: every call on each target.
         registers: cap on registers (NVIDIA), instead of the launches' own.
-        progress: called with a line for each kernel that is done.
 
     Raises:
         ReportFailed: no such target, no Triton, nothing to compile, or the process failed.
@@ -129,28 +123,11 @@ def run_report(
     environment["TRITON_DISABLE_LINE_INFO"] = "1"  # no debug information to write, assemble and read again
     command = [sys.executable, "-m", "hpo_fused.bench.machine_code.build", *targets, "--only", only]
     command += ["--every"] * every + (["--registers", str(registers)] if registers is not None else [])
-    errors: list[str] = []
-    with (
-        tempfile.TemporaryDirectory() as folder,  # where Python < 3.11, which knows no PYTHONSAFEPATH, finds nothing
-        tempfile.TemporaryFile("w+", encoding="utf-8") as output,
-        subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=output, stderr=subprocess.PIPE, text=True
-        ) as process,
-    ):
-        assert process.stderr is not None
-        try:
-            for line in process.stderr:
-                if line.startswith(PROGRESS):
-                    progress(line.strip())
-                else:
-                    errors.append(line.rstrip())
-        except BaseException:
-            process.terminate()
-            raise
-        if process.wait() != 0:
-            raise ReportFailed("\n".join(errors[-40:]) or f"the compiling process ended with {process.returncode}")
-        output.seek(0)
-        content = json.load(output)
+    with tempfile.TemporaryDirectory() as folder:  # where Python < 3.11, which knows no PYTHONSAFEPATH, finds nothing
+        done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        raise ReportFailed(f"the compiling process ended with {done.returncode}")
+    content = json.loads(done.stdout)
     kernels = [Kernel(**kernel) for kernel in content.pop("kernels")]
     return Report(kernels, [PublicCall(**call) for call in content.pop("public")], **content)
 
