@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, cast, get_type_hints
@@ -90,19 +91,15 @@ class CaseOptions:
         if cuda_graph and (device.type != "cuda" or "backward" in axes["mode"]):
             raise typer.BadParameter("--cuda-graph: expected a GPU, and mode forward or both: the forward is captured")
         fields = {name: getattr(self, name) for name in ("ragged", "inplace", "chunk_mib")}
-        try:
+        with refusing():
             shapes = [parse_shape(name) for name in self.shape or DEFAULT_SHAPES[device.type]]
             rows = {one: self.tokens or tokens(one) for one in cast(Sequence[Operation], self.op or op)}
             return cases_of(rows, shapes, axes, cuda_graph=cuda_graph, **fields)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
 
     def providers(self, device: torch.device) -> list[Provider]:
         """Providers by name; none named: the device's defaults."""
-        try:
+        with refusing():
             return [known.create(name) for name in dict.fromkeys(self.provider or known.defaults(device))]
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
 
 
 def takes_cases(command: Callable[..., None]) -> Callable[..., None]:
@@ -138,23 +135,21 @@ def device_of(name: str) -> torch.device:
     return torch.device("cuda", int(index or 0))
 
 
-def check_writable(output: Path | None) -> None:
-    """Refuse a file that cannot be written now, not after minutes of work."""
-    if output is None:
-        return
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Turns errors about values and files into those of the command line."""
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.open("a", encoding="utf-8").close()
-    except OSError as error:
-        raise typer.BadParameter(f"cannot write {output}: {error.strerror}") from None
-
-
-def read(path: Path) -> Result:
-    """The result in a file; BadParameter where there is none."""
-    try:
-        return Result.read(path)
+        yield
     except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
+
+
+def check_writable(output: Path | None) -> None:
+    """Refuse a file that cannot be written now, not after minutes of work."""
+    if output is not None:
+        with refusing():
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.open("a", encoding="utf-8").close()
 
 
 def default_tokens(operation: Operation, device: torch.device, quick: bool) -> int:
@@ -292,7 +287,8 @@ def all_(
         if result.interrupted or time.monotonic() > deadline:
             result.notes.append(f"{names[case]}: not begun, as the budget of {budget:g} s was used")
             continue
-        wanted = [name for name in known.defaults(where) if part.compiled or where.type != "cpu" or name != "compile"]
+        slow = plan.SLOW_ON_CPU if where.type == "cpu" and not part.slow else ()
+        wanted = [name for name in known.defaults(where) if name not in slow]
         settings = Settings(where, 100 if part.timed else 0, plan.SECONDS_PER_CASE[where.type], seed)
         measure(result, [case], [known.create(name) for name in wanted], settings)
         write_report(result, output)
@@ -326,7 +322,8 @@ def report_(
     folder: Annotated[Path | None, _flag("output", "Write result.json, report.md and pictures to this folder.")] = None,
 ) -> None:
     """Print a result as markdown, or write it with pictures."""
-    result = read(file)
+    with refusing():
+        result = Result.read(file)
     if folder is None:
         typer.echo(report.markdown(result), nl=False)
     else:
@@ -346,7 +343,8 @@ def compare(
     With `--worse-than` the exit status is 1 where hpo_fused's time or peak memory in B is more than that many times
     A's, or a row of it that was ok in A is not in B; it is 2 where no row of it is in both.
     """
-    results = read(first), read(second)
+    with refusing():
+        results = Result.read(first), Result.read(second)
     found = comparison.pairs(*results)
     out = Console(highlight=False)
     comparison.table(found).print(out)

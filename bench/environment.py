@@ -79,8 +79,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        # Fresh memory costs a page fault per 4 KiB unless PyTorch asks for huge pages.
-        "thp_mem_alloc_enable": os.environ.get("THP_MEM_ALLOC_ENABLE"),
+        "thp_mem_alloc_enable": os.environ.get("THP_MEM_ALLOC_ENABLE"),  # or a page fault per 4 KiB of new memory
     }
     for name in DISTRIBUTIONS:
         try:

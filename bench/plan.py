@@ -14,7 +14,7 @@ class Part:
     Args:
         operation, shapes, tokens, dtype, inactive, mode: as on the command line.
         timed: else results are checked and their memory taken.
-        compiled: torch.compile is measured, too, whose compilation takes most of a CPU's time.
+        slow: providers of ``SLOW_ON_CPU`` are measured there, too.
     """
 
     operation: Operation
@@ -24,7 +24,7 @@ class Part:
     inactive: float = 0.0
     mode: Mode = "both"
     timed: bool = True
-    compiled: bool = True
+    slow: bool = True
 
     def cases(self) -> list[Case]:
         """One for each shape and number of tokens."""
@@ -33,25 +33,27 @@ class Part:
         return cases_of({self.operation: self.tokens}, shapes, {}, **fields)
 
 
+# Compilation, and ten times the time of everybody else.
+SLOW_ON_CPU = ("compile", "trl:eager")
 CPU_QUICK = (
     Part("policy_loss", ("qwen3-0.6b",), (1024,)),
     Part("linear_policy_loss", ("qwen3-0.6b",), (256,)),
-    Part("token_logprobs", ("qwen3-0.6b",), (256,), mode="forward", compiled=False),
-    Part("linear_policy_loss", ("qwen3-0.6b",), (256,), inactive=0.75, compiled=False),
+    Part("token_logprobs", ("qwen3-0.6b",), (256,), mode="forward", slow=False),
+    Part("linear_policy_loss", ("qwen3-0.6b",), (256,), inactive=0.75, slow=False),
 )
 CPU_FULL = (
     *CPU_QUICK,
     Part("policy_loss", ("gpt2",), (1024,)),
     Part("linear_policy_loss", ("gpt2",), (256,)),
-    Part("policy_loss", ("qwen3-0.6b",), (1024,), inactive=0.75, compiled=False),
+    Part("policy_loss", ("qwen3-0.6b",), (1024,), inactive=0.75, slow=False),
     Part("logprob_policy_loss", ("qwen3-0.6b",), (65536,)),
-    Part("token_logprobs", ("qwen3-0.6b",), (256,), compiled=False),
-    Part("linear_token_logprobs", ("qwen3-0.6b",), (256,), mode="forward", compiled=False),
-    Part("policy_loss", ("qwen3-0.6b",), (64, 128, 256), timed=False, compiled=False),
-    Part("linear_policy_loss", ("qwen3-0.6b",), (64, 128), timed=False, compiled=False),
-    Part("policy_loss", ("gpt2",), (256,), dtype="fp32", timed=False, compiled=False),
-    Part("policy_loss", ("llama3.2-1b", "gemma2-9b"), (256,), compiled=False),
-    Part("linear_policy_loss", ("llama3.2-1b", "gemma3-270m"), (128,), compiled=False),
+    Part("token_logprobs", ("qwen3-0.6b",), (256,), slow=False),
+    Part("linear_token_logprobs", ("qwen3-0.6b",), (256,), mode="forward", slow=False),
+    Part("policy_loss", ("qwen3-0.6b",), (64, 128, 256), timed=False, slow=False),
+    Part("linear_policy_loss", ("qwen3-0.6b",), (64, 128), timed=False, slow=False),
+    Part("policy_loss", ("gpt2",), (256,), dtype="fp32", timed=False, slow=False),
+    Part("policy_loss", ("llama3.2-1b", "gemma2-9b"), (256,), slow=False),
+    Part("linear_policy_loss", ("llama3.2-1b", "gemma3-270m"), (128,), slow=False),
 )
 GPU_QUICK = (
     Part("policy_loss", ("qwen3-8b",), (8192,)),

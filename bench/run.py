@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,9 @@ class _Produce(torch.autograd.Function):
         return None, None
 
 
+produce: Callable[[Tensor, Tensor], Tensor] = _Produce.apply
+
+
 class Trial:
     """A provider on a case's inputs: runs the case's mode, and restores the logits where they were overwritten.
 
@@ -97,7 +101,7 @@ class Trial:
     def _forward(self) -> tuple[Output, tuple[Tensor, ...]]:
         inputs = self.inputs
         if self.storage is not None:
-            inputs = replace(inputs, leaves=(_Produce.apply(self.anchor, self.storage),))
+            inputs = replace(inputs, leaves=(produce(self.anchor, self.storage),))
         return self.provider.run(inputs), inputs.leaves
 
 

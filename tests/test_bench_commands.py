@@ -133,7 +133,7 @@ def test_ctrl_c_keeps_what_is_finished(invoke: Invoke, monkeypatch: pytest.Monke
         (("speed", "--launch", "512,4"), "expected THREADS,LOADS,ROWS"),
         (("speed", "--cuda-graph", "--device", "cpu"), "--cuda-graph: expected a GPU"),
         (("speed", "--op", "linear_policy_loss", "--shape", "custom:V=9"), "shape: expected a hidden size"),
-        (("speed", "--output", "/dev/null/r.json"), "cannot write"),
+        (("speed", "--output", "/dev/null/r.json"), "Not a directory"),
         (("report", "absent.json"), "No such file"),
         (("compare", "absent.json", "absent.json"), "No such file"),
     ],
@@ -178,7 +178,7 @@ def test_all_writes_a_report_and_ends_with_its_budget(
     invoke: Invoke, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     pytest.importorskip("matplotlib")
-    parts = tuple(plan.Part(one, ("custom:V=97,H=16",), (16, 32), compiled=False) for one in OPERATIONS[:2])
+    parts = tuple(plan.Part(one, ("custom:V=97,H=16",), (16, 32), slow=False) for one in OPERATIONS[:2])
     monkeypatch.setitem(plan.PLANS, ("cpu", False), parts)
     monkeypatch.setattr(providers, "DEFAULT", ["hpo_fused", "eager"])
     monkeypatch.setattr(plan, "SECONDS_PER_CASE", {"cpu": 0.0})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,27 +20,36 @@ POINTERS = {
 SWEEP_CONSTANTS = ({"LANES", "THREADS"}, {"UNROLL", "LOADS"})
 
 
-@dataclass
 class Launch:
-    """A kernel and its arguments as a launch specialises them.
+    """A kernel and its arguments, options among the keywords, specialised by the rules of Triton's own launcher.
 
     Attributes:
         kernel: the JIT function.
         signature: type of each argument, as ``ASTSource`` takes it.
-        constants: values of constant arguments by their path.
-        attributes: divisibility of the others by their path.
+        constants, attributes: values of constant arguments, and divisibility of the others, by their path.
         options: of the compilation, such as num_warps.
         leaves: arguments with tuples flattened, constants included.
         vector: elements of the longest tensor in 16 bytes.
     """
 
-    kernel: Any
-    signature: dict[str, Any]
-    constants: dict[tuple[int, ...], Any]
-    attributes: dict[tuple[int, ...], Any]
-    options: dict[str, Any]
-    leaves: int
-    vector: int
+    def __init__(self, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.kernel, self.leaves = kernel, 0
+        self.constants: dict[tuple[int, ...], Any] = {}
+        self.attributes: dict[tuple[int, ...], Any] = {}
+        self.signature: dict[str, Any] = {}
+        self.options = {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
+        given = {name: value for name, value in kwargs.items() if name in kernel.arg_names}
+        bound = inspect.signature(kernel.fn).bind(*args, **given)
+        bound.apply_defaults()
+        for index, parameter in enumerate(kernel.params):
+            value = bound.arguments[parameter.name]
+            if parameter.is_constexpr:
+                kind = self._constant(value, (index,))
+            else:
+                kind = self._type(value, (index,), not parameter.do_not_specialize)
+            self.signature[parameter.name] = kind
+        longest = max(_tensors(tuple(bound.arguments.values())), key=lambda tensor: tensor.numel())
+        self.vector = ALIGNMENT // longest.element_size()
 
     @property
     def name(self) -> str:
@@ -55,42 +63,29 @@ class Launch:
     @property
     def key(self) -> str:
         """Equal for launches that run the same machine code."""
-        parts = (self.name, self.signature, self.constants, self.attributes, sorted(self.options.items()))
-        return repr(parts)
+        return repr((self.name, self.signature, self.constants, self.attributes, sorted(self.options.items())))
 
+    def _constant(self, value: Any, path: tuple[int, ...]) -> str:
+        self.leaves += 1
+        self.constants[path] = value
+        return "constexpr"
 
-class _Specialisation:
-    """Types, constants and attributes of arguments, by the rules of Triton's own launcher."""
-
-    def __init__(self) -> None:
-        self.constants: dict[tuple[int, ...], Any] = {}
-        self.attributes: dict[tuple[int, ...], Any] = {}
-        self.leaves = 0
-
-    def type_of(self, value: Any, path: tuple[int, ...], specialise: bool) -> Any:
+    def _type(self, value: Any, path: tuple[int, ...], specialise: bool) -> Any:
         """The type of ``value``; ``specialise``: by its divisibility and whether it is 1, which tuples always are."""
         if isinstance(value, tuple):
-            items = [self.type_of(item, (*path, index), True) for index, item in enumerate(value)]
+            items = [self._type(item, (*path, index), True) for index, item in enumerate(value)]
             return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-        self.leaves += 1
         if value is None or (specialise and type(value) is int and value == 1):
-            self.constants[path] = value
-            return "constexpr"
-        if isinstance(value, Tensor):
-            self._divisible(path, specialise and value.data_ptr() % ALIGNMENT == 0)
-            return POINTERS[value.dtype]
-        if isinstance(value, bool):
-            return "u1"
-        if isinstance(value, int):
-            self._divisible(path, specialise and value % ALIGNMENT == 0)
-            return "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
-        if isinstance(value, float):
-            return "fp32"
-        raise TypeError(f"argument {path} of a kernel: expected a tensor, number, None or tuple, got {value!r}")
-
-    def _divisible(self, path: tuple[int, ...], holds: bool) -> None:
-        if holds:
+            return self._constant(value, path)
+        self.leaves += 1
+        number = value.data_ptr() if isinstance(value, Tensor) else value
+        if specialise and type(number) is int and number % ALIGNMENT == 0:
             self.attributes[path] = [["tt.divisibility", ALIGNMENT]]
+        if isinstance(value, Tensor):
+            return POINTERS[value.dtype]
+        if isinstance(value, int) and not isinstance(value, bool):
+            return "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
+        return {bool: "u1", float: "fp32"}[type(value)]
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -101,25 +96,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def specialised(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
-    """The launch of ``kernel`` with these arguments, options among the keywords."""
-    names = kernel.arg_names
-    options = {name: value for name, value in kwargs.items() if name not in names}
-    bound = inspect.signature(kernel.fn).bind(*args, **{name: kwargs[name] for name in kwargs if name in names})
-    bound.apply_defaults()
-    rules, signature = _Specialisation(), {}
-    for index, parameter in enumerate(kernel.params):
-        value = bound.arguments[parameter.name]
-        if parameter.is_constexpr:
-            signature[parameter.name], rules.constants[(index,)] = "constexpr", value
-            rules.leaves += 1
-        else:
-            signature[parameter.name] = rules.type_of(value, (index,), not parameter.do_not_specialize)
-    longest = max(_tensors(tuple(bound.arguments.values())), key=lambda tensor: tensor.numel())
-    vector = ALIGNMENT // longest.element_size()
-    return Launch(kernel, signature, rules.constants, rules.attributes, options, rules.leaves, vector)
-
-
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
     """Every launch in this context is appended to the list, and none happens: outputs stay as they were allocated."""
@@ -127,7 +103,7 @@ def recording() -> Iterator[list[Launch]]:
     original = JITFunction.run
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launches.append(specialised(self, args, kwargs))
+        launches.append(Launch(self, args, kwargs))
 
     JITFunction.run = run
     try:
