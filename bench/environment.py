@@ -17,11 +17,7 @@ import hpo_fused
 
 # Distributions whose versions the numbers depend on, where they are installed.
 DISTRIBUTIONS = ("triton", "pytorch-triton-rocm", "trl", "liger-kernel", "cut-cross-entropy", "transformers")
-# Fields by their names at nvidia-smi and in a result; the clocks are those of the moment, and the highest.
-NVIDIA_SMI = {
-    "driver_version": "driver", "power.limit": "power_limit_w", "clocks.current.sm": "clock_sm_mhz",
-    "clocks.max.sm": "clock_sm_max_mhz", "clocks.max.memory": "clock_memory_max_mhz",
-}  # fmt: skip
+NVIDIA_SMI = "driver_version,power.limit,clocks.max.sm,clocks.max.memory"
 
 
 def _output(command: Sequence[str]) -> str | None:
@@ -55,17 +51,6 @@ def git_commit() -> str | None:
     return commit and commit + "+" * bool(_output(["git", "-C", str(here), "status", "--porcelain"]))
 
 
-def nvidia_state(device: torch.device) -> dict[str, str | None]:
-    """Driver, power limit and clocks of one GPU; None for fields that cannot be read."""
-    # By UUID: an index would not survive CUDA_VISIBLE_DEVICES' renumbering.
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    gpu = f"GPU-{uuid}" if uuid else str(device.index or 0)
-    query = f"--query-gpu={','.join(NVIDIA_SMI)}"
-    said = (_output(["nvidia-smi", query, "--format=csv,noheader,nounits", f"--id={gpu}"]) or "").split(",")
-    values = [value.strip() for value in said] if len(said) == len(NVIDIA_SMI) else [None] * len(NVIDIA_SMI)
-    return dict(zip(NVIDIA_SMI.values(), values, strict=True))
-
-
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, hardware and settings that the numbers depend on."""
     found: dict[str, Any] = {
@@ -95,7 +80,9 @@ def environment(device: torch.device) -> dict[str, Any]:
             "cuda": torch.version.cuda,
             "hip": torch.version.hip,
         }
-        found |= nvidia_state(device)
+        # By UUID: an index would not survive CUDA_VISIBLE_DEVICES' renumbering.
+        gpu = f"GPU-{properties.uuid}" if hasattr(properties, "uuid") else str(device.index or 0)
+        found[NVIDIA_SMI] = _output(["nvidia-smi", f"--query-gpu={NVIDIA_SMI}", "--format=csv,noheader", f"--id={gpu}"])
         if hpo_fused.backend_for(torch.empty(0, device=device)) == "triton":
             from hpo_fused.kernels.launch import origin
 

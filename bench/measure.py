@@ -108,14 +108,8 @@ def rounds(
 
     A disturbance (of the clock rate, by neighbours) then disturbs all tasks alike, none always runs behind the same
     other one, and a ratio can be taken within a round. A task that raises has its error in the place of the seconds,
-    and is dropped; its round is completed by the others.
-
-    Args:
-        tasks: by name.
-        clock: for each of them.
-        repeats: rounds at most.
-        budget: seconds after which no further round starts, once ``minimum`` are done.
-        minimum: rounds at least (unless ``repeats`` is smaller).
+    and is dropped; its round is completed by the others. There are ``repeats`` rounds at most, and none starts after
+    ``budget`` seconds once ``minimum`` are done.
     """
     alive = dict(tasks)
     deadline = time.monotonic() + budget

@@ -22,10 +22,8 @@ class Row:
     """One provider on one case.
 
     Attributes:
-        case, provider: the measured ones.
         ours, limit: the provider belongs to this package; it is a bound and no implementation.
-        status: "ok", "wrong" (differs from float64, not timed), "failed", "out_of_memory" or "skipped".
-        note: the reason, for anything but "ok".
+        status, note: "wrong" differs from float64 and is not timed; the reason, for anything but "ok".
         rounds: samples behind the times, 0 where nothing was timed.
         median_s, q25_s, q75_s: seconds, of the samples.
         over_ours: median over rounds of this time / hpo_fused's in the same round; above 1 hpo_fused is faster.
@@ -97,12 +95,7 @@ def median_ratio(samples: Sequence[float], others: Sequence[float]) -> float | N
 
 
 def summarise(rows: Sequence[Row], samples: Mapping[str, Sequence[float]]) -> None:
-    """Fill in the statistics of one case's rows.
-
-    Args:
-        rows: of one case.
-        samples: seconds of every complete round by provider; those of one index belong to one round.
-    """
+    """Fill in the statistics of one case's rows from the seconds of every complete round by provider."""
     timed = {row.provider: row for row in rows if row.status == "ok" and samples.get(row.provider)}
     for name, row in timed.items():
         own = samples[name]
@@ -120,11 +113,8 @@ class Result:
     """A run of any command.
 
     Attributes:
-        command: its name.
-        environment: versions and hardware.
         settings: those that are not of a case.
-        rows: in the order in which they were measured.
-        kernels: of ``compile``: each compiled kernel (``machine_code.report.Kernel``) as a dict.
+        kernels: each compiled kernel (``machine_code.report.Kernel``) as a dict.
         notes: a line for each thing that was left out.
         interrupted: cut short, so that rows and rounds are missing.
     """

@@ -29,18 +29,16 @@ class Settings:
     """Ways of measuring.
 
     Args:
-        device: where.
+        device: of the inputs.
         repeats: rounds at most; 0: results are checked and their memory taken, nothing is timed.
-        budget: seconds of timing for a case, after which no round starts once ``least`` are done.
+        budget: seconds of timing for a case, after which no round starts once three are done.
         seed: of the random inputs.
-        least: rounds at least.
     """
 
     device: torch.device
     repeats: int
     budget: float
     seed: int = 0
-    least: int = 3
 
 
 class _Produce(torch.autograd.Function):
@@ -112,7 +110,7 @@ def fingerprints(step: Step) -> list[Tensor]:
 
 
 def equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
-    """Whether two lists of fingerprints are of equal steps."""
+    """Whether these are fingerprints of equal steps."""
     return len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -269,7 +267,7 @@ def _time(
         if cuda_graph:
             alive = dict(_captured(rows, alive))
         begun = measure.cpu_seconds() if settings.device.type == "cpu" else None
-        for outcome in measure.rounds(alive, clock, settings.repeats, settings.budget, settings.least):
+        for outcome in measure.rounds(alive, clock, settings.repeats, settings.budget):
             for name, seconds in record_failures(rows, outcome).items():
                 samples[name].append(seconds)
             if begun is not None and (now := measure.cpu_seconds()) is not None:
@@ -283,29 +281,25 @@ def _time(
 
 def _captured(rows: Mapping[str, Row], tasks: Mapping[str, Task]) -> Iterator[tuple[str, Task]]:
     """Tasks whose run replays a CUDA graph of itself and gives the same; the rows of the others say why not."""
+
+    def results_of(task: Task) -> list[Tensor]:
+        task.before()
+        step = task.run()
+        assert isinstance(step, Step)
+        return fingerprints(step)
+
     for name, task in tasks.items():
         row = rows[name]
         if row.repeats is False:
             row.status, row.note = "skipped", "does not repeat itself bit for bit, so a replay cannot be checked"
             continue
         try:
-            expected = _run(task)
-            graph = measure.captured(task)
-            replayed = _run(graph)
+            expected, graph = results_of(task), measure.captured(task)
+            if equal(expected, results_of(graph)):
+                yield name, graph
+            else:
+                row.status, row.note = "wrong", "the replay of its CUDA graph gives other bits than the step itself"
         except Exception as error:  # a provider's code: anything can come
             record_failure(row, error)
             if row.status == "failed":  # nobody promised that it can be captured
                 row.status, row.note = "skipped", f"cannot be captured in a CUDA graph: {row.note}"
-            continue
-        if not equal(expected, replayed):
-            row.status, row.note = "wrong", "the replay of its CUDA graph gives other bits than the step itself"
-            continue
-        yield name, graph
-
-
-def _run(task: Task) -> list[Tensor]:
-    """Fingerprints of the result of a run, started from the inputs as they were."""
-    task.before()
-    step = task.run()
-    assert isinstance(step, Step)
-    return fingerprints(step)

@@ -6,19 +6,16 @@ bfloat16 is left out.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from hpo_fused import Clip, LogFidelity, Objective, SoftGate, TruncatedRatio, reference
+from hpo_fused import Clip, LogFidelity, Objective, SoftGate, TruncatedRatio
 from hpo_fused.bench.cases import MODES, Mode, Operation, Shape
 from hpo_fused.bench.check import judge
 from hpo_fused.bench.providers import Provider, Unavailable, create, peers
-from hpo_fused.bench.truth import draw
 
 from .bench_helpers import CPU, measured, stepped, tiny, with_gradient, with_loss
 
@@ -169,51 +166,3 @@ def test_reasons_why_peers_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reasons(monkeypatch, "99.0") == set()
     with pytest.raises(Unavailable, match="65535 tokens at most, these have 65536"):
         create("liger:triton").prepare(tiny("policy_loss", 65536 * 64, objective="grpo"), CPU)
-
-
-TRAINER_OPTIONS: dict[str, dict[str, Any]] = {
-    "grpo": {"loss_type": "grpo"},
-    "dapo": {"loss_type": "dapo", "epsilon_high": 0.28},
-    "dr_grpo": {"loss_type": "dr_grpo"},
-    "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon_low": 3e-4, "epsilon_high": 4e-4},
-    "sapo": {"loss_type": "sapo"},
-    "cispo": {"loss_type": "cispo", "epsilon_high": 5.0},
-}
-
-
-@pytest.mark.parametrize("objective", TRAINER_OPTIONS)
-def test_presets_are_what_trls_trainer_computes(objective: str) -> None:
-    """GRPOTrainer's own loss, called with log-probabilities in the place of a model."""
-    pytest.importorskip("trl", minversion="1.16")
-    from trl.trainer.grpo_trainer import GRPOTrainer
-
-    inputs, truth = draw(tiny("policy_loss", objective=objective, ragged=True), CPU, 0)
-    assert inputs.mask is not None
-    logprobs, exact = (truth.logprobs.clone().requires_grad_() for _ in range(2))
-    ids, mask = inputs.tokens, inputs.mask.long()
-    accelerator = SimpleNamespace(
-        num_processes=1, reduce=lambda value, reduction: value, gather=lambda value: value, gather_for_metrics=None
-    )
-    arguments = SimpleNamespace(delta=None, sapo_temperature_pos=1.0, sapo_temperature_neg=1.05, steps_per_generation=1)
-    values = {
-        "_get_per_token_logps_and_entropies": lambda *_, **__: (logprobs, torch.zeros_like(logprobs), None),
-        "_metrics": {"train": defaultdict(list)}, "_entropy_bonus_enabled": False, "accelerator": accelerator,
-        "args": arguments, "aux_loss_enabled": False, "beta": 0.0, "current_gradient_accumulation_steps": 1,
-        "epsilon_high": 0.2, "epsilon_low": 0.2, "importance_sampling_level": "token",
-        "max_completion_length": inputs.case.length, "model": SimpleNamespace(training=True),
-        "off_policy_mask_threshold": None, "top_entropy_quantile": 1.0, "use_vllm": False,
-    }  # fmt: skip
-    trainer = SimpleNamespace(**{**values, **TRAINER_OPTIONS[objective]})
-    batch = {
-        "prompt_ids": ids[:, :1], "prompt_mask": mask[:, :1], "completion_ids": ids, "completion_mask": mask,
-        "advantages": inputs.advantages.double(), "old_per_token_logps": inputs.old_logprobs.double(),
-        "num_items_in_batch": mask.sum(),
-    }  # fmt: skip
-    loss = GRPOTrainer._compute_loss(trainer, None, batch)
-    expected = reference.logprob_policy_loss(
-        exact, inputs.advantages, old_logprobs=inputs.old_logprobs, mask=inputs.mask, objective=inputs.objective
-    )
-    limit = 1e-7 if objective == "sapo" else 1e-14  # TRL keeps SAPO's temperatures in float32
-    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=limit)
-    (got,), (wanted,) = torch.autograd.grad(loss, logprobs), torch.autograd.grad(expected, exact)
-    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=limit)

@@ -36,7 +36,6 @@ class Kernel:
     """A compiled launch.
 
     Attributes:
-        kernel, target: its name, and the architecture.
         calls: names of the public calls that launch it.
         sweeps: it has main loops over rows.
         softcap, entropy, unaligned: as of the first of the calls.
