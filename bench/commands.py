@@ -33,8 +33,8 @@ from .cases import (
     parse_shape,
 )
 from .environment import environment
+from .machine_code.calls import TARGETS
 from .machine_code.report import ReportFailed, call_table, kernel_table, run_report
-from .machine_code.targets import TARGETS
 from .providers import Provider, Unavailable
 from .providers.fused import Fused
 from .results import Result

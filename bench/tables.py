@@ -42,6 +42,7 @@ def error(value: float | None) -> str:
 class Table:
     """A table with notes below; the first ``left`` columns are aligned to the left, the others to the right.
 
+    A bold row stands out as a whole, in markdown by its second cell.
     Rows that begin with the same cell belong together.
     """
 
@@ -78,8 +79,7 @@ class Table:
         """GitHub-flavoured."""
         rule = ["---"] * self.left + ["---:"] * (len(self.headings) - self.left)
         rows = [
-            [*row[: self.left - 1], f"**{row[self.left - 1]}**" if bold else row[self.left - 1], *row[self.left :]]
-            for row, bold in zip(self.rows, self.bold, strict=True)
+            [row[0], f"**{row[1]}**", *row[2:]] if bold else row for row, bold in zip(self.rows, self.bold, strict=True)
         ]
         lines = [f"| {' | '.join(cells)} |" for cells in (self.headings, *rows)]
         lines.insert(1, f"|{'|'.join(rule)}|")

@@ -22,11 +22,10 @@ from triton.compiler import ASTSource
 
 from hpo_fused.kernels.launch import Machine, override
 
-from .calls import CALLS, Call
+from .calls import CALLS, FULL_TARGETS, TARGETS, Call, Target
 from .listing import LOADS, STORES, main_loops, read_amdgcn, read_cubin, width
 from .record import Launch, recording
 from .report import Kernel, PublicCall, Report
-from .targets import FULL_TARGETS, TARGETS, Target
 
 
 @dataclasses.dataclass

@@ -19,8 +19,7 @@ from typing import Any
 
 from hpo_fused.bench.tables import NOTHING, Table, number
 
-from .calls import CALLS
-from .targets import TARGETS
+from .calls import CALLS, TARGETS
 
 ACCESS_BYTES = 16
 # Special-function operations per element of a main loop, without softcap (whose tanh takes two more): one exp2, and
@@ -62,7 +61,7 @@ class Kernel:
 
 @dataclass
 class PublicCall:
-    """Launches of one public call, by the kernels' names, and the leaves of the launch with most."""
+    """Launches of one public call by the kernels' names, and the leaves (arguments, tuples flattened) of the widest."""
 
     call: str
     operation: str
