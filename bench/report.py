@@ -48,8 +48,6 @@ def speed_table(rows: Sequence[Row]) -> Table | None:
         "rate: GB/s of one read of the active rows and, where there is a gradient, one write of all of it; TFLOP/s of "
         "one GEMM over the active rows, three where there are gradients. Peak MiB: beyond the inputs, with gradients.",
     ]
-    if any(row.case.mode == "backward" for row in rows):
-        view.notes.append("backward: who makes the gradient in its forward has next to nothing left to do there.")
     return view
 
 

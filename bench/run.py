@@ -21,7 +21,6 @@ from .results import Row, summarise
 from .truth import Truth, draw
 
 GIB = 1 << 30
-Tell = Callable[[str], object]
 
 
 @dataclass(frozen=True)
@@ -202,17 +201,13 @@ def new_row(case: Case, provider: Provider) -> Row:
     return Row(case, provider.name, provider.ours, provider.limit, leaves_out=provider.leaves_out)
 
 
-def run_case(case: Case, providers: Sequence[Provider], settings: Settings, rows: list[Row], tell: Tell) -> None:
-    """Measure ``case`` and append its rows, one for each provider and limit, to ``rows``.
+def run_case(
+    case: Case, providers: Sequence[Provider], settings: Settings, rows: list[Row], tell: Callable[[str], object]
+) -> None:
+    """Measure ``case`` and append its rows to ``rows``: one for each provider and, where something is timed, limit.
 
-    Rows are complete however this ends: on Ctrl-C they hold the rounds that were finished.
-
-    Args:
-        case: what.
-        providers: whom; limits of the operation are added where something is timed.
-        settings: how.
-        rows: takes the rows.
-        tell: called with a line for each thing that is begun.
+    Rows are complete however this ends: on Ctrl-C they hold the rounds that were finished. ``tell`` is called with a
+    line for each thing that is begun.
     """
     bounds = limits(case.operation) if settings.repeats else []
     everybody = {provider.name: provider for provider in (*providers, *bounds)}

@@ -114,8 +114,7 @@ def run_report(targets: Sequence[str], only: str = "", every: bool = False, regi
     if importlib.util.find_spec("triton") is None:
         raise ReportFailed("compiling kernels needs triton: pip install 'hpo-fused[triton]' (Linux only)")
     if not any(only in call.name for call in CALLS):
-        names = "\n  ".join(call.name for call in CALLS)
-        raise ReportFailed(f"no call's name contains {only!r}; there are\n  {names}")
+        raise ReportFailed("\n  ".join([f"no call's name contains {only!r}; there are", *(c.name for c in CALLS)]))
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONSAFEPATH"] = "1"  # a checkout's kernels/, say, must not shadow an installed package
     environment["TRITON_DISABLE_LINE_INFO"] = "1"  # no debug information to write, assemble and read again

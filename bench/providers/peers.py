@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from importlib import metadata
 
 import torch
@@ -14,14 +15,9 @@ from .base import NEEDS_GPU, Provider, Unavailable
 LIGER_OBJECTIVES = "grpo, dapo, dr_grpo, gspo, sapo, cispo, hpo, ahpo"  # the last two by weighted advantages
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: 1.16.0.dev0 is (1, 16, 0)."""
-    numbers: list[int] = []
-    for part in version.split("."):
-        if not part.isdigit():
-            break
-        numbers.append(int(part))
-    return tuple(numbers)
+def _numbers(version: str) -> list[int]:
+    """The leading numbers of a version: 1.16.0.dev0 is [1, 16, 0]."""
+    return [int(number) for number in re.findall(r"\d+", version)[:3]]
 
 
 class Peer(Provider):
