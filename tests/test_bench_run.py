@@ -122,10 +122,13 @@ class Hungry(Eager):
 class Unsteady(Fused):
     """Another loss at every call, within the limits."""
 
+    calls = 0
+
     def policy_loss(self, inputs: Inputs) -> Output:
         out = super().policy_loss(inputs)
         assert out.loss is not None
-        return out._replace(loss=out.loss * (1 + 1e-6 * torch.rand(())))
+        self.calls += 1
+        return out._replace(loss=out.loss + 1e-6 * self.calls)
 
 
 def test_only_right_providers_are_timed() -> None:
