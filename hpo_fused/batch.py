@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from . import interface
 from .checks import check_positive, check_tensor, found, values_readable
 from .objective import AdaptiveHysteretic, Hysteretic, Objective
 from .rows import TokenTerms
@@ -48,13 +47,6 @@ class Layout(NamedTuple):
         if cu_seqlens is None:
             return cls(mask, None, responses)
         return cls(mask, _response_of_row(cu_seqlens, shape[0], device), responses)
-
-    @classmethod
-    def of_terms(cls, terms: interface.TokenTerms) -> Layout:
-        """The layout of the rows that ``terms`` describe."""
-        mask, boundaries = terms.targets != interface.MASKED, terms.cu_seqlens
-        responses = None if boundaries is None else _response_of_row(boundaries, mask.shape[1], mask.device)
-        return cls(mask, responses, terms.lengths.shape[0])
 
     def rows(self, value: Tensor) -> Tensor:
         """A [B] or per-token tensor as one entry per row: [B, T] or [1, N], by broadcasting or gathering."""

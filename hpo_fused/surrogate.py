@@ -149,5 +149,4 @@ def token_loss(
     assert entropy is not None
     weights = values[ENTROPY_WEIGHT]
     losses = losses - torch.where(weights != 0, weights * entropy, 0.0)
-    # Not -weights alone: a weight of 0 is to give +0, which counts as no gradient and is written as such.
-    return TokenLoss(losses, coefficients, torch.where(weights != 0, -weights, 0.0))
+    return TokenLoss(losses, coefficients, -weights)

@@ -94,8 +94,10 @@ class SelectedRows:
 
     def take(self, columns: Tensor) -> Tensor:
         """Entry ``columns[i]`` (int64 [n]) of each row: [n], the tensor's dtype."""
-        return self._memory[(*self._indices, columns)]
+        batches, steps = self._indices
+        return self._memory[batches, steps, columns]
 
     def put(self, columns: Tensor, values: Tensor) -> None:
         """Overwrites entry ``columns[i]`` (int64 [n]) of each row by ``values`` [n], rounding to the tensor's dtype."""
-        self._memory[(*self._indices, columns)] = values.to(self._memory.dtype)
+        batches, steps = self._indices
+        self._memory[batches, steps, columns] = values.to(self._memory.dtype)
