@@ -13,7 +13,9 @@ from typing import NamedTuple
 
 import torch
 
-from .checks import LOGIT_DTYPES, found
+from hpo_fused.checks import LOGIT_DTYPES, described
+
+from .head import TILE_BYTES, GemmDtypes
 
 _MIB = 1 << 20
 _DEFAULT_ROWS = {"cpu": 1024}
@@ -23,11 +25,6 @@ _DEFAULT_LARGEST = 896 * _MIB
 # Chunks are evenly sized, to a multiple of what GEMM kernels tile rows by.
 _ROW_MULTIPLE = 128
 
-# Where no GEMM adds bfloat16 products into float32, a slice of this many bytes (CPU, elsewhere) of the product is made
-# and added at a time. Slices of 1024 x 896 to 4096 x 896 entries took 7 to 18% longer than the product alone on two
-# CPU cores; added as a whole it took 50% longer. A GPU's slices must keep it busy.
-TILE_BYTES = (8 * _MIB, 64 * _MIB)
-
 # Per-token tensors of a call: terms, masks, row order, statistics.
 _PER_TOKEN_BYTES = 256
 
@@ -36,9 +33,9 @@ _PER_TOKEN_BYTES = 256
 _BACKEND_BYTES = {"cpu": 33 * _MIB}
 
 
-def gathered_bytes(hidden_size: int, compute: torch.dtype, dtype: torch.dtype) -> int:
-    """A row's hidden states in the GEMMs' dtype, their gradient, and what either is cast from or to."""
-    return hidden_size * (2 * compute.itemsize + (dtype.itemsize if dtype != compute else 0))
+def _row_bytes(hidden_size: int, dtypes: GemmDtypes, dtype: torch.dtype) -> int:
+    """A row's hidden states as an operand, their gradient, and what either is cast from or to in ``dtype``."""
+    return hidden_size * (2 * dtypes.arithmetic.itemsize + (dtype.itemsize if dtype != dtypes.arithmetic else 0))
 
 
 class ChunkPlan(NamedTuple):
@@ -49,16 +46,10 @@ class ChunkPlan(NamedTuple):
 
     @classmethod
     def of(
-        cls,
-        total: int,
-        vocabulary: int,
-        compute: torch.dtype,
-        logits: torch.dtype,
-        device_type: str,
+        cls, total: int, vocabulary: int, hidden_size: int, dtypes: GemmDtypes, device: torch.device,
         chunk_bytes: int | None,
-        hidden_size: int = 0,
-    ) -> ChunkPlan:
-        """The plan for ``total`` rows whose GEMMs run in ``compute`` and whose logits are kept in ``logits``.
+    ) -> ChunkPlan:  # fmt: skip
+        """The plan for ``total`` rows.
 
         ``chunk_bytes`` is for logits alone; the default budget counts a row's hidden states (gathered, and their
         gradient) as well.
@@ -66,21 +57,19 @@ class ChunkPlan(NamedTuple):
         Raises:
             TypeError, ValueError: chunk_bytes not an int, or less than one row.
         """
-        row_bytes = vocabulary * logits.itemsize
-        if logits != compute:  # the gradient is cast before it meets the other GEMMs
-            row_bytes += vocabulary * compute.itemsize
+        logits = vocabulary * dtypes.bytes_per_logit
         if chunk_bytes is None:
-            largest = max(_DEFAULT_LARGEST // (row_bytes + gathered_bytes(hidden_size, compute, compute)), 1)
-            largest = min(largest, _DEFAULT_ROWS.get(device_type, _DEFAULT_ROWS_ELSEWHERE))
+            largest = max(_DEFAULT_LARGEST // (logits + _row_bytes(hidden_size, dtypes, dtypes.operands)), 1)
+            largest = min(largest, _DEFAULT_ROWS.get(device.type, _DEFAULT_ROWS_ELSEWHERE))
         elif isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int):
-            raise TypeError(f"chunk_bytes: expected an int or None, got {found(chunk_bytes)}")
-        elif chunk_bytes < row_bytes:
+            raise TypeError(f"chunk_bytes: expected an int or None, got {described(chunk_bytes)}")
+        elif chunk_bytes < logits:
             raise ValueError(
-                f"chunk_bytes: expected at least one row of logits, {row_bytes} bytes at V = {vocabulary}, got "
+                f"chunk_bytes: expected at least one row of logits, {logits} bytes at V = {vocabulary}, got "
                 f"{chunk_bytes}"
             )
         else:
-            largest = chunk_bytes // row_bytes
+            largest = chunk_bytes // logits
         count = max(-(-total // largest), 1)
         even = -(-total // count)
         rows = min(-(-even // _ROW_MULTIPLE) * _ROW_MULTIPLE, largest) if count > 1 else even
@@ -139,6 +128,8 @@ def linear_memory(
     * working: 2 R H c for gathered rows (+ R H s under autocast), V H c for autocast's copy of the weight, 256 bytes a
       token; a slice of dweight where the GEMMs cannot add it up in float32 (8 MiB on a CPU, 64 elsewhere), and on the
       CPU up to 33 MiB of buffers
+    * on a CPU that does not multiply in the GEMMs' dtype, whose operands are widened to float32: 8 R H + R H s for
+      gathered rows, 24 MiB for slices, and neither R V c, nor a copy of the weight, nor a slice of dweight
 
     The chunk is released before the accumulator is cast to the gradient, so that they never add up. Not counted: the
     gathered copy of a sharded weight and its gradient (2 V H s), and the torch backend's buffers on a GPU.
@@ -151,7 +142,7 @@ def linear_memory(
         autocast: torch.autocast's dtype, which the GEMMs then run in; None: not under autocast.
         logits_dtype, chunk_bytes: as given to the call.
         bias, hidden_requires_grad, weight_requires_grad: which gradients there are.
-        device: where it will run; the default budget depends on its type.
+        device: where it will run; the default budget depends on its type. A CPU is taken to be this machine's.
 
     Raises:
         TypeError, ValueError: a dtype or chunk_bytes that the call would refuse, or a size that cannot be.
@@ -164,34 +155,38 @@ def linear_memory(
     tokens = rows if tokens is None else tokens
     for name, value in (("rows", rows), ("hidden_size", hidden_size), ("vocabulary", vocabulary), ("tokens", tokens)):
         if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: expected an int, got {found(value)}")
+            raise TypeError(f"{name}: expected an int, got {described(value)}")
         least = 1 if name in ("hidden_size", "vocabulary") else 0
         if value < least:
             raise ValueError(f"{name}: expected a count >= {least}, got {value}")
-    compute = dtype if autocast is None else autocast
-    logits = compute if logits_dtype is None else logits_dtype
-    for name, kind in (("dtype", dtype), ("autocast", compute), ("logits_dtype", logits)):
+    operands = dtype if autocast is None else autocast
+    logits = operands if logits_dtype is None else logits_dtype
+    for name, kind in (("dtype", dtype), ("autocast", operands), ("logits_dtype", logits)):
         if kind not in LOGIT_DTYPES:
-            raise TypeError(f"{name}: expected float16, bfloat16 or float32, got {found(kind)}")
-    if logits not in (torch.float32, compute):
-        raise TypeError(f"logits_dtype: expected None, torch.float32 or the GEMMs' own {compute}, got {logits}")
-    device_type = torch.device(device).type
-    plan = ChunkPlan.of(rows, vocabulary, compute, logits, device_type, chunk_bytes, hidden_size)
+            raise TypeError(f"{name}: expected float16, bfloat16 or float32, got {described(kind)}")
+    if logits not in (torch.float32, operands):
+        raise TypeError(f"logits_dtype: expected None, torch.float32 or the GEMMs' own {operands}, got {logits}")
+    place = torch.device(device)
+    dtypes = GemmDtypes.of(operands, logits, place)
+    plan = ChunkPlan.of(rows, vocabulary, hidden_size, dtypes, place, chunk_bytes)
     size, head = dtype.itemsize, hidden_size * vocabulary
 
     # A single GEMM can write the gradient itself, if that has its dtype.
-    accumulated = weight_requires_grad and size < 4 and rows > 0 and (plan.chunks > 1 or compute != dtype)
+    accumulated = weight_requires_grad and size < 4 and rows > 0 and (plan.chunks > 1 or operands != dtype)
     accumulator = 4 * head if accumulated else 0
     of_hidden = tokens * hidden_size * size if hidden_requires_grad else 0
     of_weight = head * size if weight_requires_grad else 0
     of_bias = vocabulary * (size + 4) if bias else 0
-    chunk = plan.rows * vocabulary * (logits.itemsize + (compute.itemsize if logits != compute else 0))
-    working = _PER_TOKEN_BYTES * tokens + _BACKEND_BYTES.get(device_type, 0)
-    working += plan.rows * gathered_bytes(hidden_size, compute, dtype)
-    if compute != dtype:
-        working += head * compute.itemsize
-    if (weight_requires_grad and (accumulated or compute != dtype)) or bias:
-        working += TILE_BYTES[device_type != "cpu"]
+    chunk = plan.rows * vocabulary * dtypes.bytes_per_logit
+    tile = TILE_BYTES[place.type != "cpu"]
+    working = _PER_TOKEN_BYTES * tokens + _BACKEND_BYTES.get(place.type, 0)
+    working += plan.rows * _row_bytes(hidden_size, dtypes, dtype)
+    if dtypes.widened:
+        working += 3 * tile
+    elif operands != dtype:
+        working += head * operands.itemsize
+    if (weight_requires_grad and (accumulated or operands != dtype) and not dtypes.widened) or bias:
+        working += tile
     sums = accumulator if accumulated else of_weight
     peak = of_hidden + of_bias + working + max(chunk + sums, accumulator + of_weight)
     return LinearMemory(of_hidden + of_weight + of_bias, accumulator, chunk, working, peak)

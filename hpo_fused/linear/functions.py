@@ -1,21 +1,32 @@
-"""The policy loss from hidden states and LM head: no logits, and no GEMM for rows without a learning signal."""
+"""The policy loss and log-probabilities from hidden states and LM head, a chunk of rows at a time.
+
+torch.compile does not trace these: the number of rows is not known before the batch is looked at.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from . import autograd, linear_autograd
-from .backend import Backend, backend_for
-from .batch import BatchStatistics, Layout, prepare
-from .checks import check_tensor, check_token_ids
-from .linear_autograd import UNTRACEABLE, LinearCall
-from .linear_inputs import check_head, check_weight_grad, choose_rows
-from .objective import Objective, resolve_objective
-from .policy_loss import PolicyLossOutput, check_transform, policy_output
+from hpo_fused import ops
+from hpo_fused.autograd import logprob_loss
+from hpo_fused.backend import Backend, backend_for
+from hpo_fused.batch import BatchStatistics, as_mask, check_mask
+from hpo_fused.checks import check_tensor, check_token_ids, check_transform
+from hpo_fused.logprobs import TokenLogprobs
+from hpo_fused.losses import PolicyLossOutput, policy_output
+from hpo_fused.objective import Objective, resolve_objective
+from hpo_fused.token_terms import check_batch, token_targets
+
+from . import autograd
+from .arguments import check_head, check_weight_grad
+from .autograd import Settings
+from .rows import Rows, choose_rows
+
+_UNTRACEABLE = "the number of active rows is known only at run time; call it between compiled graphs"
 
 
-@torch.compiler.disable(reason=UNTRACEABLE)  # type: ignore[untyped-decorator]
+@torch.compiler.disable(reason=_UNTRACEABLE)  # type: ignore[untyped-decorator]
 def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -105,38 +116,88 @@ def linear_policy_loss(
     resolved = resolve_objective(objective)
     transform = check_transform(temperature, softcap)
     inputs = check_head(hidden, weight, bias, logits_dtype)
-    shape = hidden.shape[:-1]
-    tokens = check_tensor("tokens", tokens, [tuple(shape)], "integer", hidden.device)
-    layout = Layout.of("tokens", tokens.shape, hidden.device, mask, cu_seqlens)
-    batch = prepare(
-        resolved,
-        layout,
-        advantages,
-        old_logprobs=old_logprobs,
-        ref_logprobs=ref_logprobs,
-        token_weights=token_weights,
-        groups=groups,
-        statistics=statistics,
-    )
+    shape, device = hidden.shape[:-1], hidden.device
+    tokens = check_tensor("tokens", tokens, [tuple(shape)], "integer", device)
+    batch = check_batch(
+        resolved, "tokens", shape, device, tokens, advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
+        mask=mask, token_weights=token_weights, cu_seqlens=cu_seqlens, groups=groups, statistics=statistics,
+    )  # fmt: skip
     into = check_weight_grad(weight_grad, weight)
-    ids = tokens.to(torch.int64).reshape(inputs.shape).contiguous()
-    check_token_ids(ids, layout.mask, inputs.weight.shape[0])
-    call = LinearCall(ids, transform, inputs.compute, inputs.logits, chunk_bytes, backend_for(inputs.hidden, backend))
-    idle = [] if skip_inactive else [layout.mask & ~batch.active]
-    rows, *others = choose_rows(batch.active, active_count, *idle)
-    spec = resolved.lower()
-    entropy = entropy or spec.entropy_coef != 0
-    operands = inputs.hidden, inputs.weight, inputs.bias
-    if resolved.ratio_level == "token" and not inputs.narrow and into is None:
-        loss, logprobs, entropies = linear_autograd.fused_policy_loss(
-            *operands, call, rows, batch.terms, spec, entropy=entropy
-        )
+    settings = Settings(transform, chunk_bytes, backend_for(hidden, backend))
+    spec = resolved.lower(off_policy=old_logprobs is not None)
+    terms = ops.token_terms(batch, spec, inputs.weight.shape[0], skip_inactive, settings.backend)
+    rows, *idle = choose_rows(terms.targets, terms.active, active_count, idle=not skip_inactive)
+    entropy = entropy or spec.entropy_bonus
+    if spec.sequence_level or inputs.float16 or into is not None:
+        logprobs, entropies = autograd.token_statistics(inputs, [rows, *idle], settings, entropy=entropy, into=into)
+        loss, results = logprob_loss(logprobs, entropies, terms, spec, settings.backend)
     else:
-        logprobs, entropies = linear_autograd.token_statistics(*operands, call, rows, entropy=entropy, into=into)
-        loss = autograd.logprob_policy_loss(logprobs, entropies, batch, spec, resolved.ratio_level == "sequence")
-    if others and len(others[0]):
-        idle_rows = linear_autograd.linear_statistics(*operands, call, others[0], entropy=entropy)
-        logprobs = torch.where(idle[0], idle_rows.logprobs, logprobs)
-        if entropies is not None and idle_rows.entropy is not None:
-            entropies = torch.where(idle[0], idle_rows.entropy, entropies)
-    return policy_output(loss, logprobs, entropies, resolved, batch, tokens.shape)
+        loss, results = autograd.policy_loss(inputs, rows, idle, terms, spec, settings, entropy=entropy)
+    return policy_output(loss, results, resolved, batch, terms, shape)
+
+
+@torch.compiler.disable(reason=_UNTRACEABLE)  # type: ignore[untyped-decorator]
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    entropy: bool = True,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    chunk_bytes: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    active_count: int | None = None,
+    weight_grad: Tensor | None = None,
+    backend: Backend = "auto",
+) -> TokenLogprobs:
+    """:func:`token_logprobs` of ``hidden @ weight.T + bias``, a chunk of unmasked rows at a time.
+
+    For old and reference log-probabilities under ``torch.no_grad()`` this is one GEMM, 2 n H V flops for n unmasked
+    rows. Differentiated, backward makes each chunk's logits again: four GEMMs in all. Either way memory beyond the
+    gradients is one chunk of logits and, with several chunks, dweight's float32 accumulator (:func:`linear_memory`).
+
+    Args:
+        hidden, weight, bias, chunk_bytes, logits_dtype, weight_grad, backend: as in :func:`linear_policy_loss`.
+        tokens: integer [B, T] or [N], ids in [0, V) where unmasked, anything elsewhere.
+        mask: bool or 0/1, shaped like tokens: rows to compute; None: all.
+        entropy: whether to compute the entropy too.
+        temperature, softcap: as in :func:`policy_loss`.
+        active_count: number of unmasked rows, or an upper bound; with it, or without a mask, nothing synchronises (see
+            :func:`linear_policy_loss`).
+
+    Returns:
+        :class:`TokenLogprobs`, float32, 0 where masked; both differentiable (not twice). Backward may run again with
+        retain_graph=True: it recomputes.
+
+    Raises:
+        TypeError, ValueError: as :func:`linear_policy_loss`.
+
+    Examples:
+        >>> hidden, weight = torch.zeros(1, 2, 3), torch.ones(4, 3)
+        >>> linear_token_logprobs(hidden, weight, torch.tensor([[0, 3]])).logprobs
+        tensor([[-1.3863, -1.3863]])
+    """
+    transform = check_transform(temperature, softcap)
+    inputs = check_head(hidden, weight, bias, logits_dtype)
+    shape, device, vocabulary = hidden.shape[:-1], hidden.device, inputs.weight.shape[0]
+    tokens = check_tensor("tokens", tokens, [tuple(shape)], "integer", device)
+    if mask is not None:
+        mask = check_mask(mask, shape, device)
+    into = check_weight_grad(weight_grad, weight)
+    check_token_ids(tokens, mask, vocabulary)
+    settings = Settings(transform, chunk_bytes, backend_for(hidden, backend))
+    row_mask = as_mask(mask, inputs.hidden.shape[:2], device)
+    targets = token_targets(tokens, row_mask, vocabulary)
+    if mask is None and active_count is None:
+        selections = [Rows.all(targets)]
+    else:
+        selections = choose_rows(targets, row_mask, active_count, idle=False)
+    logprobs, entropies = autograd.token_statistics(inputs, selections, settings, entropy=entropy, into=into)
+
+    def shaped(value: Tensor) -> Tensor:
+        return torch.where(row_mask, value, 0.0).reshape(shape)
+
+    return TokenLogprobs(shaped(logprobs), None if entropies is None else shaped(entropies))

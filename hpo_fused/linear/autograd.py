@@ -1,0 +1,220 @@
+"""Autograd functions from hidden states and LM head to the loss, or to log-probabilities.
+
+Two ways, as with logits. *Token-level* objectives: a chunk's logits come out of a GEMM, the fused kernel replaces them
+by their gradient, and two more GEMMs turn that into the inputs' gradients; backward only scales them (three GEMMs).
+*Everything that needs something between the sweeps* (sequence-level ratios, float16 under a loss scaler, a caller's
+own gradient buffer, differentiable log-probabilities): forward keeps each row's statistics, and backward makes the
+chunk's logits again (four GEMMs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hpo_fused import ops
+from hpo_fused.autograd import consume, first_order
+from hpo_fused.backend import implementation
+from hpo_fused.interface import LOGPROB, LOSS, SKIPPED, LogitTransform, LossSpec, SoftmaxStatistics, TokenTerms
+
+from .arguments import HeadInputs
+from .head import Head, HeadGradients, Inputs
+from .memory import ChunkPlan
+from .rows import Rows
+
+
+class Settings(NamedTuple):
+    """The part of a call that is the same for every chunk."""
+
+    transform: LogitTransform
+    chunk_bytes: int | None
+    backend: str
+
+
+class _Chunks:
+    """The chunks of a call's rows, and the logits of each from a GEMM."""
+
+    def __init__(self, inputs: HeadInputs, rows: Rows, settings: Settings) -> None:
+        self.hidden, weight, bias, dtypes = inputs
+        self.rows, self.head = rows, Head(weight, bias, dtypes)
+        vocabulary, width = weight.shape
+        self.plan = ChunkPlan.of(len(rows), vocabulary, width, dtypes, weight.device, settings.chunk_bytes)
+
+    def __iter__(self) -> Iterator[tuple[Rows, Tensor, Tensor]]:
+        """(rows, x [r, H], logits [1, r, V]) of each chunk; the logits share one buffer."""
+        buffer = self.head.new_logits(self.plan.rows)
+        for part in self.plan.slices(len(self.rows)):
+            rows = self.rows.part(part)
+            x = self.head.operand(rows.hidden(self.hidden))
+            logits = buffer[: len(rows)]
+            self.head.logits(x, logits)
+            yield rows, x, logits.unsqueeze(0)
+            del x, logits  # before the next are made
+
+    def gradients(self, needed: Sequence[bool], inputs: Inputs, into: Tensor | None = None) -> HeadGradients:
+        """Sums over the chunks for the inputs that are ``needed``."""
+        hidden, weight, bias = (value if need else None for value, need in zip(inputs, needed, strict=True))
+        return HeadGradients((hidden, weight, bias), self.head, self.rows, self.plan.chunks, into)
+
+
+@contextmanager
+def _plain(tensor: Tensor) -> Iterator[None]:
+    """Neither autograd nor autocast: dtypes were settled from it before."""
+    with torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
+        yield
+
+
+def _requiring(inputs: Inputs) -> tuple[bool, ...]:
+    """Which of the inputs get a gradient."""
+    return tuple(torch.is_grad_enabled() and value is not None and value.requires_grad for value in inputs)
+
+
+def _named(statistics: Tensor) -> SoftmaxStatistics:
+    """Statistics stacked as log-probabilities, entropies (if there are any), maxima and sums of the others."""
+    logprobs, *entropies, maximum, others = statistics.unbind()
+    return SoftmaxStatistics(logprobs, maximum, others, entropies[0] if entropies else None)
+
+
+def _sweep(inputs: HeadInputs, rows: Rows, settings: Settings, whole: Tensor, *, entropy: bool) -> None:
+    """One GEMM and the first sweep: writes the rows' stacked statistics to ``whole`` [k, B, T], the first k of them."""
+    for chunk, _, logits in _Chunks(inputs, rows, settings):
+        statistics = whole.new_empty((3 + entropy, 1, len(chunk)))
+        targets = chunk.targets.unsqueeze(0)
+        ops.token_statistics(logits, targets, settings.transform, _named(statistics), settings.backend)
+        chunk.scatter(statistics[: len(whole)], whole)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# three GEMMs, all in forward
+
+
+class _PolicyLoss(torch.autograd.Function):
+    """Inputs to the sum of the losses, beside gradients that are nobody else's: backward scales them in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, gradients: Inputs, losses: Tensor, backend: str
+    ) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        ctx.backend = backend
+        ctx.set_materialize_grads(False)
+        return losses.sum()
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * 6
+        consume(ctx, "linear_policy_loss")
+        gradients = [None if saved is None else saved.detach() for saved in ctx.saved_tensors]
+        for gradient in gradients:
+            if gradient is not None:
+                shape = (1,) * (3 - gradient.dim()) + gradient.shape
+                implementation(ctx.backend).scale_gradient(gradient.view(shape), upstream)
+        return *gradients, None, None, None
+
+
+def policy_loss(
+    inputs: HeadInputs, rows: Rows, idle: Sequence[Rows], terms: TokenTerms, spec: LossSpec, settings: Settings, *,
+    entropy: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Loss (differentiable once) of a token-level objective and its per-token results [2 or 3, B, T].
+
+    ``rows`` are those with a gradient, ``idle`` those whose statistics alone are wanted.
+    """
+    operands: Inputs = inputs[:3]
+    needed = _requiring(operands)
+    results = terms.values.new_zeros((3 if entropy else 2, *terms.targets.shape))
+    results[LOGPROB:].masked_fill_(terms.targets == SKIPPED, torch.nan)
+    with _plain(inputs.hidden):
+        chunks = _Chunks(inputs, rows, settings)
+        gradients = chunks.gradients(needed, operands)
+        for chunk, x, logits in chunks:
+            entries = results.new_empty((len(results), 1, len(chunk)))
+            ops.policy_loss(
+                logits, chunk.targets.unsqueeze(0), chunk.gather(terms.values), spec, settings.transform, entries,
+                logits if any(needed) else None, settings.backend,
+            )  # fmt: skip
+            chunk.scatter(entries, results)
+            if any(needed):
+                gradients.add(chunk, x, logits[0])
+            del x, logits
+        sums = gradients.finish()
+        for others in idle:
+            _sweep(inputs, others, settings, results[LOGPROB:], entropy=entropy)
+    if not any(needed):
+        return results[LOSS].sum(), results
+    loss = _PolicyLoss.apply(*operands, sums, results[LOSS], settings.backend)  # type: ignore[no-untyped-call]
+    return loss, results
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# one GEMM in forward, three in backward
+
+
+class _TokenStatistics(torch.autograd.Function):
+    """Inputs to log-probabilities and entropies; backward makes the logits again and runs the second sweep."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, inputs: HeadInputs, selections: Sequence[Rows],
+        shape: torch.Size, settings: Settings, entropy: bool, into: Tensor | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        statistics = _all_statistics(inputs, selections, shape, settings, entropy)
+        ctx.save_for_backward(hidden, weight, bias, statistics)  # all watched for changes until backward
+        ctx.dtypes, ctx.rows, ctx.settings, ctx.into = inputs.dtypes, selections[0], settings, into
+        ctx.set_materialize_grads(False)
+        return tuple(entries.clone() for entries in statistics[: 1 + entropy])
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(gradient is None for gradient in upstream):
+            return (None,) * 9
+        hidden, weight, bias, statistics = ctx.saved_tensors
+        c, *h = (statistics.new_zeros(()).expand(statistics.shape[1:]) if g is None else g for g in upstream)
+        with _plain(hidden):
+            coefficients = torch.stack([value.to(torch.float32) for value in (c, *h)])
+            chunks = _Chunks(HeadInputs(hidden, weight, bias, ctx.dtypes), ctx.rows, ctx.settings)
+            gradients = chunks.gradients(ctx.needs_input_grad[:3], (hidden, weight, bias), ctx.into)
+            for chunk, x, logits in chunks:
+                c, *h = chunk.gather(coefficients)
+                ops.token_gradient(
+                    logits, chunk.targets.unsqueeze(0), _named(chunk.gather(statistics)), c, h[0] if h else None,
+                    ctx.settings.transform, logits, ctx.settings.backend,
+                )  # fmt: skip
+                gradients.add(chunk, x, logits[0])
+                del x, logits
+            return *gradients.finish(), *(None,) * 6
+
+
+def _all_statistics(
+    inputs: HeadInputs, selections: Sequence[Rows], shape: torch.Size, settings: Settings, entropy: bool
+) -> Tensor:
+    """Stacked statistics [3 or 4, B, T] of the rows in ``selections``, NaN elsewhere; no autograd."""
+    whole = torch.full((3 + entropy, *shape), torch.nan, dtype=torch.float32, device=inputs.hidden.device)
+    with _plain(inputs.hidden):
+        for rows in selections:
+            _sweep(inputs, rows, settings, whole, entropy=entropy)
+    return whole
+
+
+def token_statistics(
+    inputs: HeadInputs, selections: Sequence[Rows], settings: Settings, *, entropy: bool, into: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities and entropies [B, T] of the rows in ``selections``, NaN elsewhere; the first's differentiable.
+
+    ``into``: float32 [V, H] that backward adds dweight to, instead of returning it.
+    """
+    shape = inputs.hidden.shape[:2]
+    if any(_requiring(inputs[:3])):
+        outputs = _TokenStatistics.apply(  # type: ignore[no-untyped-call]
+            *inputs[:3], inputs, selections, shape, settings, entropy, into
+        )
+    else:
+        outputs = _all_statistics(inputs, selections, shape, settings, entropy)
+    return outputs[0], outputs[1] if entropy else None

@@ -1,0 +1,117 @@
+"""The rows whose hidden states enter the GEMMs, and the way of their entries into a chunk and back."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import SupportsIndex
+
+import torch
+from torch import Tensor
+
+from hpo_fused.checks import described, values_readable
+from hpo_fused.interface import SKIPPED
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of [B, T, ...] tensors, as many as the host knows of.
+
+    ``positions``: flat b * T + t, int64 [n], ascending among the rows with a target; a slice where they are all the
+    rows there are, or a chunk of those. ``targets``: int32 [n]. Unless ``exact``, some may be negative: rows that only
+    fill up to a bound the caller gave, and contribute nothing.
+    """
+
+    positions: Tensor | slice
+    targets: Tensor
+    exact: bool
+
+    def __len__(self) -> int:
+        return self.targets.numel()
+
+    @property
+    def everything(self) -> bool:
+        """Whether no row is left out."""
+        return isinstance(self.positions, slice)
+
+    @classmethod
+    def at(cls, positions: Tensor, targets: Tensor, *, exact: bool = True) -> Rows:
+        """The rows at ``positions`` of ``targets``, contiguous int32 [B, T]."""
+        flat = targets.view(-1)
+        if exact and len(positions) == len(flat):
+            return cls.all(targets)
+        return cls(positions, flat[positions], exact)
+
+    @classmethod
+    def all(cls, targets: Tensor) -> Rows:
+        """Every row of ``targets``, contiguous int32 [B, T], none of which is negative."""
+        return cls(slice(0, targets.numel()), targets.view(-1), True)
+
+    def part(self, part: slice) -> Rows:
+        """The chunk of them in ``part``."""
+        positions = part if isinstance(self.positions, slice) else self.positions[part]
+        return Rows(positions, self.targets[part], self.exact)
+
+    def gather(self, entries: Tensor) -> Tensor:
+        """The rows' entries [k, 1, n], contiguous, of contiguous per-token ``entries`` [k, B, T]."""
+        return entries.view(len(entries), -1)[:, self.positions].contiguous().unsqueeze(1)
+
+    def scatter(self, entries: Tensor, whole: Tensor) -> None:
+        """Writes the rows' ``entries`` [k, 1, n] to their places in ``whole``, contiguous [k, B, T]."""
+        whole.view(len(whole), -1)[:, self.positions] = entries.squeeze(1)
+
+    def hidden(self, hidden: Tensor) -> Tensor:
+        """The rows' hidden states [n, H], not copied where they lie side by side; zeros in rows that only fill up."""
+        if hidden.is_contiguous():
+            rows = hidden.view(-1, hidden.shape[-1])[self.positions]
+        else:
+            positions, steps = self.positions, max(hidden.shape[1], 1)
+            if isinstance(positions, slice):
+                positions = torch.arange(positions.start, positions.stop, device=hidden.device)
+            rows = hidden[positions.div(steps, rounding_mode="floor"), positions % steps]
+        if not self.exact:  # a NaN times their gradient of 0 would still be a NaN in dweight
+            rows = torch.where((self.targets >= 0).unsqueeze(-1), rows, 0)
+        return rows
+
+
+def _first(chosen: Tensor, count: int) -> Tensor:
+    """Positions of ``count`` rows, first of those where ``chosen`` (bool [B, T]) holds; waits for nothing."""
+    return chosen.view(-1).logical_not().to(torch.int8).argsort(stable=True)[:count]
+
+
+def _check_active_count(active_count: object, active: Tensor) -> int:
+    if isinstance(active_count, (bool, Tensor)) or not isinstance(active_count, SupportsIndex):
+        raise TypeError(f"active_count: expected an int or None, got {described(active_count)}")
+    bound = operator.index(active_count)
+    if not 0 <= bound <= active.numel():
+        raise ValueError(f"active_count: expected between 0 and {active.numel()} rows, got {bound}")
+    number = active.sum()
+    if not values_readable(active):
+        torch._assert_async(number <= bound, "active_count: expected at least the number of active rows")
+    elif int(number) > bound:
+        raise ValueError(f"active_count: expected at least the {int(number)} active rows, got {bound}")
+    return bound
+
+
+def choose_rows(targets: Tensor, active: Tensor, active_count: object, *, idle: bool) -> list[Rows]:
+    """The active rows and, where ``idle``, those with a target but without a gradient; at most one synchronisation.
+
+    Args:
+        targets: int32 [B, T], contiguous; not negative in active rows.
+        active: bool [B, T], contiguous.
+        active_count: number of active rows, or a bound on it: then, unless ``idle``, nothing synchronises. Or None.
+
+    Raises:
+        TypeError, ValueError: active_count not an int in [0, rows], or (a device-side assert where reading values
+            would synchronise) below the number of active rows.
+    """
+    bound = None if active_count is None else _check_active_count(active_count, active)
+    if not idle:
+        if bound is None:
+            return [Rows.at(active.view(-1).nonzero().squeeze(1), targets)]
+        return [Rows.at(_first(active, bound), targets, exact=False)]
+    others = (targets >= 0) ^ active
+    number, other_number = torch.stack([active.sum(), others.sum()]).tolist()
+    filling = targets.masked_fill(others, SKIPPED)  # up to a bound they fill like any row without a target
+    rows = Rows.at(_first(active, number if bound is None else bound), filling, exact=bound is None)
+    return [rows, Rows.at(_first(others, other_number), targets)]
