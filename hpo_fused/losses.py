@@ -11,7 +11,7 @@ from . import autograd, ops
 from .backend import Backend, backend_for
 from .batch import BatchStatistics
 from .checks import check_floating, check_logits, check_tensor, check_transform, described
-from .interface import ENTROPY, LOGPROB, Batch, TokenTerms
+from .interface import Batch, TokenTerms
 from .metrics import policy_metrics
 from .objective import Objective, resolve_objective
 from .token_terms import check_batch
@@ -81,10 +81,11 @@ def policy_output(
     loss: Tensor, results: Tensor, objective: Objective, batch: Batch, terms: TokenTerms, shape: torch.Size
 ) -> PolicyLossOutput:
     """The result of a call from its per-token results [2 or 3, B, T], in the tokens' ``shape``."""
-    entropy = results[ENTROPY].view(shape) if results.shape[0] > ENTROPY else None
-    return PolicyLossOutput(
-        loss, results[LOGPROB].view(shape), entropy, terms.active.view(shape), objective, batch, terms
-    )
+    active = terms.active
+    if len(shape) == 1:  # packed
+        results, active = results[:, 0], active[0]
+    _, logprobs, *entropy = results.unbind(0)
+    return PolicyLossOutput(loss, logprobs, entropy[0] if entropy else None, active, objective, batch, terms)
 
 
 def policy_loss(

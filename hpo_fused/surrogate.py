@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from .rows import SurrogateSpec, TokenTerms
+from .interface import (
+    ADVANTAGE,
+    ENTROPY_WEIGHT,
+    KL_WEIGHT,
+    OLD_LOGPROB,
+    POLICY_WEIGHT,
+    REF_LOGPROB,
+    LossSpec,
+)
 
 
 class TokenLoss(NamedTuple):
@@ -38,7 +46,7 @@ def k3(d: Tensor) -> Tensor:
     return torch.expm1(d) - d
 
 
-def clip_bound(spec: SurrogateSpec, x: Tensor, advantages: Tensor) -> Tensor:
+def clip_bound(spec: LossSpec, x: Tensor, advantages: Tensor) -> Tensor:
     """Where a bound of Clip removed the gradient of a nonzero advantage, or one of TruncatedRatio cut the weight."""
     if spec.kind == "truncated_ratio":
         low, high = spec.parameters
@@ -88,9 +96,7 @@ def _truncated_ratio(x: Tensor, advantages: Tensor, logprobs: Tensor, low: float
     return weight * logprobs, weight
 
 
-def surrogate(
-    spec: SurrogateSpec, x: Tensor, inside: Tensor, advantages: Tensor, logprobs: Tensor
-) -> tuple[Tensor, Tensor]:
+def surrogate(spec: LossSpec, x: Tensor, inside: Tensor, advantages: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
     """s(x, A), to be maximised, and its derivative with respect to the unclamped log-ratio (or log-probability)."""
     if spec.kind == "truncated_ratio":  # the derivative is through logp itself, which no clamp bounds
         return _truncated_ratio(x, advantages, logprobs, *spec.parameters)
@@ -104,8 +110,8 @@ def surrogate(
 
 
 def token_loss(
-    spec: SurrogateSpec,
-    terms: TokenTerms,
+    spec: LossSpec,
+    values: Tensor,
     logprobs: Tensor,
     entropy: Tensor | None,
     response_mean: Callable[[Tensor], Tensor] | None = None,
@@ -113,36 +119,34 @@ def token_loss(
     """Each token's loss and its derivatives with respect to the token's log-probability and entropy.
 
     Args:
-        spec: the lowered objective.
-        terms: advantages, weights and log-probabilities, each of ``logprobs``' shape.
+        spec: the loss.
+        values: the tokens' terms, [TERMS, ...] with ``logprobs``' shape behind.
         logprobs: log-probabilities of the sampled tokens, any shape.
-        entropy: their distributions' entropies; needed when ``spec.entropy_coef`` is not 0.
+        entropy: their distributions' entropies; needed with an entropy bonus.
         response_mean: for sequence-level ratios, the operator that replaces every unmasked token's entry by its
             response's mean over unmasked tokens (0 at masked ones). As a matrix it is m_t m_u / L_i, symmetric,
             so that the same operator carries x forward and the derivative back.
     """
-    weights, advantages = terms.policy_weights, terms.advantages
+    weights, advantages = values[POLICY_WEIGHT], values[ADVANTAGE]
     live = (weights != 0) & (advantages != 0)
-    if terms.old_logprobs is None:
-        x, inside = torch.zeros_like(logprobs), torch.ones_like(live)
-    else:
-        difference = logprobs - terms.old_logprobs
+    if spec.off_policy:
+        difference = logprobs - values[OLD_LOGPROB]
         x, inside = clamped(difference if response_mean is None else response_mean(difference), spec.max_log_ratio)
+    else:
+        x, inside = torch.zeros_like(logprobs), torch.ones_like(live)
     value, derivative = surrogate(spec, x, inside, advantages, logprobs)
     losses = torch.where(live, -weights * value, 0.0)
     coefficients = torch.where(live, -weights * derivative, 0.0)
     if response_mean is not None:
         coefficients = response_mean(coefficients)
-    penalised = terms.penalty_weights != 0
-    if spec.kl_coef != 0:
-        assert terms.ref_logprobs is not None
-        d, inside = clamped(terms.ref_logprobs - logprobs, spec.max_log_ratio)
-        scale = spec.kl_coef * terms.penalty_weights
-        losses = losses + torch.where(penalised, scale * k3(d), 0.0)
-        coefficients = coefficients + torch.where(penalised & inside, -scale * torch.expm1(d), 0.0)
-    if spec.entropy_coef == 0:
+    if spec.kl:
+        weights = values[KL_WEIGHT]
+        d, inside = clamped(values[REF_LOGPROB] - logprobs, spec.max_log_ratio)
+        losses = losses + torch.where(weights != 0, weights * k3(d), 0.0)
+        coefficients = coefficients + torch.where((weights != 0) & inside, -weights * torch.expm1(d), 0.0)
+    if not spec.entropy_bonus:
         return TokenLoss(losses, coefficients, None)
     assert entropy is not None
-    scale = -spec.entropy_coef * terms.penalty_weights
-    losses = losses + torch.where(penalised, scale * entropy, 0.0)
-    return TokenLoss(losses, coefficients, torch.where(penalised, scale, 0.0))
+    weights = values[ENTROPY_WEIGHT]
+    losses = losses - torch.where(weights != 0, weights * entropy, 0.0)
+    return TokenLoss(losses, coefficients, -weights)

@@ -202,7 +202,7 @@ def token_terms(batch: Batch, spec: LossSpec, vocabulary: int | None, skip_inact
     targets = token_targets(batch.tokens, mask, vocabulary)
     if skip_inactive:
         targets = torch.where(mask & ~active, SKIPPED, targets)
-    return TokenTerms(values, targets, active, lengths.to(torch.int32), signs, batch.cu_seqlens)
+    return TokenTerms(values, targets, active, torch.stack((lengths.to(torch.int32), signs)), batch.cu_seqlens)
 
 
 def token_targets(tokens: Tensor | None, mask: Tensor, vocabulary: int | None) -> Tensor:

@@ -29,21 +29,21 @@ from .token_terms import (
 )
 
 # Tokens per step, one a thread (256 spill 8 bytes on sm_120). Fixed: a new length must not recompile.
-TOKENS_BLOCK = 128
+TOKENS_BLOCK = tl.constexpr(128)
 
 
-@triton.jit(do_not_specialize=["logprobs", "entropy", "targets", "values", "lengths", "cu_seqlens", "N", "T"])
+@triton.jit(do_not_specialize=["logprobs", "entropy", "targets", "values", "statistics", "cu_seqlens", "N", "T"])
 def logprob_loss_kernel(
     logprobs,  # float32 [B, T]
     entropy,  # float32 [B, T] or None
     targets,  # this to cu_seqlens: fields of TokenTerms
     values,
-    lengths,
+    statistics,
     cu_seqlens,
     results,  # float32 [2 or 3, B, T]: losses, log-probabilities, entropies
     logprob_coefficients,  # float32 [B, T]
     entropy_coefficients,  # float32 [B, T] or None
-    parameters,  # this and the last six but BLOCK: fields of LossSpec
+    parameters,  # this, the next and the constexprs: fields of LossSpec
     max_log_ratio,
     N,  # B * T
     T,
@@ -52,27 +52,26 @@ def logprob_loss_kernel(
     KL: tl.constexpr,
     ENTROPY_BONUS: tl.constexpr,
     SEQUENCE: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
     """Sequence level only: 1. mean log-ratio; 2. losses' sum and shared coefficient. Always: 3. every token's own."""
     response = tl.program_id(0)
     first, last = response_range(response, cu_seqlens, N, T)
-    length = tl.maximum(tl.load(lengths + response), 1).to(tl.float32)
-    zero = tl.zeros([BLOCK], tl.float32)
+    length = tl.maximum(tl.load(statistics + response), 1).to(tl.float32)
+    zero = tl.zeros([TOKENS_BLOCK], tl.float32)
     log_ratio = tl.full((), 0.0, tl.float32)
     shared = tl.full((), 0.0, tl.float32)
     if SEQUENCE:
         if OFF_POLICY:
             total = zero
-            for start in range(first, last, BLOCK):
-                row = start + tl.arange(0, BLOCK)
+            for start in range(first, last, TOKENS_BLOCK):
+                row = start + tl.arange(0, TOKENS_BLOCK)
                 unmasked = tl.load(targets + row, mask=row < last, other=MASKED) != MASKED
                 logprob = tl.load(logprobs + row, mask=unmasked, other=0.0)
                 total += logprob - tl.load(values + OLD_LOGPROB * N + row, mask=unmasked, other=0.0)
             log_ratio = tl.sum(total) / length
         total = zero
-        for start in range(first, last, BLOCK):
-            row = start + tl.arange(0, BLOCK)
+        for start in range(first, last, TOKENS_BLOCK):
+            row = start + tl.arange(0, TOKENS_BLOCK)
             advantage = tl.load(values + ADVANTAGE * N + row, mask=row < last, other=0.0)
             policy_weight = tl.load(values + POLICY_WEIGHT * N + row, mask=row < last, other=0.0)
             _, c, _ = token_loss(
@@ -81,8 +80,8 @@ def logprob_loss_kernel(
             )  # fmt: skip
             total += c
         shared = tl.sum(total) / length
-    for start in range(first, last, BLOCK):
-        row = start + tl.arange(0, BLOCK)
+    for start in range(first, last, TOKENS_BLOCK):
+        row = start + tl.arange(0, TOKENS_BLOCK)
         inside = row < last
         unmasked = tl.load(targets + row, mask=inside, other=MASKED) != MASKED
         advantage = tl.load(values + ADVANTAGE * N + row, mask=inside)
@@ -133,14 +132,14 @@ def logprob_loss(logprobs: Tensor, entropy: Tensor | None, terms: TokenTerms, sp
     results = torch.empty(2 if entropy is None else 3, B, T, dtype=torch.float32, device=logprobs.device)
     c = torch.empty_like(logprobs)
     h = torch.empty_like(logprobs) if spec.entropy_bonus else None
-    responses = terms.lengths.shape[0]
+    responses = terms.statistics.shape[1]
     if B * T == 0:
         return LogprobLoss(results, c, h)
     with on_device_of(logprobs):
         logprob_loss_kernel[(responses,)](
-            logprobs, entropy, terms.targets, terms.values, terms.lengths, terms.cu_seqlens, results, c, h,
+            logprobs, entropy, terms.targets, terms.values, terms.statistics, terms.cu_seqlens, results, c, h,
             spec.parameters, spec.max_log_ratio, B * T, T,
             KIND=spec.kind, OFF_POLICY=spec.off_policy, KL=spec.kl, ENTROPY_BONUS=spec.entropy_bonus,
-            SEQUENCE=spec.sequence_level, BLOCK=TOKENS_BLOCK, num_warps=NUM_WARPS,
+            SEQUENCE=spec.sequence_level, num_warps=NUM_WARPS,
         )  # fmt: skip
     return LogprobLoss(results, c, h)

@@ -116,15 +116,14 @@ def lane_statistics(
     body = tl.multiple_of(row + head, 16)
     steps = groups // (LANES * UNROLL)
     y_element = y - head
-    # An edge token before the first group must not select step 0: hence not the truncating division of a negative.
-    y_step = tl.where(y_element < 0, -1, y_element // (LANES * VEC * UNROLL))
     for step in range(0, steps):
         raw = load_step(body, step, groups, LANES, VEC, UNROLL, False, POLICY)
         tiles = ()
         for i in tl.static_range(UNROLL):
             v, _ = softcapped(raw[i], transform)
             tiles = tiles + (v,)  # type: ignore[assignment]
-        if step == y_step:
+        y_in_step = y_element - step * (LANES * VEC * UNROLL)
+        if (y_in_step >= 0) & (y_in_step < LANES * VEC * UNROLL):
             without_y = ()
             for i in tl.static_range(UNROLL):
                 without_y = without_y + (without_target(tiles[i], step, i, y_element, LANES, VEC, UNROLL),)  # type: ignore[assignment]

@@ -29,7 +29,7 @@ MASKED = tl.constexpr(interface.MASKED)
 SKIPPED = tl.constexpr(interface.SKIPPED)
 
 # Tokens per step of a program, and responses per step of the totals. Fixed: a new length must not recompile.
-TOKENS_BLOCK = 1024
+TOKENS_BLOCK = tl.constexpr(1024)
 RESPONSES_BLOCK = tl.constexpr(128)
 NUM_WARPS = 4
 
@@ -80,7 +80,6 @@ def response_statistics_kernel(
     mask_stride,
     stride,  # of advantages
     PER_TOKEN: tl.constexpr,  # of advantages
-    BLOCK: tl.constexpr,
 ):
     """Unmasked tokens of each response, and the sign of its unmasked advantages' sum; 0 where all is masked."""
     response = tl.program_id(0)
@@ -91,10 +90,10 @@ def response_statistics_kernel(
         ends = ((response > 0) | (before == 0)) & ((response < B - 1) | (after == N))
         tl.device_assert(ordered & ends, "cu_seqlens: expected boundaries that rise from 0 to N")
     first, last = response_range(response, cu_seqlens, N, T)
-    count = tl.zeros([BLOCK], tl.int32)
-    signal = tl.zeros([BLOCK], tl.float32)
-    for start in range(first, last, BLOCK):
-        row = start + tl.arange(0, BLOCK)
+    count = tl.zeros([TOKENS_BLOCK], tl.int32)
+    signal = tl.zeros([TOKENS_BLOCK], tl.float32)
+    for start in range(first, last, TOKENS_BLOCK):
+        row = start + tl.arange(0, TOKENS_BLOCK)
         unmasked = row < last
         if mask is not None:
             unmasked = unmasked & (_per_token(mask, response, row, unmasked, T, mask_stride, PACKED) != 0)
@@ -112,26 +111,25 @@ def response_statistics_kernel(
 
 
 @triton.jit
-def _total(totals, numbers, index: tl.constexpr):
+def _total(pointer, number):
     """A given total of the optimiser batch as float32, from the device where it lies there."""
-    if totals[index] is not None:
-        return tl.load(totals[index]).to(tl.float32)
+    if pointer is not None:
+        return tl.load(pointer).to(tl.float32)
     else:
-        return numbers[index]
+        return number
 
 
 @triton.jit
-def _shared_factors(
-    statistics, totals, numbers, B, NORMALIZATION: tl.constexpr, WEIGHTING: tl.constexpr, OWN_TOTALS: tl.constexpr
-):
+def _shared_factors(statistics, totals, numbers, B, NORMALIZATION: tl.constexpr, WEIGHTING: tl.constexpr):
     """(factor, alpha): the part of the normalisation that all tokens share, and the weight of negative advantages.
 
-    The factor is n_i itself, but for "response", where 1 / max(L_i, 1) is left, and "given", where it is
-    gradient_average and 1 / normalizers[i] is left.
+    The factor is n_i itself, but for "response", where 1 / max(L_i, 1) is left, and "given", where 1 / normalizers[i]
+    is left.
     """
+    factor = numbers[0] + tl.full((), 0.0, tl.float32)
     tokens = tl.full((), 0.0, tl.float32)
     positive, negative = tokens, tokens
-    if OWN_TOTALS:
+    if totals is None:
         lengths = tl.zeros([RESPONSES_BLOCK], tl.int32)
         above, below = lengths, lengths
         for start in range(0, B, RESPONSES_BLOCK):
@@ -143,20 +141,18 @@ def _shared_factors(
         tokens = tl.sum(lengths).to(tl.float32)
         positive, negative = tl.sum(above).to(tl.float32), tl.sum(below).to(tl.float32)
     else:
-        tokens = _total(totals, numbers, 1)
-        positive, negative = _total(totals, numbers, 2), _total(totals, numbers, 3)
-    average, max_length, given_alpha = numbers[4], numbers[5], numbers[6]
-    factor = average + tl.full((), 0.0, tl.float32)
+        if totals[0] is not None and (NORMALIZATION == "response" or NORMALIZATION == "constant"):
+            factor = factor / tl.maximum(tl.load(totals[0]).to(tl.float32), 1.0)
+        tokens = _total(totals[1], numbers[4])
+        positive, negative = _total(totals[2], numbers[5]), _total(totals[3], numbers[6])
     if NORMALIZATION == "mean_length":
-        factor = average / tl.maximum(tokens, 1.0)
-    elif NORMALIZATION != "given":
-        factor = average / (tl.maximum(_total(totals, numbers, 0), 1.0) * max_length)
+        factor = factor / tl.maximum(tokens, 1.0)
     alpha = tl.full((), 1.0, tl.float32)
     if WEIGHTING == "adaptive":  # arXiv 2605.30201: clip(N+ / N-, alpha_min, 1), our 1 where N- is 0
         quotient = tl.where(negative == 0, 1.0, positive / tl.maximum(negative, 1.0))
-        alpha = tl.minimum(tl.maximum(quotient, given_alpha), 1.0)
+        alpha = tl.minimum(tl.maximum(quotient, numbers[1]), 1.0)
     elif WEIGHTING == "fixed":
-        alpha = alpha * given_alpha
+        alpha = alpha * numbers[1]
     return factor, alpha
 
 
@@ -207,8 +203,8 @@ def token_terms_kernel(
     ref_logprobs,
     cu_seqlens,
     normalizers,
-    totals,  # (S, tokens, N+, N-), each a pointer to a number on the device or None
-    numbers,  # the same as floats; then gradient_average, max_length, alpha, kl_coef, entropy_coef
+    totals,  # pointers to S, tokens, N+ and N- of the optimiser batch, None where a number is on the host; or None: own
+    numbers,  # factor, alpha, kl_coef, entropy_coef; with totals then tokens, N+ and N-
     N,  # rows in all
     T,
     B,  # responses
@@ -221,19 +217,17 @@ def token_terms_kernel(
     ref_stride,
     NORMALIZATION: tl.constexpr,  # this to WEIGHT_PER_TOKEN: fields of Batch
     WEIGHTING: tl.constexpr,
-    OWN_TOTALS: tl.constexpr,  # tokens, N+ and N- are this call's
     ADVANTAGE_PER_TOKEN: tl.constexpr,
     WEIGHT_PER_TOKEN: tl.constexpr,
     KL: tl.constexpr,
     ENTROPY_BONUS: tl.constexpr,
     SEQUENCE: tl.constexpr,  # one token with a signal makes its whole response active
     SKIP: tl.constexpr,  # rows that are not active are not computed
-    BLOCK: tl.constexpr,
 ):
     """The terms of each token of a response: 1. shared factors; 2. its tokens with a signal; 3. the terms."""
     response = tl.program_id(0)
     PACKED: tl.constexpr = cu_seqlens is not None
-    penalty, alpha = _shared_factors(statistics, totals, numbers, B, NORMALIZATION, WEIGHTING, OWN_TOTALS)
+    penalty, alpha = _shared_factors(statistics, totals, numbers, B, NORMALIZATION, WEIGHTING)
     if NORMALIZATION == "response":
         penalty = penalty / tl.maximum(tl.load(statistics + response), 1).to(tl.float32)
     elif NORMALIZATION == "given":
@@ -241,17 +235,17 @@ def token_terms_kernel(
     first, last = response_range(response, cu_seqlens, N, T)
     signals = tl.full((), 0, tl.int32)
     if SEQUENCE:
-        count = tl.zeros([BLOCK], tl.int32)
-        for start in range(first, last, BLOCK):
-            row = start + tl.arange(0, BLOCK)
+        count = tl.zeros([TOKENS_BLOCK], tl.int32)
+        for start in range(first, last, TOKENS_BLOCK):
+            row = start + tl.arange(0, TOKENS_BLOCK)
             _, advantage, policy, _ = _policy_terms(
                 response, row, row < last, T, penalty, alpha, mask, mask_stride, advantages, advantages_stride,
                 token_weights, weights_stride, WEIGHTING, PACKED, ADVANTAGE_PER_TOKEN, WEIGHT_PER_TOKEN,
             )  # fmt: skip
             count += ((policy != 0) & (advantage != 0)).to(tl.int32)
         signals = tl.sum(count)
-    for start in range(first, last, BLOCK):
-        row = start + tl.arange(0, BLOCK)
+    for start in range(first, last, TOKENS_BLOCK):
+        row = start + tl.arange(0, TOKENS_BLOCK)
         inside = row < last
         unmasked, advantage, policy, weight = _policy_terms(
             response, row, inside, T, penalty, alpha, mask, mask_stride, advantages, advantages_stride,
@@ -263,7 +257,7 @@ def token_terms_kernel(
                 live = unmasked & (signals > 0)
             else:
                 live = (policy != 0) & (advantage != 0)
-        target = tl.zeros([BLOCK], tl.int32)
+        target = tl.zeros([TOKENS_BLOCK], tl.int32)
         if tokens is not None:
             token = _per_token(tokens, response, row, unmasked, T, tokens_stride, PACKED).to(tl.int64)
             valid = (token >= 0) & (token < V)
@@ -282,9 +276,9 @@ def token_terms_kernel(
             ref = _per_token(ref_logprobs, response, row, inside, T, ref_stride, PACKED)
             tl.store(values + REF_LOGPROB * N + row, to_float32(ref), mask=inside)
         if KL:
-            tl.store(values + KL_WEIGHT * N + row, weight * numbers[7], mask=inside)
+            tl.store(values + KL_WEIGHT * N + row, weight * numbers[2], mask=inside)
         if ENTROPY_BONUS:
-            tl.store(values + ENTROPY_WEIGHT * N + row, weight * numbers[8], mask=inside)
+            tl.store(values + ENTROPY_WEIGHT * N + row, weight * numbers[3], mask=inside)
 
 
 def token_terms(batch: Batch, spec: LossSpec, vocabulary: int | None, skip_inactive: bool) -> TokenTerms:
@@ -300,39 +294,46 @@ def token_terms(batch: Batch, spec: LossSpec, vocabulary: int | None, skip_inact
     """
     B, T = batch.rows
     rows, responses, device = B * T, batch.responses, batch.advantages.device
-    values = torch.empty(interface.TERMS, B, T, dtype=torch.float32, device=device)
-    targets = torch.empty(B, T, dtype=torch.int32, device=device)
-    active = torch.empty(B, T, dtype=torch.bool, device=device)
-    statistics = torch.empty(2, responses, dtype=torch.int32, device=device)
-    terms = TokenTerms(values, targets, active, statistics[0], statistics[1], batch.cu_seqlens)
+    values = torch.empty((interface.TERMS, B, T), dtype=torch.float32, device=device)
+    targets = torch.empty((B, T), dtype=torch.int32, device=device)
+    active = torch.empty((B, T), dtype=torch.bool, device=device)
+    statistics = torch.empty((2, responses), dtype=torch.int32, device=device)
+    terms = TokenTerms(values, targets, active, statistics, batch.cu_seqlens)
     if responses == 0:
         return terms
-    given = batch.totals or (responses, 0, 0, 0)
-    pointers = tuple(total if isinstance(total, torch.Tensor) else None for total in given)
-    numbers = (
-        *(0.0 if isinstance(total, torch.Tensor) else float(total) for total in given),
-        batch.gradient_average, float(batch.max_length), batch.alpha, batch.kl_coef, batch.entropy_coef,
-    )  # fmt: skip
-    tokens_stride, mask_stride, advantages_stride, weights_stride, old_stride, ref_stride = (
-        0 if tensor is None else tensor.stride(0)
-        for tensor in (
-            batch.tokens, batch.mask, batch.advantages, batch.token_weights, batch.old_logprobs, batch.ref_logprobs
-        )
-    )  # fmt: skip
+    totals, numbers = _given_totals(batch)
     # Compiled with the assertions that the kernels state, not with one for every integer sum.
     options = {} if INTERPRETED.value else {"sanitize_overflow": False}
+    tokens, mask, advantages, weights = batch.tokens, batch.mask, batch.advantages, batch.token_weights
+    old, ref, cu_seqlens = batch.old_logprobs, batch.ref_logprobs, batch.cu_seqlens
+    mask_stride = 0 if mask is None else mask.stride(0)
     with on_device_of(values):
         response_statistics_kernel[(responses,)](
-            statistics, batch.mask, batch.advantages, batch.cu_seqlens, rows, T, responses, mask_stride,
-            advantages_stride, PER_TOKEN=batch.advantage_per_token, BLOCK=TOKENS_BLOCK, num_warps=NUM_WARPS, **options,
+            statistics, mask, advantages, cu_seqlens, rows, T, responses, mask_stride, advantages.stride(0),
+            PER_TOKEN=batch.advantage_per_token, num_warps=NUM_WARPS, **options,
         )  # fmt: skip
         token_terms_kernel[(responses,)](
-            values, targets, active, statistics, batch.tokens, batch.mask, batch.advantages, batch.token_weights,
-            batch.old_logprobs, batch.ref_logprobs, batch.cu_seqlens, batch.normalizers, pointers, numbers,
-            rows, T, responses, vocabulary or 0, tokens_stride, mask_stride, advantages_stride, weights_stride,
-            old_stride, ref_stride, NORMALIZATION=batch.normalization, WEIGHTING=batch.weighting,
-            OWN_TOTALS=batch.totals is None, ADVANTAGE_PER_TOKEN=batch.advantage_per_token,
+            values, targets, active, statistics, tokens, mask, advantages, weights, old, ref, cu_seqlens,
+            batch.normalizers, totals, numbers, rows, T, responses, vocabulary or 0,
+            0 if tokens is None else tokens.stride(0), mask_stride, advantages.stride(0),
+            0 if weights is None else weights.stride(0), 0 if old is None else old.stride(0),
+            0 if ref is None else ref.stride(0), NORMALIZATION=batch.normalization, WEIGHTING=batch.weighting,
+            ADVANTAGE_PER_TOKEN=batch.advantage_per_token,
             WEIGHT_PER_TOKEN=batch.weight_per_token, KL=spec.kl, ENTROPY_BONUS=spec.entropy_bonus,
-            SEQUENCE=spec.sequence_level, SKIP=skip_inactive, BLOCK=TOKENS_BLOCK, num_warps=NUM_WARPS, **options,
+            SEQUENCE=spec.sequence_level, SKIP=skip_inactive, num_warps=NUM_WARPS, **options,
         )  # fmt: skip
     return terms
+
+
+def _given_totals(batch: Batch) -> tuple[tuple[torch.Tensor | None, ...] | None, tuple[float, ...]]:
+    """The kernel's ``totals`` and ``numbers``."""
+    responses = batch.responses if batch.totals is None else batch.totals[0]
+    factor = batch.gradient_average / batch.max_length
+    if batch.normalization in ("response", "constant") and not isinstance(responses, torch.Tensor):
+        factor /= max(responses, 1)
+    numbers = (factor, batch.alpha, batch.kl_coef, batch.entropy_coef)
+    if batch.totals is None:
+        return None, numbers
+    pointers = tuple(total if isinstance(total, torch.Tensor) else None for total in batch.totals)
+    given = (0.0 if isinstance(total, torch.Tensor) else float(total) for total in batch.totals[1:])
+    return pointers, (*numbers, *given)

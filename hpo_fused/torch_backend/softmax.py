@@ -1,0 +1,103 @@
+"""What lies between the sweeps and the tokens' two numbers: a few operations per row, in float64, rounded once.
+
+Per-token tensors are ``sweeps.padded_rows`` long; entries past the rows are of no meaning.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hpo_fused.interface import LogitTransform, SoftmaxStatistics
+
+from .selected_rows import SelectedRows
+from .sweeps import Sweeps
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """The dtype of per-token arithmetic: MPS has no float64."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
+def _scale(transform: LogitTransform) -> float:
+    return (transform.softcap or 1.0) / transform.temperature
+
+
+def _transformed(logits: Tensor, transform: LogitTransform) -> Tensor:
+    if transform.softcap is not None:
+        logits = transform.softcap * torch.tanh(logits / transform.softcap)
+    return logits / transform.temperature
+
+
+class _TargetSoftmax:
+    """The sampled token's part in its row's softmax.
+
+    ``difference`` is d_y = z'_y - maximum, ``exponential`` e_y = exp(d_y), ``sum`` the denominator S = others + e_y.
+    """
+
+    def __init__(self, target_logits: Tensor, maximum: Tensor, others: Tensor, transform: LogitTransform) -> None:
+        self.difference = _transformed(target_logits, transform) - maximum
+        self.exponential = self.difference.exp()
+        self.sum = others + self.exponential
+        peaked = others < self.exponential
+        odds = torch.log1p(others / self.exponential)
+        self.log_sum = torch.where(peaked, self.difference + odds, self.sum.log())
+        self.logprob = torch.where(peaked, -odds, self.difference - self.sum.log())
+
+
+def softmax_statistics(sweeps: Sweeps, rows: SelectedRows, targets: Tensor) -> SoftmaxStatistics:
+    """First sweep over ``rows``: softmax statistics, float32 [padded_rows]; ``targets``: int64 [padded_rows]."""
+    scale = _scale(sweeps.transform)
+    sums = sweeps.sums(rows, targets)
+    wide = _wide(targets)
+    shift, others, moment = (entry.to(wide) for entry in sums)
+    target_logits = sweeps.padded(rows.take(targets[: len(rows)]).to(wide))
+    maximum = (shift * scale).to(torch.float32)
+    # The float32 maximum is not exactly scale * shift where scale is not 1: the sums move by the difference.
+    gap = shift * scale - maximum.to(wide)
+    others, moment = gap.exp() * others, gap.exp() * (moment + gap * others)
+    softmax = _TargetSoftmax(target_logits, maximum.to(wide), others, sweeps.transform)
+    moment = moment + torch.where(softmax.exponential > 0, softmax.exponential * softmax.difference, 0.0)
+    entropy = softmax.log_sum - moment / softmax.sum
+    return SoftmaxStatistics(
+        softmax.logprob.to(torch.float32), maximum, others.to(torch.float32), entropy.to(torch.float32)
+    )
+
+
+def write_gradient(
+    sweeps: Sweeps,
+    rows: SelectedRows,
+    out: SelectedRows,
+    targets: Tensor,
+    statistics: SoftmaxStatistics,
+    c: Tensor,
+    h: Tensor | None,
+) -> None:
+    """Second sweep over ``rows``, written to ``out``; ``targets`` and all after it are [padded_rows].
+
+    dL/dz'_j = e'_j / S * (h * (E - d'_j) - c) with e', d' relative to the maximum and E = E_p[d'] = log S - H; in
+    terms of the sweep's e, d, which are relative to a float32 shift in u, d' = d + gap. The sampled token's entry,
+    c * others / S + h * e_y / S * (E - d_y), is written over the sweep's: added to -c * e_y / S, c would cancel.
+    """
+    wide, transform, columns = _wide(c), sweeps.transform, targets[: len(rows)]
+    target_logits = sweeps.padded(rows.take(columns).to(wide))
+    maximum, others, c = (entry.to(wide) for entry in (statistics.maximum, statistics.others, c))
+    softmax = _TargetSoftmax(target_logits, maximum, others, transform)
+    shift = (maximum / _scale(transform)).to(torch.float32)
+    gap = shift.to(wide) * _scale(transform) - maximum
+    density = gap.exp() / (softmax.sum * transform.temperature)
+    target = c * (others / softmax.sum)
+    if h is None:
+        factor, slope = -density * c, torch.zeros_like(c)
+    else:
+        assert statistics.entropy is not None
+        h = h.to(wide)
+        mean = softmax.log_sum - statistics.entropy.to(wide)
+        factor, slope = density * (h * (mean - gap) - c), density * h
+        pull = h * softmax.exponential / softmax.sum * (mean - softmax.difference)
+        target = target + torch.where(softmax.exponential > 0, pull, 0.0)
+    if transform.softcap is not None:
+        target = target / torch.cosh(target_logits / transform.softcap) ** 2
+    target = target / transform.temperature
+    sweeps.write_gradient(rows, out, shift, factor.to(torch.float32), slope.to(torch.float32))
+    out.put(columns, target[: len(rows)])
