@@ -306,7 +306,9 @@ class BatchStatistics:
         known = (last > first).all()
         if values_readable(groups):
             if not bool(known):
-                raise ValueError(f"groups: expected groups that statistics has seen, got {described(groups)} with others")
+                raise ValueError(
+                    f"groups: expected groups that statistics has seen, got {described(groups)} with others"
+                )
         else:
             torch._assert_async(known, "groups: expected groups that statistics has seen")
         count = (ids[1:] != ids[:-1]).sum() + 1

@@ -225,11 +225,10 @@ def assertions() -> dict[str, object]:
 def same_alignment(first: Tensor, second: Tensor) -> bool:
     """Whether equal rows of two [B, T, V] tensors start at the same distance from a 16-byte boundary."""
     itemsize = first.element_size()
-    differences = [first.data_ptr() - second.data_ptr()]
-    for dimension in range(2):
-        if first.shape[dimension] > 1:
-            differences.append((first.stride(dimension) - second.stride(dimension)) * itemsize)
-    return first.dtype == second.dtype and all(difference % VECTOR_BYTES == 0 for difference in differences)
+    if first.dtype != second.dtype or (first.data_ptr() - second.data_ptr()) % VECTOR_BYTES:
+        return False
+    strides = zip(first.shape[:2], first.stride(), second.stride(), strict=False)
+    return all(size <= 1 or (one - other) * itemsize % VECTOR_BYTES == 0 for size, one, other in strides)
 
 
 @functools.lru_cache(maxsize=64)
