@@ -91,7 +91,8 @@ def check_head(hidden: object, weight: object, bias: object, logits_dtype: objec
     elif logits_dtype not in (torch.float32, operands):
         own = "" if operands == torch.float32 else f" or {operands}"
         raise TypeError(f"logits_dtype: expected None, torch.float32{own}, got {logits_dtype!r}")
-    assert isinstance(logits_dtype, torch.dtype) and (bias is None or isinstance(bias, Tensor))
+    assert isinstance(logits_dtype, torch.dtype)
+    assert bias is None or isinstance(bias, Tensor)
     dtypes = GemmDtypes.of(operands, logits_dtype, hidden.device)
     rows = hidden if hidden.dim() == 3 else hidden.unsqueeze(0)
     return (rows, gathered("weight", weight), bias), dtypes
