@@ -370,9 +370,10 @@ def compile_(
 ) -> None:
     """Compile the kernels that public calls launch, without a GPU: registers, spills, accesses, instructions.
 
-    The limits: nothing spills; main loops access memory 16 bytes at a time; a main loop takes at most 1.15
-    special-function operations per element, and both sweeps together 18 instructions (22 with the entropy), softcap
-    apart. A kernel that does not compile breaks them, too; the exit status is 2 where none does.
+    The limits: nothing spills in a main loop, and no more than 32 bytes beside; main loops access memory 16 bytes at a
+    time; a main loop takes at most 1.15 special-function operations per element, and both sweeps together 18
+    instructions (22 with the entropy), softcap apart. A kernel that does not compile breaks them, too; the exit status
+    is 2 where none does. A target that this Triton can compile nothing for is told and left out.
     """
     check_writable(output)
     out = Console(highlight=False)
@@ -387,6 +388,8 @@ def compile_(
         view.print(out)
         call_table(found.public).print(out)
     out.print()
+    for line in found.unavailable:
+        out.print(line, style="yellow", markup=False, soft_wrap=True)
     for line in found.broken:
         out.print(line, style="red", markup=False, soft_wrap=True)
     said = f"{len(found.broken)} limits broken" if found.broken else "all limits hold"

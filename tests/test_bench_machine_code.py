@@ -62,15 +62,15 @@ def test_nvidia_listing() -> None:
     assert (len(code), registers, spills) == (14, 40, 8)
     assert main_loops(code, vec=8) == [
         # The two additions that a branch skips are the step with the sampled token.
-        Loop("statistics", 8, round(6 / 8, 3), round(1 / 8, 3), 16, 0),
-        Loop("gradient", 8, round(3 / 8, 3), 0.0, 16, 8),
+        Loop("statistics", 8, round(6 / 8, 3), round(1 / 8, 3), 16, 0, 0),
+        Loop("gradient", 8, round(3 / 8, 3), 0.0, 16, 8, 0),
     ]
 
 
 def test_amd_listing() -> None:
     code, registers, spills = read_amdgcn({"amdgcn": AMDGCN})
     assert (len(code), registers, spills) == (6, 48, 3)
-    assert main_loops(code, vec=4) == [Loop("statistics", 4, 1.0, 0.25, 16, 0)]
+    assert main_loops(code, vec=4) == [Loop("statistics", 4, 1.0, 0.25, 16, 0, 0)]
 
 
 @pytest.mark.parametrize(
@@ -87,11 +87,11 @@ def test_access_widths(text: str, load: int, store: int) -> None:
 
 
 def loop(
-    role: str, instructions: float = 8.0, special: float = 1.03, load: int = 16, store: int = 16
+    role: str, instructions: float = 8.0, special: float = 1.03, load: int = 16, store: int = 16, spills: int = 0
 ) -> dict[str, Any]:
     return {
         "role": role, "elements": 32, "instructions": instructions, "special": special, "load_bytes": load,
-        "store_bytes": store,
+        "store_bytes": store, "spills": spills,
     }  # fmt: skip
 
 
@@ -112,7 +112,10 @@ BOTH = [loop("statistics", 11.5), loop("gradient", 11.0)]  # 22.5 instructions t
     ("changes", "broken"),
     [
         ({}, []),
-        ({"spills": 8}, ["spills 8 bytes"]),
+        ({"spills": 8}, []),  # beside the main loops
+        ({"spills": 40}, ["spills 40 bytes"]),
+        ({"spills": 8, "loops": [loop("statistics"), loop("gradient", spills=1)]}, ["spills 8 bytes"]),
+        ({"spills": 8, "loops": [], "sweeps": False, "calls": ["loss of log-probabilities"]}, ["spills 8 bytes"]),
         ({"spills": 8, "target": "gfx942"}, ["spills 8 registers"]),
         ({"loops": [loop("statistics", load=8), loop("gradient")]}, ["statistics loads 8 bytes at a time, not 16"]),
         ({"loops": [loop("statistics"), loop("gradient", store=2)]}, ["gradient stores 2 bytes at a time, not 16"]),

@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -52,22 +53,45 @@ def _jobs(targets: Sequence[Target], only: str, every: bool) -> tuple[list[_Job]
                 call.run()
             for launch in launches:
                 distinct.setdefault(launch.key, _Job(target, launch, [])).calls.append(call)
-            most = max(launch.leaves for launch in launches)
-            public.setdefault(call.name, PublicCall(call.name, call.operation, [x.name for x in launches], most))
+            names, leaves = [launch.name for launch in launches], [launch.leaves for launch in launches]
+            public.setdefault(call.name, PublicCall(call.name, call.operation, names, leaves))
         jobs += distinct.values()
     return jobs, list(public.values())
+
+
+@triton.jit
+def _probe_kernel(pointer):  # type: ignore[no-untyped-def]
+    tl.store(pointer, 0.0)
+
+
+def _gpu(target: Target) -> GPUTarget:
+    architecture = target.name if target.amd else int(target.name.removeprefix("sm_"))
+    return GPUTarget("hip" if target.amd else "cuda", architecture, target.warp_size)
+
+
+def _message(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = next((line for line in lines if re.search(r"\bfatal\b|\berror\s*:(?! Internal)", line)), "")
+    return f"{type(error).__name__}: {told or (lines[-1] if lines else '')}"[:200]
+
+
+def _unavailable(target: Target) -> str:
+    """A line where not even a store can be compiled for the target here: Triton 3.4 brings no linker for AMD, say."""
+    try:
+        triton.compile(ASTSource(fn=_probe_kernel, signature={"pointer": "*fp32"}, constexprs={}), _gpu(target))
+    except Exception as error:
+        return f"{target.name}: nothing can be compiled for it here: {_message(error)}"
+    return ""
 
 
 def compile_launch(job: _Job, registers_at_most: int | None = None) -> Kernel:
     """Compile a launch and read the result; ``registers_at_most`` overrides the launch's own limit (NVIDIA only)."""
     launch, call, target = job.launch, job.calls[0], job.target
-    architecture = target.name if target.amd else int(target.name.removeprefix("sm_"))
-    gpu = GPUTarget("hip" if target.amd else "cuda", architecture, target.warp_size)
     source = ASTSource(
         fn=launch.kernel, signature=launch.signature, constexprs=launch.constants, attrs=launch.attributes
     )
     options = launch.options | ({"maxnreg": registers_at_most} if registers_at_most is not None else {})
-    compiled = triton.compile(source, gpu, options)
+    compiled = triton.compile(source, _gpu(target), options)
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     code, registers, spills = read_amdgcn(compiled.asm) if target.amd else read_cubin(compiled.asm, tools)
     return Kernel(
@@ -88,15 +112,15 @@ def _attempt(task: tuple[int, int | None]) -> Kernel | str:
     try:
         return compile_launch(_waiting[index], registers_at_most)
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        told = next((line for line in lines if re.search(r"\bfatal\b|\berror\s*:(?! Internal)", line)), "")
-        return f"{type(error).__name__}: {told or (lines[-1] if lines else '')}"[:200]
+        return _message(error)
 
 
 def compile_all(targets: Sequence[str], only: str = "", every: bool = False, registers: int | None = None) -> Report:
     """Compile in processes of their own, as many at a time as there are cores; call it where nothing else runs."""
     report = Report()
-    jobs, report.public = _jobs([TARGETS[name] for name in targets], only, every)
+    trials = {name: _unavailable(TARGETS[name]) for name in targets}
+    report.unavailable = [line for line in trials.values() if line]
+    jobs, report.public = _jobs([TARGETS[name] for name, line in trials.items() if not line], only, every)
     _waiting[:] = jobs
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     tasks = [(index, registers) for index in range(len(jobs))]

@@ -14,6 +14,7 @@ LOADS = re.compile(r"\bLDG\.E\S*|\bglobal_load_\w+|\bbuffer_load_\w+")
 STORES = re.compile(r"\bSTG\.E\S*|\bglobal_store_\w+|\bbuffer_store_\w+")
 WIDTHS = {"256": 32, "128": 16, "x4": 16, "x3": 12, "64": 8, "x2": 8, "16": 2, "short": 2, "8": 1, "byte": 1}
 VECTOR = 16  # bytes of the accesses that main loops are made of
+SPILL = re.compile(r"\b(?:STL|LDL)\b")  # local memory, which nothing but spills uses here (NVIDIA)
 # The special-function unit's: a quarter or an eighth of the rate of an addition.
 SPECIAL = re.compile(
     r"^(?:@!?U?P\w+\s+)?MUFU\b|^v_(?:exp|log|rcp|rcp_iflag|rsq|sqrt|sin|cos)(?:_legacy)?_(?:f16|f32|f64|bf16)"
@@ -29,6 +30,7 @@ class Loop:
         elements: of a thread in an iteration.
         instructions, special: per element, special-function operations among them.
         load_bytes, store_bytes: the narrowest access of each sort.
+        spills: accesses to spilled registers (NVIDIA).
     """
 
     role: str
@@ -37,6 +39,7 @@ class Loop:
     special: float
     load_bytes: int
     store_bytes: int
+    spills: int
 
 
 @dataclass(frozen=True)
@@ -130,4 +133,5 @@ def _loops(code: list[Instruction], vec: int) -> Iterator[Loop]:
         yield Loop(
             "gradient" if stores else "statistics", elements, round(len(steady) / elements, 3),
             round(special / elements, 3), min(loads), min(stores, default=0),
+            sum(bool(SPILL.search(i.text)) for i in steady),
         )  # fmt: skip
