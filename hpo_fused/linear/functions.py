@@ -58,9 +58,9 @@ def linear_policy_loss(
     are replaced by their gradient in place, and that by the gradients of hidden, weight and bias.
 
     For n active rows that is three GEMMs of 2 n H V flops; one less for each of hidden and weight that needs no
-    gradient, one more for sequence-level objectives, float16 and ``weight_grad``, whose backward makes the logits again.
-    Logits and their gradient are rounded once to the GEMMs' dtype, dweight is summed in float32. docs/linear.md has the
-    details, :func:`linear_memory` the memory.
+    gradient, one more for sequence-level objectives, float16 and ``weight_grad``, whose backward repeats the first.
+    Logits and their gradient are rounded once to the GEMMs' dtype, dweight is summed in float32. docs/linear.md has
+    the details, :func:`linear_memory` the memory.
 
     Args:
         hidden: float16, bfloat16 or float32 [B, T, H], or packed [N, H] with ``cu_seqlens``; any strides, so that

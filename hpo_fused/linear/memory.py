@@ -87,8 +87,8 @@ class LinearMemory(NamedTuple):
         gradients: ``tokens`` H s + V H s, for a bias V (s + 4) more; of inputs that need one.
         accumulator: dweight in float32, 4 V H, where s < 4 and either n > R or the GEMMs' dtype is another.
         chunk: R V l for logits, and R V c more where l is another.
-        working: 2 R H c for gathered rows (+ R H s under autocast), V H c for autocast's copy of the weight, 256 bytes a
-            token; a slice of dweight where the GEMMs cannot add it up in float32 (8 MiB on a CPU, 64 elsewhere), and
+        working: 2 R H c for gathered rows (+ R H s under autocast), V H c for autocast's copy of the weight, 256 bytes
+            a token; a slice of dweight where the GEMMs cannot add it up in float32 (8 MiB on a CPU, 64 elsewhere), and
             on a CPU up to 33 MiB of buffers. Where operands are widened, c is 4, and three slices replace copies in c.
         peak: all that is held at once at the worst moment, at most the sum of the above.
     """
@@ -122,8 +122,8 @@ def linear_memory(
 ) -> LinearMemory:
     """What :func:`linear_policy_loss` will allocate beyond its inputs, without running it; an upper bound.
 
-    In :class:`LinearMemory`'s formulas n is ``rows``, R the rows of a chunk, and s, c and l are the bytes of ``dtype``, of
-    the GEMMs' dtype and of the logits'.
+    In :class:`LinearMemory`'s formulas n is ``rows``, R the rows of a chunk, and s, c and l are the bytes of ``dtype``,
+    of the GEMMs' dtype and of the logits'.
 
     The chunk is released before the accumulator is cast to the gradient, so that they never add up. Not counted: the
     gathered copy of a sharded weight and its gradient (2 V H s), and the torch backend's buffers on a GPU.
