@@ -41,7 +41,7 @@ class Layout(NamedTuple):
     @classmethod
     def of_terms(cls, terms: TokenTerms) -> Layout:
         """The layout of a call whose terms are known."""
-        return cls.of(terms.targets != MASKED, terms.statistics.shape[1], terms.cu_seqlens)
+        return cls.of(terms.targets != MASKED, terms.response_statistics.shape[1], terms.cu_seqlens)
 
     def of_each_row(self, value: Tensor) -> Tensor:
         """A per-response tensor [B] as one entry per row: [B, T] or [1, N], by broadcasting or gathering."""

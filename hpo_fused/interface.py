@@ -101,18 +101,18 @@ class TokenTerms(NamedTuple):
     values: Tensor  # float32 [TERMS, B, T]
     targets: Tensor  # int32 [B, T]: the sampled token's id (0 without tokens) where a sweep computes; MASKED; SKIPPED
     active: Tensor  # bool [B, T]: rows whose gradient can differ from 0
-    statistics: Tensor  # int32 [2, responses]: lengths and signs
+    response_statistics: Tensor  # int32 [2, responses]: lengths and signs
     cu_seqlens: Tensor | None  # as in Batch
 
     @property
     def lengths(self) -> Tensor:
         """Unmasked tokens of each response, int32 [responses]."""
-        return self.statistics[0]
+        return self.response_statistics[0]
 
     @property
     def signs(self) -> Tensor:
         """Sign of each response's summed advantage, int32 [responses]; 0 for a fully masked response."""
-        return self.statistics[1]
+        return self.response_statistics[1]
 
 
 class SoftmaxStatistics(NamedTuple):
