@@ -145,7 +145,7 @@ def configure(machine: Machine, parameters: LaunchParameters) -> LaunchConfigura
 
 
 # Of the process and not of a context: autograd runs a GPU's backward on a thread of its own.
-_overridden: tuple[Machine | None, LaunchParameters | None] = (None, None)
+_overridden: list[tuple[Machine | None, LaunchParameters | None]] = [(None, None)]
 
 
 @contextmanager
@@ -164,17 +164,16 @@ def override(*, machine: Machine | None = None, parameters: LaunchParameters | N
                 "parameters: expected threads 32 to 1024 and loads 1 to 8, powers of two, and rows >= 1, got "
                 f"{parameters}"
             )
-    global _overridden
-    before, _overridden = _overridden, (machine, parameters)
+    _overridden.append((machine, parameters))
     try:
         yield
     finally:
-        _overridden = before
+        _overridden.pop()
 
 
 def serves(tensor: Tensor) -> bool:
     """Whether the kernels can take a tensor: CUDA or ROCm, or any in the interpreter or under :func:`override`."""
-    return tensor.is_cuda or bool(INTERPRETED.value) or _overridden[0] is not None
+    return tensor.is_cuda or bool(INTERPRETED.value) or _overridden[-1][0] is not None
 
 
 def origin(device_index: int) -> str:
@@ -205,7 +204,7 @@ def launch_configuration(tensor: Tensor, *, reread: bool = True, narrow: bool = 
     itemsize, V = tensor.element_size(), tensor.shape[-1]
     if INTERPRETED.value:
         return _interpreted(itemsize, V)
-    chosen, parameters = _overridden
+    chosen, parameters = _overridden[-1]
     chosen = machine(tensor.device.index) if chosen is None else chosen
     return _default(chosen, itemsize, V, reread, narrow) if parameters is None else configure(chosen, parameters)
 
