@@ -81,7 +81,8 @@ def check_head(hidden: object, weight: object, bias: object, logits_dtype: objec
     if weight.dtype != hidden.dtype and not autocast:
         own = str(hidden.dtype).removeprefix("torch.")
         raise TypeError(f"weight: expected hidden's dtype {own} (or torch.autocast), got {described(weight)}")
-    if isinstance(bias, Tensor):
+    if bias is not None:
+        assert isinstance(bias, Tensor)
         check_tensor("bias", bias, [(weight.shape[0],)], "floating", hidden.device)
         if bias.dtype != weight.dtype and not autocast:
             raise TypeError(f"bias: expected weight's dtype, got {described(bias)} beside {described(weight)}")
@@ -92,7 +93,6 @@ def check_head(hidden: object, weight: object, bias: object, logits_dtype: objec
         own = "" if operands == torch.float32 else f" or {operands}"
         raise TypeError(f"logits_dtype: expected None, torch.float32{own}, got {logits_dtype!r}")
     assert isinstance(logits_dtype, torch.dtype)
-    assert bias is None or isinstance(bias, Tensor)
     dtypes = GemmDtypes.of(operands, logits_dtype, hidden.device)
     rows = hidden if hidden.dim() == 3 else hidden.unsqueeze(0)
     return (rows, gathered("weight", weight), bias), dtypes

@@ -28,39 +28,23 @@ _UNTRACEABLE = "the number of active rows is known only at run time; call it bet
 
 @torch.compiler.disable(reason=_UNTRACEABLE)  # type: ignore[untyped-decorator]
 def linear_policy_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    advantages: Tensor,
-    *,
-    bias: Tensor | None = None,
-    old_logprobs: Tensor | None = None,
-    ref_logprobs: Tensor | None = None,
-    mask: Tensor | None = None,
-    token_weights: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    groups: Tensor | None = None,
-    objective: str | Objective = "mhpo_ahpo",
-    statistics: BatchStatistics | None = None,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    skip_inactive: bool = True,
-    entropy: bool = True,
-    chunk_bytes: int | None = None,
-    logits_dtype: torch.dtype | None = None,
-    active_count: int | None = None,
-    weight_grad: Tensor | None = None,
+    hidden: Tensor, weight: Tensor, tokens: Tensor, advantages: Tensor, *, bias: Tensor | None = None,
+    old_logprobs: Tensor | None = None, ref_logprobs: Tensor | None = None, mask: Tensor | None = None,
+    token_weights: Tensor | None = None, cu_seqlens: Tensor | None = None, groups: Tensor | None = None,
+    objective: str | Objective = "mhpo_ahpo", statistics: BatchStatistics | None = None, temperature: float = 1.0,
+    softcap: float | None = None, skip_inactive: bool = True, entropy: bool = True, chunk_bytes: int | None = None,
+    logits_dtype: torch.dtype | None = None, active_count: int | None = None, weight_grad: Tensor | None = None,
     backend: Backend = "auto",
-) -> PolicyLossOutput:
+) -> PolicyLossOutput:  # fmt: skip
     """:func:`policy_loss` of ``hidden @ weight.T + bias``, whose logits never exist but for one chunk of rows.
 
     Only active rows (unmasked, with a learning signal) enter a GEMM: they are gathered a chunk at a time, their logits
     are replaced by their gradient in place, and that by the gradients of hidden, weight and bias.
 
     For n active rows that is three GEMMs of 2 n H V flops; one less for each of hidden and weight that needs no
-    gradient, one more for sequence-level objectives, float16 and ``weight_grad``, whose backward makes the logits
-    again. Logits and their gradient are rounded once to the GEMMs' dtype, dweight is summed in float32. docs/linear.md
-    has the details, :func:`linear_memory` the memory.
+    gradient, one more for sequence-level objectives, float16 and ``weight_grad``, whose backward repeats the first.
+    Logits and their gradient are rounded once to the GEMMs' dtype, dweight is summed in float32. docs/linear.md has
+    the details, :func:`linear_memory` the memory.
 
     Args:
         hidden: float16, bfloat16 or float32 [B, T, H], or packed [N, H] with ``cu_seqlens``; any strides, so that
@@ -131,21 +115,11 @@ def linear_policy_loss(
 
 @torch.compiler.disable(reason=_UNTRACEABLE)  # type: ignore[untyped-decorator]
 def linear_token_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    *,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    entropy: bool = True,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    chunk_bytes: int | None = None,
-    logits_dtype: torch.dtype | None = None,
-    active_count: int | None = None,
-    weight_grad: Tensor | None = None,
+    hidden: Tensor, weight: Tensor, tokens: Tensor, *, bias: Tensor | None = None, mask: Tensor | None = None,
+    entropy: bool = True, temperature: float = 1.0, softcap: float | None = None, chunk_bytes: int | None = None,
+    logits_dtype: torch.dtype | None = None, active_count: int | None = None, weight_grad: Tensor | None = None,
     backend: Backend = "auto",
-) -> TokenLogprobs:
+) -> TokenLogprobs:  # fmt: skip
     """:func:`token_logprobs` of ``hidden @ weight.T + bias``, a chunk of unmasked rows at a time.
 
     For old and reference log-probabilities under ``torch.no_grad()`` this is one GEMM, 2 n H V flops for n unmasked

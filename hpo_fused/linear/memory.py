@@ -106,20 +106,11 @@ class LinearMemory(NamedTuple):
 
 
 def linear_memory(
-    rows: int,
-    hidden_size: int,
-    vocabulary: int,
-    *,
-    tokens: int | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-    autocast: torch.dtype | None = None,
-    logits_dtype: torch.dtype | None = None,
-    chunk_bytes: int | None = None,
-    bias: bool = False,
-    hidden_requires_grad: bool = True,
-    weight_requires_grad: bool = True,
+    rows: int, hidden_size: int, vocabulary: int, *, tokens: int | None = None, dtype: torch.dtype = torch.bfloat16,
+    autocast: torch.dtype | None = None, logits_dtype: torch.dtype | None = None, chunk_bytes: int | None = None,
+    bias: bool = False, hidden_requires_grad: bool = True, weight_requires_grad: bool = True,
     device: str | torch.device = "cuda",
-) -> LinearMemory:
+) -> LinearMemory:  # fmt: skip
     """What :func:`linear_policy_loss` will allocate beyond its inputs, without running it; an upper bound.
 
     In :class:`LinearMemory`'s formulas n is ``rows``, R the rows of a chunk, and s, c and l are the bytes of ``dtype``,
