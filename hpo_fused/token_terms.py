@@ -13,6 +13,7 @@ from torch import Tensor
 from .batch import (
     BatchStatistics,
     Layout,
+    adaptive_alpha,
     as_mask,
     check_boundaries,
     check_groups,
@@ -140,14 +141,8 @@ def totals_of_batch(batch: Batch, lengths: Tensor, signs: Tensor) -> tuple[Count
 
 
 def hysteretic_weight(batch: Batch, positive: Count, negative: Count) -> float | Tensor:
-    """Weight of negative advantages: 1, alpha, or clip(N+ / N-, alpha_min, 1) (arXiv 2605.30201)."""
-    if batch.weighting != "adaptive":
-        return batch.alpha
-    if isinstance(positive, int) and isinstance(negative, int):
-        return min(max(positive / negative if negative else 1.0, batch.alpha), 1.0)
-    negative = torch.as_tensor(negative)
-    quotient = torch.as_tensor(positive).to(torch.float32) / negative.clamp(min=1)
-    return torch.where(negative == 0, 1.0, quotient).clamp(batch.alpha, 1.0)
+    """Weight of negative advantages: 1, alpha, or the adaptive one."""
+    return adaptive_alpha(positive, negative, batch.alpha) if batch.weighting == "adaptive" else batch.alpha
 
 
 def _at_least_one(count: Count) -> Count:

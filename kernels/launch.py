@@ -33,7 +33,6 @@ import functools
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
 from ctypes import c_float
 from typing import NamedTuple
 
@@ -145,12 +144,13 @@ def configure(machine: Machine, parameters: LaunchParameters) -> LaunchConfigura
     return LaunchConfiguration(threads // machine.warp_size, threads, loads, rows, options)
 
 
-_overridden: ContextVar[tuple[Machine | None, LaunchParameters | None]] = ContextVar("overridden", default=(None, None))
+# Of the process and not of a context: autograd runs a GPU's backward on a thread of its own.
+_overridden: list[tuple[Machine | None, LaunchParameters | None]] = [(None, None)]
 
 
 @contextmanager
 def override(*, machine: Machine | None = None, parameters: LaunchParameters | None = None) -> Iterator[None]:
-    """Launch everything in this context as on ``machine``, or with these parameters: for compiling and measuring.
+    """Launch everything until the block ends as on ``machine``, or with these parameters: to compile and to measure.
 
     With a machine, CPU tensors reach the kernels' launchers; whoever asks for that intercepts the launches.
 
@@ -164,16 +164,16 @@ def override(*, machine: Machine | None = None, parameters: LaunchParameters | N
                 "parameters: expected threads 32 to 1024 and loads 1 to 8, powers of two, and rows >= 1, got "
                 f"{parameters}"
             )
-    token = _overridden.set((machine, parameters))
+    _overridden.append((machine, parameters))
     try:
         yield
     finally:
-        _overridden.reset(token)
+        _overridden.pop()
 
 
 def serves(tensor: Tensor) -> bool:
     """Whether the kernels can take a tensor: CUDA or ROCm, or any in the interpreter or under :func:`override`."""
-    return tensor.is_cuda or bool(INTERPRETED.value) or _overridden.get()[0] is not None
+    return tensor.is_cuda or bool(INTERPRETED.value) or _overridden[-1][0] is not None
 
 
 def origin(device_index: int) -> str:
@@ -204,7 +204,7 @@ def launch_configuration(tensor: Tensor, *, reread: bool = True, narrow: bool = 
     itemsize, V = tensor.element_size(), tensor.shape[-1]
     if INTERPRETED.value:
         return _interpreted(itemsize, V)
-    chosen, parameters = _overridden.get()
+    chosen, parameters = _overridden[-1]
     chosen = machine(tensor.device.index) if chosen is None else chosen
     return _default(chosen, itemsize, V, reread, narrow) if parameters is None else configure(chosen, parameters)
 

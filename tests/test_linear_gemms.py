@@ -1,13 +1,24 @@
-"""GEMMs that write or add float32, which only GPUs have, stood in for by float32 GEMMs on any device."""
+"""The head's GEMMs on devices of other kinds than the one at hand.
+
+GEMMs that write or add float32, which only GPUs have, are stood in for by float32 GEMMs; a processor that does not
+multiply in bfloat16 is one that is said not to.
+"""
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import hpo_fused as hf
 from hpo_fused.linear import head
 from hpo_fused.linear.head import Float32Gemms, GemmDtypes, Head, HeadGradients
 from hpo_fused.linear.rows import Rows
@@ -127,3 +138,111 @@ def test_the_probe_tells_what_the_device_has(device: torch.device) -> None:
             assert not can
         else:
             assert can
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# a CPU that does not multiply in the operands' dtype
+
+
+class Products(TorchDispatchMode):
+    """Dtypes of all products' operands, and the largest matrix that an operation made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {value.untyped_storage().data_ptr() for value in args if isinstance(value, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.dtypes |= {value.dtype for value in args if isinstance(value, Tensor)}
+        if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in known:
+            self.largest = max(self.largest, result.numel() * result.element_size())
+        return result
+
+
+@pytest.fixture
+def widening(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor without bfloat16 and float16; several slices, the last of them not full."""
+    monkeypatch.setattr(head, "multiplies_in", lambda dtype, device: dtype == torch.float32)
+    monkeypatch.setattr(head, "TILE_BYTES", (128 * N * 4,) * 2)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("logits_dtype", [None, torch.float32], ids=["rounded", "float32"])
+def test_widened_products(widening: None, stored: torch.dtype, logits_dtype: torch.dtype | None) -> None:
+    """Exact but for float32 sums and one rounding, without a float32 copy of the head; float32 is under autocast."""
+    operands = torch.bfloat16 if stored == torch.float32 else stored
+    dtypes = GemmDtypes.of(operands, logits_dtype or operands, torch.device("cpu"))
+    hidden, weight, bias, g = (
+        draw(*shape, seed=seed).to(stored) for seed, shape in enumerate([(1, N, H), (V, H), (V,), (N, V)])
+    )
+    hidden, weight = hidden * 1.001, weight * 1.001  # not representable in bfloat16 where they are float32
+    g = g.to(dtypes.logits) * 1.001
+    x, w, b, rounded = (value.to(operands).double() for value in (hidden[0], weight, bias, g))
+    rows = Rows.all(torch.zeros(1, N, dtype=torch.int32))
+    made = Head(weight, bias, dtypes)
+    operand, logits = made.operand(rows.hidden(hidden)), made.new_logits(N)
+    with Products() as products:
+        made.logits(operand, logits)
+    assert products.dtypes == {torch.float32}
+    assert products.largest <= head.TILE_BYTES[0] < 4 * weight.numel()
+    with Products() as products:
+        sums = HeadGradients((hidden, weight, None), made, rows, 1)
+        sums.add(rows, operand, g)
+        dhidden, dweight, _ = sums.finish()
+    assert products.dtypes == {torch.float32}
+    assert products.largest <= max(head.TILE_BYTES[0], V * H * stored.itemsize) < 4 * g.numel()
+    assert dhidden is not None
+    assert dweight is not None
+    for actual, left, right, shift, kind in (
+        (logits, x, w.t(), b, dtypes.logits),
+        (dhidden[0], rounded, w, 0 * x[0], stored),
+        (dweight, rounded.t(), x, 0 * x[0], stored),
+    ):
+        assert actual.dtype == kind
+        # The products are exact in float32; a sum of n terms and the bias has n roundings of 2^-24 at most.
+        exact, size = left @ right + shift, left.abs() @ right.abs() + shift.abs()
+        low, high = ((exact + sign * left.shape[1] * 2**-24 * size).to(kind).double() for sign in (-1, 1))
+        assert ((low <= actual) & (actual <= high)).all()
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"bias": True}, {"autocast": torch.bfloat16, "dtype": torch.float32}, {"logits_dtype": torch.float32},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_memory_of_widened_operands(options: dict[str, Any], chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the prediction, in which there is no widened copy of the weight or of a chunk."""
+    from .test_linear_memory import measured, step
+
+    monkeypatch.setattr(head, "multiplies_in", lambda dtype, device: dtype == torch.float32)
+    rows, width, vocabulary, cpu = 256, 512, 24000, torch.device("cpu")
+    budget = rows // chunks * vocabulary * (4 if "logits_dtype" in options else 2)
+    peak = measured(step(rows, width, vocabulary, cpu, chunk_bytes=budget, **options), cpu)
+    memory = hf.linear_memory(rows, width, vocabulary, chunk_bytes=budget, device="cpu", **options)
+    assert peak <= memory.peak
+    assert memory.working < 4 * vocabulary * max(width, rows // chunks) + (33 << 20)
+
+
+def test_what_the_processor_multiplies_in() -> None:
+    cpu = torch.device("cpu")
+    assert head.multiplies_in(torch.float32, cpu)
+    assert head.multiplies_in(torch.bfloat16, torch.device("cuda", 0))
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert head.multiplies_in(torch.float32, cpu)
+        assert not head.multiplies_in(torch.bfloat16, cpu)
+        assert not head.multiplies_in(torch.float16, cpu)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="needs a processor with AVX2")
+def test_a_processor_with_avx2_multiplies_in_float32(tmp_path: Path) -> None:
+    """oneDNN, told that there is no more than AVX2, in a process of its own."""
+    program = """if True:
+        import torch
+        from hpo_fused.linear.head import multiplies_in
+        assert not multiplies_in(torch.bfloat16, torch.device("cpu"))
+        assert not multiplies_in(torch.float16, torch.device("cpu"))
+    """
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    subprocess.run([sys.executable, "-c", program], env=environment, cwd=tmp_path, check=True)
