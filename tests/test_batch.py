@@ -56,7 +56,7 @@ def test_layouts_count_alike(advantages: Tensor) -> None:
 )
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_hysteretic_weight(positive: int, negative: int, alpha: float, as_tensor: bool) -> None:
-    """As the metrics report it."""
+    """As the statistics tell it, and as the metrics report it."""
     wrap = torch.tensor if as_tensor else int
     statistics = hf.BatchStatistics(9, 9, wrap(positive), wrap(negative))
     for weighting, expected in ((hf.AdaptiveHysteretic(0.1), alpha), (hf.Hysteretic(0.6), 0.6)):
@@ -64,6 +64,7 @@ def test_hysteretic_weight(positive: int, negative: int, alpha: float, as_tensor
             torch.zeros(6, 5), ADVANTAGES, objective=hf.Objective(weighting=weighting), statistics=statistics
         )
         assert out.metrics()["hysteretic_weight"].item() == pytest.approx(expected, rel=1e-6)
+        assert float(statistics.alpha(weighting)) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("path", ["torch", "linear"])

@@ -402,7 +402,7 @@ def first_block_only(f: Any, *arguments: Any, **options: Any) -> Any:
 @mutant(("logprob_loss",), (kernels, "logprob_loss"))
 def mean_over_padding(f: Any, logprobs: Tensor, entropy: Any, terms: TokenTerms, spec: LossSpec) -> Any:
     lengths = torch.full_like(terms.lengths, terms.targets.shape[1])
-    return f(logprobs, entropy, terms._replace(statistics=torch.stack((lengths, terms.signs))), spec)
+    return f(logprobs, entropy, terms._replace(response_statistics=torch.stack((lengths, terms.signs))), spec)
 
 
 @mutant(("logprob_loss",), (kernel_loss, "token_loss"), interpreted=True)
