@@ -49,7 +49,7 @@ class Case:
     layout: str = "padded"  # "padded" (strided view, ragged mask) or "packed"
     vocabulary: int = 97
     responses: int = 6
-    length: int = 5
+    length: int = 4
     rows: str = "random"  # "random", "peaked", "flat", "negative", "minus_inf"
     ragged: bool = True  # different lengths, a hole, one response fully masked
     on_policy: bool = False
