@@ -1,48 +1,47 @@
-"""What is measured: named shapes, cases, and the inputs drawn for a case."""
+"""Named shapes, and cases: what one measurement is of, as plain values."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
 
-from hpo_fused import reference
-from hpo_fused.objective import Objective
+from hpo_fused import Objective
 
-# forward: loss, log-probabilities and entropy under no_grad. gradient: backward alone, its forward not timed. both:
-# what a training step pays.
-Mode = Literal["forward", "gradient", "both"]
-MODES: tuple[Mode, ...] = ("forward", "gradient", "both")
-# logits: the policy loss. logprobs: differentiable log-probabilities and entropies alone.
-Op = Literal["logits", "logprobs"]
-
+# The public functions of hpo_fused, by name.
+Operation = Literal[
+    "policy_loss", "linear_policy_loss", "logprob_policy_loss", "token_logprobs", "linear_token_logprobs"
+]
+OPERATIONS: tuple[Operation, ...] = get_args(Operation)
+# forward: under no_grad. backward: its forward is not timed. both: what a training step pays.
+Mode = Literal["forward", "backward", "both"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-# Spread of the logits, and of the log-ratio between the policy and the one that sampled. One token in twenty has
-# moved far, so that every branch of every objective (clipped, saturated) is on the measured path.
-LOGIT_STD = 2.5
-LOG_RATIO_STD, FAR_LOG_RATIO_STD, FAR_SHARE = 0.1, 0.5, 0.05
 GROUP = 8  # responses to one prompt
-CANDIDATES = 8  # tokens of a row that share most of its probability
-CHUNK_ELEMENTS = 1 << 23  # float64 temporaries while drawing stay near 64 MiB each
+MOST_RESPONSES = 8 * GROUP  # enough that a share of them is the share asked for
+CUSTOM = "custom:V=N[,H=N][,softcap=C]"
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's output layer.
+    """A model's LM head.
 
     Args:
         name: how it is selected and reported.
         vocabulary: V.
+        hidden: H; 0 where only the operations on logits are measured.
         softcap: the model's cap on its logits, or None.
         why: what makes the shape worth measuring.
     """
 
     name: str
     vocabulary: int
+    hidden: int = 0
     softcap: float | None = None
     why: str = ""
 
@@ -50,72 +49,95 @@ class Shape:
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("qwen3", 151936, None, "Qwen2.5 and Qwen3; the vocabulary most RL papers train"),
-        Shape("llama3", 128256, None, "Llama 3"),
-        Shape("gemma", 262144, 30.0, "Gemma's 256 Ki vocabulary, with the logits capped at ±30"),
-        Shape("gpt2", 50257, None, "GPT-2; odd, so rows start at unaligned addresses"),
+        Shape("qwen3-0.6b", 151936, 1024, None, "Qwen3 0.6B; the vocabulary that most RL papers train"),
+        Shape("qwen3-8b", 151936, 4096, None, "Qwen3 8B"),
+        Shape("qwen2.5-0.5b", 151936, 896, None, "Qwen2.5 0.5B; small enough for a CPU"),
+        Shape("qwen2.5-7b", 152064, 3584, None, "Qwen2.5 7B; the usual size in RL papers"),
+        Shape("llama3.2-1b", 128256, 2048, None, "Llama 3.2 1B"),
+        Shape("llama3-8b", 128256, 4096, None, "Llama 3 8B"),
+        Shape("gemma3-270m", 262144, 640, None, "Gemma 3 270M; the widest vocabulary"),
+        Shape("gemma2-9b", 256000, 3584, 30.0, "Gemma 2 9B, its logits capped at ±30"),
+        Shape("gpt2", 50257, 768, None, "GPT-2; odd, so rows of logits start at unaligned addresses"),
     )
 }
-DEFAULT_SHAPES = ["qwen3", "gpt2"]
-CUSTOM = "custom:V=N[,softcap=C]"
-
-
-def custom_fields(text: str, *names: str) -> tuple[list[int], float | None]:
-    """The sizes ``names`` and the softcap of a shape spelt ``custom:A=2,B=3[,softcap=C]``.
-
-    Raises:
-        ValueError: not spelt so, or a size below 2.
-    """
-    kind, _, rest = text.partition(":")
-    fields = dict(part.partition("=")[::2] for part in rest.split(","))
-    if kind != "custom" or not set(names) <= fields.keys() <= {*names, "softcap"}:
-        raise ValueError(text)
-    sizes, softcap = [int(fields[name]) for name in names], float(fields["softcap"]) if "softcap" in fields else None
-    if min(sizes) < 2 or not (softcap is None or 0 < softcap < math.inf):
-        raise ValueError(text)
-    return sizes, softcap
+DEFAULT_SHAPES = {"cpu": ["qwen3-0.6b", "gpt2"], "cuda": ["qwen3-8b", "gpt2"]}
+NO_VOCABULARY = Shape("no vocabulary", 1)
 
 
 def parse_shape(text: str) -> Shape:
-    """A named shape, or one spelt ``custom:V=300`` or ``custom:V=300,softcap=30``.
+    """A named shape, or one spelt ``custom:V=300``, ``custom:V=300,H=64`` or ``custom:V=300,softcap=30``.
 
     Raises:
         ValueError: neither; the message lists what there is.
     """
     if text in SHAPES:
         return SHAPES[text]
+    kind, _, rest = text.partition(":")
+    fields = dict(part.partition("=")[::2] for part in rest.split(","))
     try:
-        (vocabulary,), softcap = custom_fields(text, "V")
-    except ValueError:
-        raise ValueError(f"unknown shape {text!r}; expected {', '.join(SHAPES)} or {CUSTOM}") from None
-    return Shape(text, vocabulary, softcap)
-
-
-def responses_of(tokens: int, most: int) -> int:
-    """As many responses of equal length, up to ``most``, as ``tokens`` can be cut into."""
-    return next(count for count in range(most, 0, -1) if tokens % count == 0)
+        vocabulary, hidden = int(fields.pop("V")), int(fields.pop("H", "0"))
+        softcap = float(fields.pop("softcap")) if "softcap" in fields else None
+        if (
+            kind != "custom"
+            or fields
+            or vocabulary < 2
+            or hidden < 0
+            or not (softcap is None or 0 < softcap < math.inf)
+        ):
+            raise ValueError(text)
+    except (KeyError, ValueError):
+        raise ValueError(f"shape: expected one of {', '.join(SHAPES)} or {CUSTOM}, got {text!r}") from None
+    return Shape(text, vocabulary, hidden, softcap)
 
 
 @dataclass(frozen=True)
-class BatchCase:
-    """One measurement's batch, as plain values: equal cases with equal seeds have equal inputs.
+class Case:
+    """One measurement: equal cases with equal seeds have equal inputs.
 
     Args:
-        shape: the model's output layer.
+        operation: the public function that is measured.
+        shape: the model's LM head.
         responses, length: B and T of the padded layout.
-        dtype: a key of ``DTYPES``.
+        dtype: of logits, or of hidden states and head; a key of ``DTYPES``.
         objective: a preset's name.
         inactive: share of the responses whose advantage is zero.
         mode: which part of a step is timed.
+        ragged: responses of different lengths, padded and masked, instead of B full ones.
+        inplace: providers that can write the gradient over the logits do.
+        cuda_graph: the replay of a CUDA graph is timed, without the host's part of a step.
+        chunk_mib: memory for a chunk's logits (``chunk_bytes`` of the linear functions); None: their default.
     """
 
-    shape: Any
+    operation: Operation
+    shape: Shape
     responses: int
     length: int
     dtype: str = "bf16"
     objective: str = "mhpo_ahpo"
     inactive: float = 0.0
     mode: Mode = "both"
+    ragged: bool = False
+    inplace: bool = False
+    cuda_graph: bool = False
+    chunk_mib: float | None = None
+
+    def __post_init__(self) -> None:
+        known = {"operation": OPERATIONS, "dtype": DTYPES, "objective": Objective.presets(), "mode": MODES}
+        for name, values in known.items():
+            if (value := getattr(self, name)) not in values:
+                raise ValueError(f"{name}: expected one of {', '.join(values)}, got {value!r}")
+        if not 0 <= self.inactive <= 1:
+            raise ValueError(f"inactive: expected a share of 0 to 1, got {self.inactive}")
+        if self.linear and self.shape.hidden == 0:
+            raise ValueError(f"shape: expected a hidden size (H=N) for {self.operation}, got {self.shape.name!r}")
+        row = self.shape.vocabulary * self.torch_dtype.itemsize
+        if self.chunk_bytes is not None and self.chunk_bytes < row:
+            raise ValueError(f"chunk_mib: expected a row of logits ({row} bytes) at least, got {self.chunk_mib:g} MiB")
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Case:
+        """The inverse of ``dataclasses.asdict``."""
+        return cls(**{**content, "shape": Shape(**content["shape"])})
 
     @property
     def tokens(self) -> int:
@@ -123,166 +145,127 @@ class BatchCase:
         return self.responses * self.length
 
     @property
+    def linear(self) -> bool:
+        """Whether the operation starts from hidden states and the LM head."""
+        return self.operation.startswith("linear_")
+
+    @property
+    def gives_loss(self) -> bool:
+        """Whether the operation makes a policy loss, and not log-probabilities."""
+        return self.operation.endswith("policy_loss")
+
+    @property
     def active(self) -> int:
-        """Rows of responses whose advantage is not zero, masked ones included."""
-        return (self.responses - round(self.inactive * self.responses)) * self.length
+        """Rows that have to be computed, masked ones included: for a loss those of non-zero advantage."""
+        inactive = round(self.inactive * self.responses) if self.gives_loss else 0
+        return (self.responses - inactive) * self.length
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The logits' dtype."""
         return DTYPES[self.dtype]
 
     @property
     def logits_bytes(self) -> int:
-        """Size of the logits, and of their gradient."""
-        return int(self.tokens * self.shape.vocabulary * self.torch_dtype.itemsize)
+        """Size of all logits, and of their gradient, whether or not they exist at once."""
+        return self.tokens * self.shape.vocabulary * self.torch_dtype.itemsize
+
+    @property
+    def input_bytes(self) -> int:
+        """Size of the inputs that have a gradient."""
+        if self.linear:
+            return (self.shape.vocabulary + self.tokens) * self.shape.hidden * self.torch_dtype.itemsize
+        return self.logits_bytes
+
+    @property
+    def chunk_bytes(self) -> int | None:
+        return None if self.chunk_mib is None else int(self.chunk_mib * (1 << 20))
 
     @property
     def upstream(self) -> float:
-        """What backward starts from: 1, or for float16 what a loss scaler puts there, since gradients underflow."""
-        return 65536.0 if self.dtype == "fp16" else 1.0
+        """Gradient that backward starts from: 1, or for float16 a loss scaler's factor, since gradients underflow.
+
+        From hidden states it is where a scaler would settle: the head's gradient, a sum over rows, must not overflow.
+        """
+        if self.dtype != "fp16":
+            return 1.0
+        return min(65536.0, 8.0 * (1 << self.tokens.bit_length())) if self.linear else 65536.0
 
     def resolved_objective(self) -> Objective:
         """The preset, with T as the constant length that Dr. GRPO divides by."""
         objective = Objective.preset(self.objective)
-        if objective.normalization == "constant":
-            return Objective.preset(self.objective, max_length=self.length)
-        return objective
+        return replace(objective, max_length=self.length) if objective.normalization == "constant" else objective
+
+    def work(self) -> tuple[float, str] | None:
+        """Work that nobody can avoid and the unit of its rate; None where it is open.
+
+        Logits: bytes of one read of the active rows and one write of the whole gradient. Linear: flops of one GEMM over
+        the active rows and two more for the gradients. Open for backward alone, whose rest depends on what the forward
+        has done, and for ragged responses, whose rows are drawn.
+        """
+        if self.mode == "backward" or self.ragged or self.operation == "logprob_policy_loss":
+            return None
+        entries = self.active * self.shape.vocabulary
+        if self.linear:
+            return 2 * (1 if self.mode == "forward" else 3) * entries * self.shape.hidden / 1e12, "TFLOP/s"
+        written = self.logits_bytes if self.mode == "both" else 0
+        return (entries * self.torch_dtype.itemsize + written) / 1e9, "GB/s"
 
 
-@dataclass(frozen=True)
-class Case(BatchCase):
-    """A batch of logits.
+def of_tokens(operation: Operation, shape: Shape, tokens: int, **fields: Any) -> Case:
+    """A case of exactly ``tokens`` rows, in as many responses of equal length, up to 64, as divide them.
+
+    Fields that make no difference to the operation are set to their defaults, so that equal work is an equal case.
+    """
+    if tokens < 1:
+        raise ValueError(f"tokens: expected 1 at least, got {tokens}")
+    responses = next(count for count in range(MOST_RESPONSES, 0, -1) if tokens % count == 0)
+    case = Case(operation, shape, responses, tokens // responses, **fields)
+    if operation == "logprob_policy_loss":
+        case = replace(case, shape=NO_VOCABULARY, dtype="fp32")
+    if not case.gives_loss:
+        case = replace(case, objective=Case.objective, inactive=0.0)
+    return replace(
+        case, inplace=case.inplace and operation == "policy_loss", chunk_mib=case.chunk_mib if case.linear else None
+    )
+
+
+def cases_of(
+    tokens: Mapping[Operation, Iterable[int]], shapes: Sequence[Shape], axes: Mapping[str, Sequence[Any]], **fields: Any
+) -> list[Case]:
+    """Every combination once, those of one operation and shape together.
 
     Args:
-        shape: vocabulary and softcap.
-        ragged: responses of different lengths, padded and masked, instead of B full ones.
-        op: what is made of the logits.
+        tokens: numbers of rows of each operation.
+        shapes: of each of them.
+        axes: values of further fields of a case.
+        fields: of all cases.
+
+    Raises:
+        ValueError: a value that there is not; the message names the field.
     """
-
-    shape: Shape
-    ragged: bool = False
-    op: Op = "logits"
-
-    @classmethod
-    def of_tokens(cls, shape: Shape, tokens: int, dtype: str, objective: str, inactive: float, ragged: bool) -> Case:
-        """A case of exactly ``tokens`` positions: as many responses, up to two groups, as divide them."""
-        responses = responses_of(tokens, 2 * GROUP)
-        return cls(shape, responses, tokens // responses, dtype, objective, inactive, ragged=ragged)
-
-    @property
-    def least_bytes(self) -> int | None:
-        """Device-memory traffic that nobody can avoid: rows read and, where there is a gradient, all of it written.
-
-        A loss needs no logits of a response whose advantage is zero, but their gradient is zeros that are written;
-        log-probabilities need every row. None for the gradient alone: what is left of it depends on what the forward
-        has done already; and where responses are ragged: how many rows are not masked is drawn.
-        """
-        if self.mode == "gradient" or self.ragged:
-            return None
-        rows = self.tokens if self.op == "logprobs" else self.active
-        read = rows * self.shape.vocabulary * self.torch_dtype.itemsize
-        return read + (self.logits_bytes if self.mode == "both" else 0)
+    found = [
+        of_tokens(operation, shape, count, **dict(zip(axes, values, strict=True)), **fields)
+        for operation, counts in tokens.items()
+        for shape, *values, count in product(shapes, *axes.values(), sorted(set(counts)))
+    ]
+    return list(dict.fromkeys(found))
 
 
-@dataclass(frozen=True, eq=False)
-class Inputs:
-    """Tensors of a case, and what the float64 oracle needs.
+def labels(cases: Iterable[Case], *, without: Sequence[str] = ()) -> dict[Case, str]:
+    """Words that tell these cases apart: operation, shape, and whatever else is not the same for all of them."""
+    found = list(dict.fromkeys(cases))
+    differing = [name for name in asdict(found[0]) if len({getattr(case, name) for case in found}) > 1] if found else []
 
-    Attributes:
-        logits: [B, T, V] leaf that requires grad.
-        tokens: int64 [B, T].
-        advantages: float32 [B].
-        old_logprobs: float32 [B, T].
-        mask: bool [B, T], or None where every token counts.
-        exact_logprobs: float64 [B, T], log-probabilities of ``tokens`` under exactly these logits.
-        upstream: float32 [B, T], dloss/dlogp that a loss behind log-probabilities sends back; 0 where masked.
-    """
+    def words(case: Case) -> Iterator[str]:
+        yield case.operation
+        if case.shape != NO_VOCABULARY:
+            yield case.shape.name
+        if {"responses", "length"} & set(differing) and "tokens" not in without:
+            yield f"N={case.tokens}"
+        told = {"inactive": f"{case.inactive:.0%} inactive", "chunk_mib": f"chunk {case.chunk_mib} MiB"}
+        for name in ("dtype", "objective", "inactive", "mode", "ragged", "inplace", "cuda_graph", "chunk_mib"):
+            value = getattr(case, name)
+            if name in differing and value not in (False, None):
+                yield told.get(name, name if value is True else value)
 
-    case: Case
-    objective: Objective
-    logits: Tensor
-    tokens: Tensor
-    advantages: Tensor
-    old_logprobs: Tensor
-    mask: Tensor | None
-    exact_logprobs: Tensor
-    upstream: Tensor
-
-
-def _rows(count: int, case: Case, device: torch.device, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """``count`` rows of logits in the case's dtype, the token sampled from each, and its float64 log-probability.
-
-    A trained policy is sure of itself: a few candidates hold nearly all the probability, and the token is one of
-    them. Noise alone would give log-probabilities near -ln V.
-    """
-    vocabulary = case.shape.vocabulary
-    z = torch.empty(count, vocabulary, device=device).normal_(0.0, LOGIT_STD, generator=generator)
-    candidates = torch.randint(vocabulary, (count, CANDIDATES), generator=generator, device=device)
-    rest = math.log(vocabulary) + LOGIT_STD**2 / 2  # log of the noise's own softmax denominator
-    peaks = rest + 1 + LOGIT_STD * torch.randn(count, CANDIDATES, generator=generator, device=device)
-    z.scatter_(1, candidates, peaks)
-    choice = torch.multinomial(peaks.softmax(-1), 1, generator=generator)
-    tokens = candidates.gather(1, choice).squeeze(1)
-    logits = z.to(case.torch_dtype)
-    exact = reference.token_logprobs(logits.double(), tokens, softcap=case.shape.softcap).logprobs
-    return logits, tokens, exact
-
-
-def draw_advantages(responses: int, inactive: float, generator: torch.Generator) -> Tensor:
-    """Group-normalised advantages of binary rewards, float32 [B] on the CPU; ``inactive`` of them exactly zero.
-
-    A group whose responses all earn the same has zero advantage; the others hold at least one of each kind.
-    """
-    active = responses - round(inactive * responses)
-    values = torch.zeros(responses)
-    for start in range(0, active, GROUP):
-        size = min(GROUP, active - start)
-        rewards = torch.zeros(size)
-        successes = int(torch.randint(1, max(size, 2), (), generator=generator))
-        rewards[torch.randperm(size, generator=generator)[:successes]] = 1.0
-        # A group of one (an odd count of responses) has no spread; it keeps its reward as its advantage.
-        spread = rewards.std(correction=0)
-        values[start : start + size] = (rewards - rewards.mean()) / spread if size > 1 else rewards
-    return values[torch.randperm(responses, generator=generator)]
-
-
-def draw_old_logprobs(logprobs: Tensor, generator: torch.Generator) -> Tensor:
-    """Float32 log-probabilities under the policy that sampled, near these and for some tokens further away."""
-    far = torch.rand(logprobs.shape, generator=generator, device=logprobs.device) < FAR_SHARE
-    spread = torch.where(far, FAR_LOG_RATIO_STD, LOG_RATIO_STD)
-    return (logprobs - spread * torch.randn(logprobs.shape, generator=generator, device=logprobs.device)).float()
-
-
-def draw(case: Case, device: torch.device, seed: int) -> Inputs:
-    """Random inputs of ``case`` on ``device``: never zeros, since power draw and branches depend on the values."""
-    generator = torch.Generator(device).manual_seed(seed)
-    on_cpu = torch.Generator().manual_seed(seed)
-    count, vocabulary = case.tokens, case.shape.vocabulary
-    logits = torch.empty(count, vocabulary, dtype=case.torch_dtype, device=device)
-    tokens = torch.empty(count, dtype=torch.int64, device=device)
-    exact = torch.empty(count, dtype=torch.float64, device=device)
-    step = max(1, CHUNK_ELEMENTS // vocabulary)
-    for start in range(0, count, step):
-        part = slice(start, min(start + step, count))
-        logits[part], tokens[part], exact[part] = _rows(part.stop - start, case, device, generator)
-
-    old = draw_old_logprobs(exact, generator)
-    shape = (case.responses, case.length)
-    mask = None
-    if case.ragged:
-        shortest = max(1, case.length // 4)
-        lengths = torch.randint(shortest, case.length + 1, shape[:1], generator=generator, device=device)
-        mask = torch.arange(case.length, device=device) < lengths[:, None]
-    upstream = torch.randn(shape, generator=generator, device=device) / count
-    return Inputs(
-        case,
-        case.resolved_objective(),
-        logits.reshape(*shape, vocabulary).requires_grad_(),
-        tokens.reshape(shape),
-        draw_advantages(case.responses, case.inactive, on_cpu).to(device),
-        old.reshape(shape),
-        mask,
-        exact.reshape(shape),
-        upstream if mask is None else upstream * mask,
-    )
+    return {case: " ".join(words(case)) for case in found}

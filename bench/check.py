@@ -1,47 +1,57 @@
-"""A provider's result against the float64 oracle: nobody is timed for computing something else.
+"""A provider's result against float64: nobody is timed for computing something else.
 
-The result checked is the full-size one that is about to be timed. Loss and log-probabilities are checked on every
-token; the gradient row by row on a few rows spread over the batch, since one float64 copy of all of them would not
-fit. The column of a row's token is judged apart from the others: its entry alone can be larger than all of them.
+The result checked is the full-size one that is about to be timed. Loss, log-probabilities and entropies are checked on
+every token, gradients as ``truth.py`` says.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from hpo_fused import reference
-from hpo_fused.objective import Objective
-
-from .cases import CHUNK_ELEMENTS, Inputs, Mode
-from .results import ColumnErrors, Errors
+from .inputs import Inputs
+from .truth import OWN_GRADIENT_LIMIT, OWN_LOGPROB_LIMIT, TINY, GradientError, Truth, Verdict, off
 
 if TYPE_CHECKING:
-    from .trial import Step
+    from .providers import Provider, Step
 
-ROWS = 16  # with a gradient, and as many without where there are such
-
-# Complaints: what no implementation in float32 arithmetic comes near. (Plain PyTorch on a CPU comes nearest: its
-# log_softmax is off by 5e-5 at V = 151936.)
-#
-# The gradient beyond one rounding to the logits' dtype, relative to the row's own; a second rounding passes.
-GRADIENT_LIMIT = {"bf16": 4e-3, "fp16": 2e-3, "fp32": 2e-3}
-# The loss, relative to sum |dloss/dlogp|. The same for every dtype: it is a float32 sum over float32 arithmetic, and
-# rounding log-probabilities to the logits' dtype is a mistake.
+# Loss relative to sum |dloss/dlogp| or itself, the same for every dtype: it is a float32 sum over float32 arithmetic,
+# and rounding log-probabilities to the logits' dtype is a mistake.
 LOSS_LIMIT = 1e-4
 LOGPROB_LIMIT = ENTROPY_LIMIT = 1e-3
-# Rows this much smaller than the largest are judged on its scale: their relative error is cancellation, not a bug.
-NEGLIGIBLE = 1e-3
-# As is the sampled token's entry, c (1 - p), where p is so near to 1 that it is this small beside c.
-PEAKED = 0.05
+# Of hidden states, a log-probability further off than float32 arithmetic explains belongs to a row with a logit that
+# was rounded the other way. Few are: GEMMs sum to within a thousandth of a unit in the last place of bfloat16.
+MOVED, MOVED_SHARE = 1e-4, 0.05
 
-# What this package promises of itself. A value that is rounded after it was perturbed by d ends at most 2 |d| beyond
-# its own rounding error, hence twice float32's limit for the others.
-OWN_LOGPROB_LIMIT = 4e-6
-OWN_GRADIENT_LIMIT = {"bf16": 6e-6, "fp16": 6e-6, "fp32": 3e-6}
+
+@dataclass(frozen=True)
+class Errors:
+    """Distance of a provider's result from float64.
+
+    Attributes:
+        loss: relative to the sum of |dloss/dlogp|, which does not cancel, or to the loss where that is larger; None
+            where there is none.
+        logprob: largest absolute error of the rows that had to be computed and whose logits were rounded as the
+            truth's; None if none was returned.
+        gradients: by the name of the gradient's part.
+        complaint: what is wrong, "" if nothing.
+        broken: limits that only this package's providers are held to and this one misses, "" if none.
+    """
+
+    loss: float | None
+    logprob: float | None
+    gradients: dict[str, GradientError]
+    complaint: str = ""
+    broken: str = ""
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Errors:
+        """The inverse of ``dataclasses.asdict``."""
+        gradients = {name: GradientError(**error) for name, error in content["gradients"].items()}
+        return cls(**{**content, "gradients": gradients})
 
 
 def fingerprint(values: Tensor) -> Tensor:
@@ -50,187 +60,70 @@ def fingerprint(values: Tensor) -> Tensor:
     Two gradients are compared by it because a second one at full size might not fit beside the first.
     """
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
-    rows = values.detach().reshape(-1, values.shape[-1]).view(bits)
+    rows = values.detach().reshape(-1, values.shape[-1] if values.dim() else 1).view(bits)
     generator = torch.Generator(values.device).manual_seed(0)
     limit = 1 << 62
     weights = torch.randint(-limit, limit, rows.shape[-1:], generator=generator, device=values.device) | 1
-    step = max(1, CHUNK_ELEMENTS // 8 // rows.shape[-1])  # int64, kept small enough for a CPU's cache
+    step = max(1, (1 << 20) // rows.shape[-1])  # int64, kept small enough for a CPU's cache
     return torch.cat([(part.long() * weights).sum(-1) for part in rows.split(step)])
 
 
-def _parts(rows: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
-    """Size of each row in its token's column, and in all others."""
-    return rows.gather(-1, column).abs().squeeze(-1), rows.scatter(-1, column, 0.0).norm(dim=-1)
-
-
-def _column_errors(error: Tensor, rounding: Tensor, size: Tensor) -> ColumnErrors | None:
-    """Rows' errors relative to their sizes; None where none has any."""
-    rows = size > 0
-    if not bool(rows.any()):
-        return None
-    error, rounding = (values[rows] / size[rows] for values in (error, rounding))
-    # NaN wins a maximum, and a median too.
-    return ColumnErrors(*(v.item() for v in (error.max(), error.median(), rounding.max(), (error - rounding).max())))
-
-
-def missing(step: Step, mode: Mode, root: Tensor | None, name: str) -> list[str]:
-    """Complaints about what a step did not return: the ``root`` of its gradients, and these."""
-    return [
-        f"returned no {name}" if root is None else "",
-        "returned no gradient" if mode != "forward" and not step.gradients else "",
-    ]
-
-
-def off(what: str, error: float, limit: float) -> str:
-    """The complaint about an error beyond its limit, else "". NaN is beyond every limit."""
-    return "" if error <= limit else f"{what} off by {error:.1e} (limit {limit:.0e})"
-
-
-class Batch(Protocol):
-    """What the loss depends on besides the log-probabilities."""
-
-    @property
-    def objective(self) -> Objective: ...
-    @property
-    def advantages(self) -> Tensor: ...
-    @property
-    def old_logprobs(self) -> Tensor: ...
-    @property
-    def mask(self) -> Tensor | None: ...
-
-
-def logprob_errors(batch: Batch, logprobs: Tensor, exact: Tensor) -> Tensor:
-    """Errors [B, T] of those log-probabilities that have to be computed, 0 elsewhere."""
-    error = logprobs.detach().double() - exact
-    # Where nothing is learnt a provider need not compute anything, and then says NaN.
-    idle = batch.advantages.unsqueeze(-1) == 0
-    ignored = idle & error.isnan()
-    return error.masked_fill(ignored if batch.mask is None else ~batch.mask | ignored, 0.0)
-
-
-def _logprob_error(inputs: Inputs, logprobs: Tensor | None) -> tuple[float | None, Tensor]:
-    """Largest error, and the errors as far as they are within this package's own limit [B, T]."""
-    if logprobs is None:
-        return None, torch.zeros_like(inputs.exact_logprobs)
-    if inputs.case.op == "logprobs":
-        error = logprobs.detach().double() - inputs.exact_logprobs
-        error = error if inputs.mask is None else error.masked_fill(~inputs.mask, 0.0)
-    else:
-        error = logprob_errors(inputs, logprobs, inputs.exact_logprobs)
-    return error.abs().max().item(), error.nan_to_num(0.0).clamp(-OWN_LOGPROB_LIMIT, OWN_LOGPROB_LIMIT)
-
-
-def loss_and_coefficients(batch: Batch, logprobs: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss as a function of the log-probabilities [B, T], and its derivative."""
+def loss_and_coefficients(provider: Provider, inputs: Inputs, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+    """The provider's loss as a function of the log-probabilities [B, T], in float64, and its derivative."""
     logprobs = logprobs.detach().clone().requires_grad_()
-    loss = reference.logprob_policy_loss(
-        logprobs, batch.advantages, old_logprobs=batch.old_logprobs, mask=batch.mask, objective=batch.objective
-    )
+    loss = provider.loss_of(inputs, logprobs)
     (coefficients,) = torch.autograd.grad(loss, logprobs)
     return loss.detach(), coefficients
 
 
-def spread_rows(chosen: Tensor, most: int) -> Tensor:
-    """At most ``most`` of the indices where the flat ``chosen`` holds, spread evenly over them."""
-    indices = chosen.nonzero().squeeze(1)
-    return indices[torch.linspace(0, len(indices) - 1, min(most, len(indices))).round().long().to(indices.device)]
+def judge(inputs: Inputs, truth: Truth, step: Step, provider: Provider) -> Errors:
+    """Errors of a step of the provider, and what is wrong with it; this package's are held to its own limits, too."""
+    case, out, needed = inputs.case, step.output, inputs.needed()
+    error = torch.zeros_like(truth.logprobs)
+    if out.logprobs is not None:
+        # Where nothing is learnt a provider need not compute anything.
+        error = (out.logprobs.detach().double() - truth.logprobs).masked_fill(~needed, 0.0)
+    size = error.abs()
+    moved = ~(size <= MOVED) if case.linear else torch.zeros_like(needed)
+    few = max(1, int(MOVED_SHARE * needed.sum())) if case.linear else 0
+    shift = error.nan_to_num(0.0).clamp(-truth.slack, truth.slack)
+    loss_error: float | None = None
+    coefficients = inputs.upstream.double()
+    if case.gives_loss:
+        loss, coefficients = loss_and_coefficients(provider, inputs, truth.logprobs + shift)
+        if out.loss is not None:
+            scale = coefficients.abs().sum().maximum(loss.abs()).clamp(min=TINY)
+            loss_error = ((out.loss.detach().double() - loss).abs() / scale).item()
+    verdict = Verdict()
+    if step.gradients:
+        verdict = truth.judge(inputs, step.gradients, coefficients, torch.where(moved, shift, 0.0), provider.tolerance)
 
+    root, name = (out.loss, "loss") if case.gives_loss else (out.logprobs, "log-probabilities")
+    far = ~(size <= truth.slack.clamp(min=LOGPROB_LIMIT))
+    complaints = [
+        f"returned no {name}" if root is None else "",
+        "returned no gradient" if case.mode != "forward" and not step.gradients else "",
+        off("loss", loss_error or 0.0, provider.loss_limit or LOSS_LIMIT),
+        *verdict.complaints,
+        f"log-probability off by up to {size.max():.1e} in {int(far.sum())} rows" if bool(far.any()) else "",
+        f"log-probability off by more than {MOVED:.0e} in {int(moved.sum())} rows" if int(moved.sum()) > few else "",
+    ]
+    if out.entropy is not None and case.operation != "logprob_policy_loss":
+        gone = (out.entropy.detach().double() - truth.entropies).abs().masked_fill(~needed, 0.0)
+        wrong = int((~(gone <= ENTROPY_LIMIT)).sum())
+        complaints.append(f"entropy off by up to {gone.max():.1e} in {wrong} rows" if wrong > few else "")
 
-@dataclass(frozen=True, eq=False)
-class Oracle:
-    """The float64 truth about a case.
-
-    Attributes:
-        loss: exact.
-        coefficients: dloss/dlogp [B, T]; for log-probabilities alone what is sent back to them.
-        rows: indices of those rows of the flattened logits whose gradient is checked.
-        slopes: dlogp/dlogits of these rows [R, V].
-        entropies: of these rows [R].
-    """
-
-    loss: Tensor
-    coefficients: Tensor
-    rows: Tensor
-    slopes: Tensor
-    entropies: Tensor
-
-    @classmethod
-    def of(cls, inputs: Inputs) -> Oracle:
-        """Compute it: the loss from every exact log-probability, the gradient by the chain rule through them."""
-        loss, coefficients = loss_and_coefficients(inputs, inputs.exact_logprobs)
-        if inputs.case.op == "logprobs":
-            coefficients = inputs.upstream.double()
-        learnt = coefficients.flatten() != 0
-        rows = torch.cat([spread_rows(learnt, ROWS), spread_rows(~learnt, ROWS)])
-        z = inputs.logits.detach().flatten(0, 1)[rows].double().requires_grad_()
-        chosen = reference.token_logprobs(z, inputs.tokens.flatten()[rows], softcap=inputs.case.shape.softcap)
-        (slopes,) = torch.autograd.grad(chosen.logprobs.sum(), z)
-        return cls(loss, coefficients, rows, slopes, chosen.entropy.detach())
-
-    def _entropy_error(self, entropy: Tensor | None) -> float:
-        """Largest, over the checked rows that had to be computed; 0 where none was returned."""
-        if entropy is None:
-            return 0.0
-        error = (entropy.detach().flatten()[self.rows].double() - self.entropies).abs()
-        idle = self.coefficients.flatten()[self.rows] == 0
-        return error.masked_fill(idle, 0.0).max().item()
-
-    def judge(self, inputs: Inputs, step: Step, *, ours: bool = False) -> Errors:
-        """Errors of a provider's output and of its gradient [B, T, V], which carries the case's upstream factor.
-
-        ``ours`` holds it to this package's own limits as well.
-        """
-        case, output = inputs.case, step.output
-        loss = None
-        if output.loss is not None:
-            scale = self.coefficients.abs().sum().clamp(min=torch.finfo(torch.float64).tiny)
-            loss = ((output.loss.detach().double() - self.loss).abs() / scale).item()
-        logprob, shift = _logprob_error(inputs, output.logprobs)
-        target, others, beyond = (None, None, 0.0)
-        if step.gradients:
-            (gradient,) = step.gradients
-            target, others, beyond = self._judge_gradient(inputs, gradient, shift)
-        # Who gives no log-probabilities of a loss away is not asked for them, and nobody for entropies.
-        asked = (output.logprobs, "log-probabilities") if case.op == "logprobs" else (output.loss, "loss")
-        complaints = [
-            *missing(step, case.mode, *asked),
-            off("loss", loss or 0.0, LOSS_LIMIT),
-            off("gradient", beyond, GRADIENT_LIMIT[case.dtype]),
-            off("log-probability", logprob or 0.0, LOGPROB_LIMIT),
-            off("entropy", self._entropy_error(output.entropy), ENTROPY_LIMIT),
-        ]
-        broken = []
-        if ours:
-            broken = [off("log-probability", logprob or 0.0, OWN_LOGPROB_LIMIT)]
-            for name, columns in (("sampled token", target), ("other tokens", others)):
-                if columns is not None:
-                    beyond_own = off(f"gradient of the {name}", columns.beyond, OWN_GRADIENT_LIMIT[case.dtype])
-                    broken.append(beyond_own and f"{beyond_own} beyond its rounding")
-        return Errors(loss, logprob, target, others, *(", ".join(filter(None, each)) for each in (complaints, broken)))
-
-    def _judge_gradient(
-        self, inputs: Inputs, gradient: Tensor, shift: Tensor
-    ) -> tuple[ColumnErrors | None, ColumnErrors | None, float]:
-        """Errors of the sampled tokens' columns and of the others, and the worst of all beyond one rounding.
-
-        The loss's coefficients are taken at the provider's own log-probabilities, off by ``shift`` [B, T], as far as
-        these may be off: that error is judged already, and next to a clip's edge it would decide whether there is a
-        gradient at all.
-        """
-        case = inputs.case
-        tiny = torch.finfo(torch.float64).tiny
-        coefficients = self.coefficients
-        if case.op == "logits":
-            _, coefficients = loss_and_coefficients(inputs, inputs.exact_logprobs + shift)
-        coefficients = coefficients.flatten()[self.rows]
-        exact = coefficients.unsqueeze(-1) * self.slopes
-        got = gradient.detach().flatten(0, 1)[self.rows].double() / case.upstream
-        rounded = (exact * case.upstream).to(gradient.dtype).double() / case.upstream
-
-        column = inputs.tokens.flatten()[self.rows].unsqueeze(-1)
-        errors, rounding, sizes = (_parts(rows, column) for rows in (got - exact, rounded - exact, exact))
-        target, others = (_column_errors(*part) for part in zip(errors, rounding, sizes, strict=True))
-        floor = max(NEGLIGIBLE * max(size.max().item() for size in sizes), tiny)
-        allowed = (sizes[0].maximum(PEAKED * coefficients.abs()).clamp(min=floor), sizes[1].clamp(min=floor))
-        beyond = torch.cat([(e - r) / a for e, r, a in zip(errors, rounding, allowed, strict=True)]).max()
-        return target, others, beyond.item()
+    steady = size[needed & ~moved]
+    logprob = steady.max().item() if out.logprobs is not None and steady.numel() else None
+    broken = []
+    if provider.ours and case.linear:
+        # The median: few rows have a logit rounded otherwise. In float32 a GEMM's own sum decides.
+        if logprob is not None and case.dtype != "fp32":
+            broken.append(off("median log-probability", steady.median().item(), OWN_LOGPROB_LIMIT))
+    elif provider.ours:
+        broken.append(off("log-probability", size.max().item(), OWN_LOGPROB_LIMIT))
+        for part, found in verdict.errors.items():
+            told = off(f"gradient of the {part}", found.beyond or 0.0, OWN_GRADIENT_LIMIT[case.dtype])
+            broken.append(told and f"{told} beyond its rounding")
+    joined = (", ".join(filter(None, each)) for each in (complaints, broken))
+    return Errors(loss_error, logprob, verdict.errors, *joined)

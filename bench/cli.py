@@ -8,7 +8,7 @@ import sys
 
 def main() -> int | None:
     """Run the command line. Returns 2 where typer or rich is missing: they belong to the extra ``bench``."""
-    # PyTorch's memory profiler warns on stderr, through the progress bar, about every release of what was there before.
+    # PyTorch's memory profiler warns on stderr, between the lines of progress, about every release of older memory.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         from .commands import app

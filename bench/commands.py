@@ -2,98 +2,441 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast, get_type_hints
 
+import torch
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 
-from . import all_report, files, matrix_command
-from .all_command import all_
-from .arguments import device_of
-from .cases import CUSTOM, SHAPES
-from .compare_command import compare
-from .compile_command import compile_
-from .counters_command import counters
-from .curves import curves
+from . import compare as comparison
+from . import pictures, plan, report
+from . import providers as known
+from .cases import (
+    CUSTOM,
+    DEFAULT_SHAPES,
+    DTYPES,
+    MODES,
+    OPERATIONS,
+    SHAPES,
+    Case,
+    Operation,
+    cases_of,
+    labels,
+    parse_shape,
+)
 from .environment import environment
-from .evidence import Evidence
-from .linear import commands as linear_commands
-from .linear.cases import CUSTOM as CUSTOM_HEAD
-from .linear.cases import HEADS
-from .plot_command import plot
-from .providers_command import providers
-from .tune_command import tune
+from .machine_code.calls import TARGETS
+from .machine_code.report import ReportFailed, call_table, kernel_table, run_report
+from .providers import Provider, Unavailable
+from .providers.fused import Fused
+from .results import Result
+from .run import Settings, run_case
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
+    add_completion=False, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False,
     help="Time the fused policy losses against what people use today, on this machine.",
-)
+)  # fmt: skip
+Names = list[str] | None
 
 
-app.command("all")(all_)
-app.command()(matrix_command.speed)
-app.command()(matrix_command.accuracy)
-app.command()(matrix_command.memory)
-app.command()(linear_commands.linear)
-app.command()(plot)
-app.command("compile")(compile_)
-app.command()(curves)
-app.command()(compare)
-app.command()(providers)
-app.command()(tune)
-app.command()(counters)
+def _option(name: str, text: str) -> Any:
+    return typer.Option(f"--{name}", help=f"{text}; repeatable.")
+
+
+def _flag(name: str, text: str) -> Any:
+    return typer.Option(f"--{name}", help=text)
+
+
+DeviceName = Annotated[str, _flag("device", "cpu, cuda or cuda:N; auto is a GPU if there is one.")]
+Quick = Annotated[bool, _flag("quick", "Few rows and rounds: about a minute on two CPU cores.")]
+Seed = Annotated[int, _flag("seed", "Of the random inputs.")]
+Output = Annotated[Path | None, _flag("output", "Write the result to this JSON file.")]
+
+
+@dataclass
+class CaseOptions:
+    """Options of every command that measures cases; a command's parameter of this type is replaced by them."""
+
+    op: Annotated[Names, _option("op", f"Of {', '.join(OPERATIONS)} (the losses of logits or hidden states)")] = None
+    shape: Annotated[Names, _option("shape", f"Named shape (see `shapes`) or {CUSTOM} (two, by device)")] = None
+    tokens: Annotated[list[int] | None, _option("tokens", "Rows (by operation and device)")] = None
+    dtype: Annotated[Names, _option("dtype", f"Of {', '.join(DTYPES)} (bf16; accuracy: and fp32)")] = None
+    objective: Annotated[Names, _option("objective", "A preset of hpo_fused.Objective (mhpo_ahpo)")] = None
+    inactive: Annotated[list[float] | None, _option("inactive", "Share of responses with zero advantage (0)")] = None
+    mode: Annotated[Names, _option("mode", f"Of {', '.join(MODES)} (both); backward: its forward is not timed")] = None
+    ragged: Annotated[bool, _flag("ragged", "Responses of different lengths, padded and masked.")] = False
+    inplace: Annotated[bool, _flag("inplace", "Who can writes the gradient over the logits.")] = False
+    chunk_mib: Annotated[float | None, _flag("chunk-mib", "Linear operations: memory for a chunk's logits.")] = None
+    provider: Annotated[Names, _option("provider", "See `providers`, or module:Class (all that run unasked)")] = None
+
+    def cases(
+        self, device: torch.device, tokens: Callable[[Operation], Sequence[int]], *,
+        op: Sequence[str] = ("policy_loss",), dtype: Sequence[str] = ("bf16",), cuda_graph: bool = False,
+    ) -> list[Case]:  # fmt: skip
+        """Every combination; BadParameter for values that there are not. The arguments stand in for missing options."""
+        axes: dict[str, Sequence[Any]] = {
+            "dtype": self.dtype or dtype, "objective": self.objective or ["mhpo_ahpo"],
+            "inactive": self.inactive or [0.0], "mode": self.mode or ["both"],
+        }  # fmt: skip
+        if cuda_graph and (device.type != "cuda" or "backward" in axes["mode"]):
+            raise typer.BadParameter("--cuda-graph: expected a GPU, and mode forward or both: the forward is captured")
+        fields = {name: getattr(self, name) for name in ("ragged", "inplace", "chunk_mib")}
+        with refusing():
+            shapes = [parse_shape(name) for name in self.shape or DEFAULT_SHAPES[device.type]]
+            rows = {one: self.tokens or tokens(one) for one in cast(Sequence[Operation], self.op or op)}
+            return cases_of(rows, shapes, axes, cuda_graph=cuda_graph, **fields)
+
+    def providers(self, device: torch.device) -> list[Provider]:
+        """Providers by name; none named: the device's defaults."""
+        with refusing():
+            return [known.create(name) for name in dict.fromkeys(self.provider or known.defaults(device))]
+
+
+def takes_cases(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with its parameter ``options`` replaced by one for each field of :class:`CaseOptions`."""
+    hints = get_type_hints(CaseOptions, include_extras=True)
+
+    @functools.wraps(command)
+    def replaced(**values: Any) -> None:
+        command(CaseOptions(**{name: values.pop(name) for name in hints}), **values)
+
+    fields = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=getattr(CaseOptions, name), annotation=hint)
+        for name, hint in hints.items()
+    ]
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+    parameters = [*fields, *(one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own)]
+    replaced.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    replaced.__annotations__ = {one.name: one.annotation for one in parameters}
+    return replaced
+
+
+def device_of(name: str) -> torch.device:
+    """The device of that name, made the current one; auto is a GPU if there is one."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        name = "cuda" if count else "cpu"
+    kind, _, index = name.partition(":")
+    if name != "cpu" and (kind != "cuda" or not (index or "0").isdecimal() or int(index or 0) >= count):
+        raise typer.BadParameter(f"--device: expected cpu or one of {count} GPUs (cuda, cuda:N), got {name!r}")
+    if name == "cpu":
+        return torch.device("cpu")
+    torch.cuda.set_device(int(index or 0))
+    return torch.device("cuda", int(index or 0))
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Turns errors about values and files into those of the command line."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def check_writable(output: Path | None) -> None:
+    """Refuse a file that cannot be written now, not after minutes of work."""
+    if output is not None:
+        with refusing():
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.open("a", encoding="utf-8").close()
+
+
+def default_tokens(operation: Operation, device: torch.device, quick: bool) -> int:
+    """Rows where none were asked for: on a CPU few enough that a round of everything takes seconds."""
+    if operation == "logprob_policy_loss":
+        return 65536
+    full = 8192 if device.type == "cuda" else 256 if operation.startswith("linear_") else 1024
+    return full // 4 if quick else full
+
+
+def launch_of(text: str) -> tuple[int, int, int]:
+    """THREADS,LOADS,ROWS as numbers."""
+    parts = text.split(",")
+    if len(parts) != 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise typer.BadParameter(f"--launch: expected THREADS,LOADS,ROWS, positive integers, got {text!r}")
+    threads, loads, rows = map(int, parts)
+    return threads, loads, rows
+
+
+def measure(
+    result: Result, cases: Sequence[Case], providers: Sequence[Provider], settings: Settings, *, named: bool = False
+) -> None:
+    """Every case into ``result``, which holds what is finished however this ends.
+
+    ``named``: the providers were asked for by name, so that one without an operation says so in a row.
+    """
+    err, names = Console(stderr=True, highlight=False), labels(cases)
+
+    def tell(line: str) -> None:
+        err.print(f"{names[case]}: {line}", style="dim", markup=False, soft_wrap=True)
+
+    try:
+        for case in cases:
+            able = [one for one in providers if named or case.operation in one.operations()]
+            run_case(case, able, settings, result.rows, tell)
+    except KeyboardInterrupt:
+        result.interrupted = True
+
+
+def finish(result: Result, output: Path | None) -> None:
+    """Show and write the result, and end: 130 if it was interrupted, 1 if something was wrong."""
+    out = Console(highlight=False)
+    report.show(result, out)
+    if output is not None:
+        result.write(output)
+        out.print(f"Wrote {output}", soft_wrap=True)
+    if result.interrupted:
+        raise typer.Exit(INTERRUPTED)
+    if any(row.complaint for row in result.rows):
+        raise typer.Exit(1)
+
+
+@app.command()
+@takes_cases
+def speed(
+    options: CaseOptions,
+    cuda_graph: Annotated[bool, _flag("cuda-graph", "Time replays of a CUDA graph: no host work.")] = False,
+    launch: Annotated[Names, _option("launch", "THREADS,LOADS,ROWS: hpo_fused launched with these, too")] = None,
+    device: DeviceName = "auto",
+    repeats: Annotated[int | None, typer.Option(min=1, help="Rounds at most (100 on a GPU, 20 on a CPU).")] = None,
+    budget: Annotated[float, _flag("budget", "Seconds of timing per case, though three rounds at least.")] = 30.0,
+    quick: Quick = False,
+    seed: Seed = 0,
+    output: Output = None,
+) -> None:
+    """Time against eager PyTorch, torch.compile, other projects, and a bare copy of the logits or bare GEMMs.
+
+    Every combination of the options is a case. Every provider is first held against float64; one that differs is
+    reported and not timed. Then all run once per round, in rotating order. The exit status is 1 if a provider was wrong
+    or failed, or if hpo_fused misses a limit of its own.
+    """
+    where = device_of(device)
+    cases = options.cases(where, lambda op: [default_tokens(op, where, quick)], cuda_graph=cuda_graph)
+    launched = [Fused("auto" if where.type == "cuda" else "triton", launch_of(text)) for text in launch or ()]
+    repeats = repeats or (10 if quick else 100 if where.type == "cuda" else 20)
+    run_all("speed", options, cases, launched, Settings(where, repeats, budget, seed), output)
+
+
+@app.command()
+@takes_cases
+def accuracy(options: CaseOptions, device: DeviceName = "auto", seed: Seed = 0, output: Output = None) -> None:
+    """Hold every provider against float64: loss, log-probabilities, entropies and gradients.
+
+    Nothing is timed. The exit status is 1 if a provider was wrong or failed, or if hpo_fused misses a limit of its own.
+    """
+    where = device_of(device)
+    cases = options.cases(where, lambda op: [256], dtype=("bf16", "fp32"))
+    run_all("accuracy", options, cases, [], Settings(where, 0, 0.0, seed), output)
+
+
+@app.command()
+@takes_cases
+def memory(
+    options: CaseOptions, device: DeviceName = "auto", quick: Quick = False, seed: Seed = 0, output: Output = None
+) -> None:
+    """Peak memory against the number of tokens. Results are held against float64, and nothing is timed."""
+    where = device_of(device)
+    sizes = [1024, 2048, 4096, 8192, 16384] if where.type == "cuda" else [64, 128, 256, 512]
+    cases = options.cases(where, lambda op: sizes[: 3 if quick else None], op=("policy_loss", "linear_policy_loss"))
+    run_all("memory", options, cases, [], Settings(where, 0, 0.0, seed), output)
+
+
+def run_all(
+    command: str, options: CaseOptions, cases: Sequence[Case], others: Sequence[Provider], settings: Settings,
+    output: Path | None,
+) -> None:  # fmt: skip
+    """Measure the cases and end the command; ``others`` beside the providers of the options."""
+    providers = [*options.providers(settings.device), *others]
+    check_writable(output)
+    told = {name: getattr(settings, name) for name in ("repeats", "budget", "seed")}
+    result = Result(command, environment(settings.device), told)
+    measure(result, cases, providers, settings, named=bool(options.provider))
+    finish(result, output)
+
+
+@app.command("all")
+def all_(
+    output: Annotated[Path, _flag("output", "Folder for result.json, report.md and pictures.")],
+    budget: Annotated[float, _flag("budget", "Seconds after which nothing more is begun.")] = 480.0,
+    quick: Annotated[bool, _flag("quick", "The short plan.")] = False,
+    device: DeviceName = "auto",
+    seed: Seed = 0,
+) -> None:
+    """Measure a fixed plan (bench/plan.py), the most important first, and write a report with pictures.
+
+    The report is written anew after each case, so that Ctrl-C and a used budget leave everything that was measured. The
+    exit status is 1 if a provider was wrong or failed, or if hpo_fused misses a limit of its own.
+    """
+    where, deadline = device_of(device), time.monotonic() + budget
+    check_writable(output / "result.json")
+    result = Result("all", environment(where), {"budget": budget, "quick": quick, "seed": seed})
+    todo = [(part, case) for part in plan.PLANS[where.type, quick] for case in part.cases()]
+    names = labels(case for _, case in todo)
+    for part, case in todo:
+        if result.interrupted or time.monotonic() > deadline:
+            result.notes.append(f"{names[case]}: not begun, as the budget of {budget:g} s was used")
+            continue
+        slow = plan.SLOW_ON_CPU if where.type == "cpu" and not part.slow else ()
+        wanted = [name for name in known.defaults(where) if name not in slow]
+        settings = Settings(where, 100 if part.timed else 0, plan.SECONDS_PER_CASE[where.type], seed)
+        measure(result, [case], [known.create(name) for name in wanted], settings)
+        write_report(result, output)
+    if not quick and not result.interrupted and time.monotonic() <= deadline:
+        try:
+            compiled = run_report(plan.COMPILED_TARGETS)
+            result.kernels, result.notes = compiled.as_dicts(), [*result.notes, *compiled.broken]
+        except ReportFailed as error:
+            result.notes.append(f"machine code: {error}")
+        except KeyboardInterrupt:
+            result.interrupted = True
+    write_report(result, output)
+    finish(result, output / "result.json")
+
+
+def write_report(result: Result, folder: Path) -> list[str]:
+    """Write result.json, report.md and, where matplotlib is installed, pictures; the names of the pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    result.write(folder / "result.json")
+    try:
+        drawn = pictures.draw(result, folder)
+    except ModuleNotFoundError:
+        drawn = []
+    (folder / "report.md").write_text(report.markdown(result, drawn), encoding="utf-8")
+    return drawn
 
 
 @app.command("report")
 def report_(
-    file: Annotated[Path, typer.Argument(help="What any command wrote with --output.")],
-    summary: Annotated[bool, typer.Option("--summary", help="Only the short table, of a result of `all`.")] = False,
+    file: Annotated[Path, typer.Argument(help="A result of any command, written with --output.")],
+    folder: Annotated[Path | None, _flag("output", "Write result.json, report.md and pictures to this folder.")] = None,
 ) -> None:
-    """Print a result file as markdown."""
+    """Print a result as markdown, or write it with pictures."""
+    with refusing():
+        result = Result.read(file)
+    if folder is None:
+        typer.echo(report.markdown(result), nl=False)
+    else:
+        typer.echo(f"Wrote {', '.join(['result.json', 'report.md', *write_report(result, folder)])} to {folder}")
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="The base.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="The new one.")],
+    worse_than: Annotated[
+        float | None, typer.Option(min=1.0, help="Exit with 1 where hpo_fused is worse by more than this factor.")
+    ] = None,
+) -> None:
+    """Two results side by side, joined by case and provider.
+
+    With `--worse-than` the exit status is 1 where hpo_fused's time or peak memory in B is more than that many times
+    A's, or a row of it that was ok in A is not in B; it is 2 where no row of it is in both.
+    """
+    with refusing():
+        results = Result.read(first), Result.read(second)
+    found = comparison.pairs(*results)
+    out = Console(highlight=False)
+    comparison.table(found).print(out)
+    for line in comparison.differences(*results):
+        out.print(line, style="dim", markup=False)
+    if not any(pair.first.ours for pair in found):
+        out.print("No row of hpo_fused is in both.", style="red")
+        raise typer.Exit(2)
+    worse = comparison.worse(found, worse_than) if worse_than is not None else []
+    for line in worse:
+        out.print(line, style="red", markup=False)
+    if worse:
+        raise typer.Exit(1)
+
+
+@app.command("compile")
+def compile_(
+    target: Annotated[Names, _option("target", f"Of {', '.join(TARGETS)} (all)")] = None,
+    only: Annotated[str, _flag("only", "Only calls whose name contains this, on each target.")] = "",
+    every: Annotated[bool, _flag("every", "Every call on each target, not the core set.")] = False,
+    check: Annotated[bool, _flag("check", "Exit with 1 if a limit is broken.")] = False,
+    output: Output = None,
+) -> None:
+    """Compile the kernels that public calls launch, without a GPU: registers, spills, accesses, instructions.
+
+    The limits: nothing spills in a main loop, and no more than 32 bytes beside; main loops access memory 16 bytes at a
+    time; a main loop takes at most 1.15 special-function operations per element, and both sweeps together 18
+    instructions (22 with the entropy), softcap apart. A kernel that does not compile breaks them, too; the exit status
+    is 2 where none does. A target that this Triton can compile nothing for is told and left out.
+    """
+    check_writable(output)
+    out = Console(highlight=False)
     try:
-        result = files.read(file)
-    except OSError as error:
-        raise typer.BadParameter(f"cannot read {file}: {error.strerror}") from None
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    if summary and not isinstance(result, Evidence):
-        raise typer.BadParameter(f"--summary is for results of all, {file} is one of {result.command}")
-    typer.echo(all_report.short(result) if summary and isinstance(result, Evidence) else files.markdown(result))
+        found = run_report(list(dict.fromkeys(target or TARGETS)), only, every or bool(target))
+    except ReportFailed as error:
+        typer.echo(f"hpo-fused-bench compile: {error}", err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+    if (view := kernel_table(found.as_dicts())) is not None:
+        view.print(out)
+        call_table(found.public).print(out)
+    out.print()
+    for line in found.unavailable:
+        out.print(line, style="yellow", markup=False, soft_wrap=True)
+    for line in found.broken:
+        out.print(line, style="red", markup=False, soft_wrap=True)
+    said = f"{len(found.broken)} limits broken" if found.broken else "all limits hold"
+    out.print(f"{len(found.kernels)} kernels compiled, {said}.", style="bold")
+    if output is not None:
+        Result("compile", environment(torch.device("cpu")), kernels=found.as_dicts(), notes=found.broken).write(output)
+    if not found.kernels:
+        raise typer.Exit(2)
+    if check and found.broken:
+        raise typer.Exit(1)
+
+
+@app.command()
+def providers(device: DeviceName = "auto") -> None:
+    """List the providers, with the version that would run here or the reason why none would.
+
+    `--provider module:Class` takes classes outside this package, too: see docs/benchmark.md.
+    """
+    where, out = device_of(device), Console(highlight=False)
+    view = RichTable.grid("", "", padding=(0, 2, 1, 0))
+    for name in known.PROVIDERS:
+        one = known.create(name)
+        try:
+            usable = one.available(where)
+        except Unavailable as reason:
+            usable = f"no: {reason}"
+        lines = [usable, one.summary, f"operations: {', '.join(one.operations())}"]
+        lines += [f"leaves out: {one.leaves_out}"] if one.leaves_out else []
+        view.add_row(name + " *" * (name in known.defaults(where)), "\n".join(lines))
+    out.print(view, markup=False)
+    out.print("* measured by default, on the operations that it has.", style="dim")
 
 
 @app.command()
 def shapes() -> None:
-    """List the named shapes, of logits and of the linear path."""
-    out = Console(highlight=False)
-    view = _names("shape", "vocabulary", "softcap", "why")
+    """List the named shapes."""
+    view = RichTable("shape", "vocabulary", "hidden", "softcap", "why", box=None, pad_edge=False)
     for shape in SHAPES.values():
-        view.add_row(shape.name, str(shape.vocabulary), f"{shape.softcap or '–'}", shape.why)
-    view.add_row(CUSTOM, "N", "C or –", "any other")
-    out.print(view)
-    out.print("\nlinear", style="bold")
-    view = _names("head", "hidden", "vocabulary", "softcap", "why")
-    for head in HEADS.values():
-        view.add_row(head.name, str(head.hidden), str(head.vocabulary), f"{head.softcap or '–'}", head.why)
-    view.add_row(CUSTOM_HEAD, "N", "N", "C or –", "any other")
-    out.print(view)
-
-
-def _names(*headings: str) -> Table:
-    """A table whose last column gives way where the terminal is narrow: what is typed stands in the others."""
-    view = Table(*headings, box=None, pad_edge=False)
-    for column in view.columns[:-1]:
-        column.no_wrap = True
-    view.columns[-1].overflow = "fold"
-    return view
+        softcap = "–" if shape.softcap is None else f"{shape.softcap:g}"
+        view.add_row(shape.name, str(shape.vocabulary), str(shape.hidden), softcap, shape.why)
+    out = Console(highlight=False)
+    out.print(view, markup=False)
+    out.print(f"{CUSTOM}: any other", markup=False)
 
 
 @app.command()
-def env(device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "auto") -> None:
-    """Print what a result records about this machine."""
+def env(device: DeviceName = "auto") -> None:
+    """Print the part of a result that describes this machine."""
     for key, value in environment(device_of(device)).items():
         typer.echo(f"{key}: {'–' if value is None else value}")

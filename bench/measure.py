@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,39 +16,32 @@ Run = Callable[[], object]
 FLUSH_BYTES = 512 << 20
 
 
-class Clock(ABC):
-    """Seconds that one call takes."""
-
-    @abstractmethod
-    def time(self, run: Run) -> float:
-        """Call ``run`` once. Its result is freed after the clock has stopped: that cost is the caller's."""
+Clock = Callable[[Run], float]
 
 
-class CpuClock(Clock):
-    """Wall time. No cache is flushed: the logits of every named shape are larger than it."""
+def cpu_clock(run: Run) -> float:
+    """Wall time of one call, in seconds; the result is freed after the clock has stopped.
 
-    def time(self, run: Run) -> float:
-        start = time.perf_counter()
-        result = run()
-        seconds = time.perf_counter() - start
-        del result
-        return seconds
+    No cache is flushed: the logits of every named shape are larger than it.
+    """
+    start = time.perf_counter()
+    result = run()
+    seconds = time.perf_counter() - start
+    del result
+    return seconds
 
 
-class CudaClock(Clock):
-    """Time between two events on the device, with a cold L2.
+def cuda_clock(device: torch.device) -> Clock:
+    """A clock of the time between two events on the device, with a cold L2.
 
-    The flush also keeps the device busy while the host enqueues ``run``, as a training step's preceding work does:
+    The flush also keeps the device busy while the host enqueues the run, as a training step's preceding work does:
     launch overhead shows only where it exceeds that.
     """
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
-
-    def time(self, run: Run) -> float:
+    def clock(run: Run) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self.flush.zero_()
+        flush.zero_()
         start.record()
         result = run()
         end.record()
@@ -57,10 +49,18 @@ class CudaClock(Clock):
         del result
         return float(start.elapsed_time(end)) / 1e3
 
+    return clock
+
 
 def clock_for(device: torch.device) -> Clock:
     """The clock of ``device``."""
-    return CudaClock(device) if device.type == "cuda" else CpuClock()
+    return cuda_clock(device) if device.type == "cuda" else cpu_clock
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @dataclass(frozen=True)
@@ -71,44 +71,23 @@ class Task:
     before: Callable[[], object] = lambda: None
 
 
-class Synchronises(Exception):
-    """A run waits for the device, which nothing in a CUDA graph can."""
-
-
-def refuse_synchronising(task: Task) -> None:
-    """Run the task once; raise :class:`Synchronises` where PyTorch has to wait for the device meanwhile.
-
-    A capture in which the host waits ends in an error of CUDA's that says less, if it is an error at all.
-    """
-    task.before()
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        task.run()
-    except RuntimeError as error:
-        if "synchronizing CUDA operation" in str(error):
-            raise Synchronises("synchronises with the host, so it cannot be captured") from error
-        raise
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-
-
 def captured(task: Task) -> Task:
     """The task with its run, forward included, in a CUDA graph, of which the timed run is a replay; on CUDA only.
 
-    Three runs before, on a stream of their own: allocator and libraries set up there what must not be captured. What a
-    run returns lives as long as the graph.
-
-    Raises:
-        Synchronises: see :func:`refuse_synchronising`.
+    Three runs before, on a stream of their own: allocator and libraries set themselves up there, which must not be
+    captured. The result of a run lives as long as the graph. One that waits for the device raises before the capture,
+    which would end in an error that says less, if in one at all.
     """
-    refuse_synchronising(task)
-    stream = torch.cuda.Stream()
+    stream, mode = torch.cuda.Stream(), torch.cuda.get_sync_debug_mode()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             task.before()
-            task.run()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                task.run()
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
     torch.cuda.current_stream().wait_stream(stream)
     task.before()
     graph = torch.cuda.CUDAGraph()
@@ -122,29 +101,15 @@ def captured(task: Task) -> Task:
     return Task(replay, task.before)
 
 
-@dataclass(frozen=True)
-class Failure:
-    """A task that raised, and what."""
-
-    name: str
-    error: Exception
-
-
 def rounds(
     tasks: Mapping[str, Task], clock: Clock, repeats: int, budget: float, minimum: int = 3
-) -> Iterator[dict[str, float] | Failure]:
-    """Time every task once per round, in an order that rotates from round to round.
+) -> Iterator[dict[str, float | Exception]]:
+    """Time every task once per round, in an order that rotates from round to round; yields the seconds by name.
 
-    What disturbs a machine (its clock rate, its neighbours) then disturbs all tasks alike, none always runs behind
-    the same other one, and a ratio can be taken within a round. A task that raises is yielded as a
-    :class:`Failure` and dropped; its round is completed by the others.
-
-    Args:
-        tasks: what to time, by name.
-        clock: how.
-        repeats: rounds at most.
-        budget: seconds after which no further round starts, once ``minimum`` are done.
-        minimum: rounds at least (unless ``repeats`` is smaller).
+    A disturbance (of the clock rate, by neighbours) then disturbs all tasks alike, none always runs behind the same
+    other one, and a ratio can be taken within a round. A task that raises has its error in the place of the seconds,
+    and is dropped; its round is completed by the others. There are ``repeats`` rounds at most, and none starts after
+    ``budget`` seconds once ``minimum`` are done.
     """
     alive = dict(tasks)
     deadline = time.monotonic() + budget
@@ -153,26 +118,26 @@ def rounds(
             return
         names = list(alive)
         shift = index % max(len(names), 1)
-        seconds: dict[str, float] = {}
+        seconds: dict[str, float | Exception] = {}
         for name in names[shift:] + names[:shift]:
             try:
                 alive[name].before()
-                seconds[name] = clock.time(alive[name].run)
+                seconds[name] = clock(alive[name].run)
             except Exception as error:  # a provider's code: anything can come
                 del alive[name]
-                # Its frames hold what the provider had allocated, which the others of this round may need.
+                # Its frames hold memory that the provider had allocated, which the others of this round may need.
                 error.__cause__ = error.__context__ = None
-                yield Failure(name, error.with_traceback(None))
+                seconds[name] = error.with_traceback(None)
         yield seconds
 
 
 def _cpu_peak(run: Run) -> int | None:
     """Peak of PyTorch's CPU allocator during ``run``, from the profiler's record of every allocation and release.
 
-    Resident memory would also count, or miss, what the C library keeps and returns when it likes. Memory allocated
-    before is not in the record; scratch that a kernel gets from the C library by itself is not either.
+    Resident memory would also count, or miss, memory that the C library keeps and returns when it likes. Memory
+    allocated before is not in the record; scratch that a kernel gets from the C library by itself is not either.
     """
-    # The profiler announces itself on stderr, through the progress bar. Its logger reads this when it first starts.
+    # The profiler announces itself on stderr; its logger reads this when it first starts.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
@@ -191,7 +156,7 @@ def _cpu_peak(run: Run) -> int | None:
 
 
 def peak_extra_bytes(run: Run, device: torch.device) -> int | None:
-    """Peak memory that one call of ``run`` takes beyond what is allocated now, its result included; None: unknown."""
+    """Peak memory of one call of ``run`` beyond the memory allocated now, its result included; None: unknown."""
     if device.type != "cuda":
         return _cpu_peak(run)
     torch.cuda.synchronize(device)
@@ -204,31 +169,18 @@ def peak_extra_bytes(run: Run, device: torch.device) -> int | None:
     return peak
 
 
-class CpuUse:
-    """How much of the machine's CPUs others take from now on: what decides whether times on a CPU can be believed."""
+def cpu_seconds() -> tuple[float, float] | None:
+    """Seconds of all CPUs so far, and of these the ones that other processes took; None where there is no /proc/stat.
 
-    def __init__(self) -> None:
-        self.start = self._read()
-
-    @staticmethod
-    def _read() -> tuple[float, float, float] | None:
-        """Seconds of all CPUs: passed, passed busy, and used by this process. None where there is no /proc/stat."""
-        try:
-            with open("/proc/stat", encoding="ascii") as lines:
-                ticks = [int(word) for word in lines.readline().split()[1:9]]  # user ... idle iowait ... steal
-            scale = os.sysconf("SC_CLK_TCK")
-        except (OSError, ValueError, AttributeError):
-            return None
-        own = os.times()
-        return sum(ticks) / scale, (sum(ticks) - ticks[3] - ticks[4]) / scale, own.user + own.system
-
-    def others(self) -> float | None:
-        """Share of all CPU time since the start that went to other processes or was stolen from this machine."""
-        now = self._read()
-        if self.start is None or now is None or now[0] <= self.start[0]:
-            return None
-        passed, busy, own = (b - a for a, b in zip(self.start, now, strict=True))
-        return min(max((busy - own) / passed, 0.0), 1.0)
+    The share of others decides whether times on a CPU can be believed.
+    """
+    try:
+        with open("/proc/stat", encoding="ascii") as lines:
+            ticks = [int(word) for word in lines.readline().split()[1:9]]  # user ... idle iowait ... steal
+        scale, own = os.sysconf("SC_CLK_TCK"), os.times()
+    except (OSError, ValueError, AttributeError):
+        return None
+    return sum(ticks) / scale, (sum(ticks) - ticks[3] - ticks[4]) / scale - own.user - own.system
 
 
 def available_bytes() -> int | None:

@@ -1,52 +1,92 @@
-"""The policy losses as a trainer writes them in plain PyTorch: the baseline, eager and compiled.
+"""The operations as a trainer writes them in plain PyTorch: the baseline, eager and compiled.
 
-Written with care for speed and memory within that style: the cast to float32 happens inside ``log_softmax`` where
-there is no softcap, the entropy (a statistic: no preset has a bonus) keeps nothing for backward, and autograd does
-the rest; the surrogate of a token is the oracle's, elementwise. Presets only: no KL term and no entropy bonus.
+Written with care for speed and memory within that style: the cast to float32 happens inside ``log_softmax`` where there
+is no softcap, the entropy (a statistic: no preset has a bonus) keeps nothing for backward, and autograd does the rest.
+Presets only: no KL term and no entropy bonus. Shapes: logits [B, T, V], hidden [B, T, H], weight [V, H], tokens,
+log-probabilities and mask [B, T], advantages [B].
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from hpo_fused.objective import Objective
-
-from .logprob_loss import plain_logprob_loss
-
-
-class PlainOutput(NamedTuple):
-    """Loss attached to the graph; detached log-probabilities and entropy [B, T]."""
-
-    loss: Tensor
-    logprobs: Tensor
-    entropy: Tensor
+from hpo_fused import BatchStatistics, Objective
+from hpo_fused.reference import surrogate
 
 
-def plain_token_logprobs(logits: Tensor, tokens: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """Log-probabilities, attached to the graph, and detached entropies [B, T] of padded logits [B, T, V]."""
-    if softcap is None:
-        log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-    else:
-        log_p = torch.log_softmax(softcap * torch.tanh(logits.float() / softcap), dim=-1)
+def weighted_advantages(objective: Objective, advantages: Tensor, mask: Tensor | None, length: int) -> Tensor:
+    """Advantages [B] times the hysteretic weight of their sign.
+
+    Every s(x, A) is proportional to A >= 0 and to A <= 0, so that a·s(x, A) = s(x, a·A).
+    """
+    if objective.weighting is None:
+        return advantages
+    keep = advantages.new_ones(len(advantages), length, dtype=torch.bool) if mask is None else mask
+    alpha = BatchStatistics.from_batch(advantages, keep).alpha(objective.weighting)
+    return advantages * torch.where(advantages < 0, alpha, 1.0)
+
+
+def normalised(objective: Objective, losses: Tensor, mask: Tensor | None) -> Tensor:
+    """Token losses [B, T] summed as the objective normalises them; the presets' normalisers only."""
+    keep = torch.ones_like(losses) if mask is None else mask.to(losses.dtype)
+    sums, lengths = (losses * keep).sum(-1), keep.sum(-1)
+    if objective.normalization == "response":
+        return (sums / lengths.clamp(min=1)).mean()
+    if objective.normalization == "mean_length":
+        return sums.sum() / lengths.sum().clamp(min=1)
+    assert objective.normalization == "constant" and objective.max_length is not None
+    return sums.mean() / objective.max_length
+
+
+def logprob_policy_loss(
+    objective: Objective, logprobs: Tensor, advantages: Tensor, old_logprobs: Tensor, mask: Tensor | None
+) -> Tensor:
+    """The loss of log-probabilities."""
+    x = logprobs - old_logprobs
+    if objective.ratio_level == "sequence":
+        keep = torch.ones_like(x) if mask is None else mask.to(x.dtype)
+        x = ((x * keep).sum(-1) / keep.sum(-1).clamp(min=1)).unsqueeze(-1).expand_as(x)
+    x = x.clamp(-objective.max_log_ratio, objective.max_log_ratio)
+    signal = weighted_advantages(objective, advantages, mask, logprobs.shape[-1]).unsqueeze(-1)
+    return normalised(objective, -surrogate(objective, x, signal, logprobs), mask)
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Logits under the model's softcap; in float32, or the log-probabilities would not be exact."""
+    return logits if softcap is None else softcap * torch.tanh(logits.float() / softcap)
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """Log-probabilities, attached to the graph, and detached entropies."""
+    log_p = torch.log_softmax(capped(logits, softcap), dim=-1, dtype=torch.float32)
     logprobs = log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     with torch.no_grad():
         entropy = -(log_p.exp() * log_p).sum(-1)
     return logprobs, entropy
 
 
-def plain_policy_loss(
-    objective: Objective,
-    logits: Tensor,
-    tokens: Tensor,
-    advantages: Tensor,
-    old_logprobs: Tensor,
-    mask: Tensor | None,
-    softcap: float | None,
-) -> PlainOutput:
-    """Loss, log-probabilities and entropy of padded logits [B, T, V]; shapes as in :func:`hpo_fused.policy_loss`."""
-    logprobs, entropy = plain_token_logprobs(logits, tokens, softcap)
-    loss = plain_logprob_loss(objective, logprobs, advantages, old_logprobs, mask)
-    return PlainOutput(loss, logprobs.detach(), entropy)
+def policy_loss(
+    objective: Objective, logits: Tensor, tokens: Tensor, advantages: Tensor, old_logprobs: Tensor,
+    mask: Tensor | None, softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Loss, attached to the graph, and detached log-probabilities and entropies."""
+    logprobs, entropy = token_logprobs(logits, tokens, softcap)
+    loss = logprob_policy_loss(objective, logprobs, advantages, old_logprobs, mask)
+    return loss, logprobs.detach(), entropy
+
+
+def linear_token_logprobs(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """:func:`token_logprobs` of all the logits."""
+    return token_logprobs(F.linear(hidden, weight), tokens, softcap)
+
+
+def linear_policy_loss(
+    objective: Objective, hidden: Tensor, weight: Tensor, tokens: Tensor, advantages: Tensor, old_logprobs: Tensor,
+    mask: Tensor | None, softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """:func:`policy_loss` of all the logits."""
+    return policy_loss(objective, F.linear(hidden, weight), tokens, advantages, old_logprobs, mask, softcap)

@@ -1,30 +1,43 @@
-"""One case of logits from its inputs to its rows: draw, check every provider, take its memory, time all in rounds."""
+"""One case from its inputs to its rows: draw, check every provider, take its memory, time all in interleaved rounds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .cases import Case, Inputs, draw
-from .check import Oracle
+from . import measure
+from .cases import Case
+from .check import fingerprint, judge
+from .inputs import Inputs
 from .measure import Task
-from .providers import Output, Provider
-from .results import COPY, COPY_NEW, Row, first_of_ours, summarise
-from .trial import (
-    Progress,
-    Settings,
-    Step,
-    does_not_fit,
-    first_call,
-    mark_untimed,
-    record_failure,
-    record_out_of_memory,
-    release,
-    time_in_rounds,
-)
+from .providers import Output, Provider, Step, Unavailable, limits
+from .results import Row, summarise
+from .truth import Truth, draw
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Ways of measuring.
+
+    Args:
+        device: of the inputs.
+        repeats: rounds at most; 0: results are checked and their memory taken, nothing is timed.
+        budget: seconds of timing for a case, after which no round starts once three are done.
+        seed: of the random inputs.
+    """
+
+    device: torch.device
+    repeats: int
+    budget: float
+    seed: int = 0
 
 
 class _Produce(torch.autograd.Function):
@@ -39,11 +52,11 @@ class _Produce(torch.autograd.Function):
         return None, None
 
 
-_produce: Callable[[Tensor, Tensor], Tensor] = _Produce.apply
+produce: Callable[[Tensor, Tensor], Tensor] = _Produce.apply
 
 
-class Bench:
-    """A provider on a case's inputs: runs what the case's mode asks for, and restores the logits where overwritten.
+class Trial:
+    """A provider on a case's inputs: runs the case's mode, and restores the logits where they were overwritten.
 
     The gradient is taken by ``autograd.grad``: ``backward()`` on a leaf may copy it once more into ``.grad``, which
     does not happen in training, where logits are an intermediate result.
@@ -51,110 +64,237 @@ class Bench:
 
     def __init__(self, provider: Provider, inputs: Inputs) -> None:
         self.provider, self.inputs = provider, inputs
-        self.storage = provider.room(inputs) if provider.inplace else None
-        self.anchor = torch.empty(0, device=inputs.logits.device, requires_grad=True)
-        loss_scale = inputs.case.upstream
-        if inputs.case.op == "logprobs":
-            self.upstream: Tensor | None = inputs.upstream * loss_scale
-        else:
-            self.upstream = None if loss_scale == 1 else torch.tensor(loss_scale, device=inputs.logits.device)
-        self.begun: tuple[Output, Tensor] | None = None
+        self.storage = provider.room(inputs) if inputs.case.inplace and provider.can_inplace else None
+        self.anchor = torch.empty(0, device=inputs.tokens.device, requires_grad=True)
+        scale = inputs.case.upstream
+        self.upstream: Tensor | None = None if scale == 1 else torch.tensor(scale, device=inputs.tokens.device)
+        if not inputs.case.gives_loss:
+            self.upstream = inputs.upstream * scale
+        self.begun: tuple[Output, tuple[Tensor, ...]] | None = None
 
     def before(self) -> None:
-        """Restore what the last run overwrote; where the gradient alone is timed, go forward."""
+        """Restore what the last run overwrote; where backward alone is timed, go forward."""
         self.begun = None
         if self.storage is not None:
-            self.storage.copy_(self.inputs.logits.detach())
-        if self.inputs.case.mode == "gradient":
-            self.begun = self._forward()
+            self.storage.copy_(self.inputs.leaves[0].detach())
+        if self.inputs.case.mode == "backward" and not self.provider.limit:
+            with self.provider.context():
+                self.begun = self._forward()
 
     def step(self) -> Step:
         """Forward, backward or both, once."""
-        if self.inputs.case.mode == "forward":
-            with torch.no_grad():
-                return Step(self._forward()[0], ())
-        (output, logits), self.begun = self.begun or self._forward(), None
-        root = output.logprobs if self.inputs.case.op == "logprobs" else output.loss
-        if root is None:
-            return Step(output, ())  # which the check complains about
-        gradients = torch.autograd.grad(root, (logits,), self.upstream)
+        with self.provider.context():
+            if self.inputs.case.mode == "forward" or self.provider.limit:
+                with torch.no_grad():
+                    return Step(self._forward()[0], ())
+            (output, leaves), self.begun = self.begun or self._forward(), None
+            root = output.loss if self.inputs.case.gives_loss else output.logprobs
+            if root is None:
+                return Step(output, ())  # which the check complains about
+            gradients = torch.autograd.grad(root, leaves, self.upstream)
         logprobs = None if output.logprobs is None else output.logprobs.detach()
         return Step(output._replace(logprobs=logprobs), gradients)
 
-    def _forward(self) -> tuple[Output, Tensor]:
-        logits = self.inputs.logits
+    def _forward(self) -> tuple[Output, tuple[Tensor, ...]]:
+        inputs = self.inputs
         if self.storage is not None:
-            logits = _produce(self.anchor, self.storage)
-        of = self.provider.token_logprobs if self.inputs.case.op == "logprobs" else self.provider.forward
-        return of(self.inputs, logits), logits
+            inputs = replace(inputs, leaves=(produce(self.anchor, self.storage),))
+        return self.provider.run(inputs), inputs.leaves
 
 
-def check_first(bench: Bench, oracle: Oracle, row: Row, device: torch.device) -> None:
-    """The first call into ``row``: compiled, judged, its memory taken; raises what the provider raises."""
-    inputs, provider = bench.inputs, bench.provider
-    row.note = does_not_fit(provider.memory_factor * inputs.logits.numel() * 4, device)
-    if row.note:
-        row.status = "out_of_memory"
-        return
+def fingerprints(step: Step) -> list[Tensor]:
+    """Equal for steps whose loss, log-probabilities and gradients are equal bit by bit."""
+    loss, logprobs, _ = step.output
+    return [fingerprint(value) for value in (loss, logprobs, *step.gradients) if value is not None]
+
+
+def equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    """Whether these are fingerprints of equal steps."""
+    return len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def peak_of(trial: Trial, device: torch.device) -> tuple[int | None, Step]:
+    """Peak memory beyond the inputs of one step, and the step.
+
+    Memory of what comes before it counts: where backward alone is timed its forward may make the gradient already, and
+    its results are held while the gradient is taken. (Of other modes nothing before a step takes memory.)
+    """
+    kept: list[Step] = []
+
+    def run() -> None:
+        trial.before()
+        kept.append(trial.step())
+
+    peak = measure.peak_extra_bytes(run, device)
+    return peak, kept.pop()
+
+
+def does_not_fit(needed: float, device: torch.device) -> str:
+    """A reason not to try on the CPU, or "". A GPU refuses by itself; Linux kills the process instead."""
+    available = measure.available_bytes() if device.type == "cpu" else None
+    if available is None or needed < 0.9 * available:
+        return ""
+    return f"needs about {needed / GIB:.1f} GiB of main memory, {available / GIB:.1f} GiB are free"
+
+
+def record_failure(row: Row, error: Exception) -> None:
+    """What a provider raised, as a status and a note."""
+    message = (str(error).strip() or "no message").splitlines()[0]
+    if isinstance(error, Unavailable):
+        row.status, row.note = "skipped", message
+    elif measure.is_out_of_memory(error):
+        row.status, row.note = "out_of_memory", message
+    else:
+        row.status, row.note = "failed", f"{type(error).__name__}: {message}"
+
+
+def record_failures(rows: Mapping[str, Row], outcome: Mapping[str, float | Exception]) -> dict[str, float]:
+    """Errors of a round into their rows; the seconds of the others."""
+    for name, value in outcome.items():
+        if isinstance(value, Exception):
+            record_failure(rows[name], value)
+    return {name: value for name, value in outcome.items() if not isinstance(value, Exception)}
+
+
+def check_first(trial: Trial, truth: Truth, row: Row, device: torch.device) -> None:
+    """The first call into ``row``: compiled, judged, its memory taken by a second call whose result is compared.
+
+    Raises whatever the provider raises.
+    """
+    provider, case = trial.provider, trial.inputs.case
     row.version = provider.available(device)
-    provider.prepare(inputs.case, device)
+    provider.prepare(case, device)
+    if note := does_not_fit(provider.peak_bytes(case, device), device):
+        raise MemoryError(note)
+    trial.before()
+    start = time.perf_counter()
+    step = trial.step()
+    measure.synchronize(device)
+    row.first_call_s = time.perf_counter() - start
+    if provider.limit:
+        return
+    row.errors = judge(trial.inputs, truth, step, provider)
+    if row.errors.complaint:
+        row.status, row.note = "wrong", row.errors.complaint
+        return
+    row.gradient_bytes = sum(gradient.nbytes for gradient in step.gradients)
+    first = fingerprints(step)
+    del step
+    row.peak_bytes, second = peak_of(trial, device)
+    row.repeats = equal(first, fingerprints(second))
 
-    def judge(step: Step) -> str:
-        row.errors = oracle.judge(inputs, step, ours=provider.ours)
-        return row.errors.complaint
 
-    first_call(bench, row, device, judge)
+def draw_case(case: Case, device: torch.device, seed: int) -> tuple[Inputs, Truth]:
+    """The case's inputs and truth; raises MemoryError with the reason where they would not fit."""
+    if device.type == "cuda":
+        # The next case is to have the whole memory: PyTorch keeps freed pieces in the sizes that were asked for.
+        # Collected first, since tracebacks and compiled functions hold tensors in cycles.
+        gc.collect()
+        torch.cuda.empty_cache()
+    if note := does_not_fit(2 * case.input_bytes, device):
+        raise MemoryError(note)
+    return draw(case, device, seed)
+
+
+def new_row(case: Case, provider: Provider) -> Row:
+    """An empty row of the provider."""
+    return Row(case, provider.name, provider.ours, provider.limit, leaves_out=provider.leaves_out)
 
 
 def run_case(
-    case: Case, providers: Sequence[Provider], settings: Settings, rows: list[Row], progress: Progress, label: str = ""
+    case: Case, providers: Sequence[Provider], settings: Settings, rows: list[Row], tell: Callable[[str], object]
 ) -> None:
-    """Measure ``case`` and append its rows, one for each provider and one for each copy, to ``rows``.
+    """Measure ``case`` and append its rows to ``rows``: one for each provider and, where something is timed, limit.
 
-    Rows are complete and summarised however this ends: on Ctrl-C they hold the rounds that were finished.
-
-    Args:
-        label: what the progress is told of; the shape's name by default.
+    Rows are complete however this ends: on Ctrl-C they hold the rounds that were finished. ``tell`` is called with a
+    line for each thing that is begun.
     """
-    device, label = settings.device, label or case.shape.name
-    release(device)
-    copies = ([COPY, COPY_NEW] if device.type == "cpu" else [COPY]) if settings.timed else []
-    mine = {one.name: Row(case, one.name, ours=one.ours, leaves_out=one.leaves_out) for one in providers}
-    mine.update({name: Row(case, name) for name in copies})
+    bounds = limits(case.operation) if settings.repeats else []
+    everybody = {provider.name: provider for provider in (*providers, *bounds)}
+    mine = {name: new_row(case, provider) for name, provider in everybody.items()}
     rows.extend(mine.values())
-    share = 1 / (len(providers) + 2)  # of the progress bar: drawing, each first call, timing
+    samples: dict[str, list[float]] = {name: [] for name in mine}
     try:
-        progress.stage(f"{label}: drawing inputs")
-        copied = len(copies) + sum(provider.inplace for provider in providers)
-        note = does_not_fit((1 + copied) * case.logits_bytes, device)
-        if note:
-            raise MemoryError(note)
-        inputs = draw(case, device, settings.seed)
-        oracle = Oracle.of(inputs)
-        progress.advance(share)
-
+        tell("drawing inputs and their float64 values")
+        inputs, truth = draw_case(case, settings.device, settings.seed)
         tasks: dict[str, Task] = {}
-        for provider in providers:
-            compiling = f" ({provider.slow_start})" if provider.slow_start else ""
-            progress.stage(f"{label}: {provider.name}, first call and check{compiling}")
+        for provider in everybody.values():
+            tell(f"{provider.name}, first call and check{provider.slow_start and f' ({provider.slow_start})'}")
             row = mine[provider.name]
             try:
-                bench = Bench(provider, inputs)
-                check_first(bench, oracle, row, device)
+                trial = Trial(provider, inputs)
+                check_first(trial, truth, row, settings.device)
             except Exception as error:  # a provider's code: anything can come
                 record_failure(row, error)
             if row.status == "ok":
-                tasks[provider.name] = Task(bench.step, bench.before)
-            progress.advance(share)
-        if COPY in copies:
-            logits = inputs.logits.detach()
-            destination = torch.empty_like(logits)
-            tasks[COPY] = Task(lambda: destination.copy_(logits))
-            if COPY_NEW in copies:
-                tasks[COPY_NEW] = Task(logits.clone)
-        time_in_rounds(mine, tasks, settings, progress, label, share)
+                tasks[provider.name] = Task(trial.step, trial.before)
+        if settings.repeats:
+            tell(f"timing at most {settings.repeats} rounds")
+            _time(mine, tasks, samples, settings, case.cuda_graph)
     except Exception as error:
-        record_out_of_memory(mine, error)
+        if not measure.is_out_of_memory(error):
+            raise
+        for row in mine.values():
+            if row.status == "ok" and not samples[row.provider]:
+                record_failure(row, error)
     finally:
-        mark_untimed(mine, timed=settings.timed)
-        summarise(list(mine.values()), first_of_ours(mine.values()))
+        for row in mine.values():
+            if row.status == "ok" and not (samples[row.provider] if settings.repeats else row.first_call_s):
+                row.status, row.note = "skipped", "interrupted before it was measured"
+        unavailable = [row for row in mine.values() if row.limit and row.status == "skipped"]
+        rows[:] = [row for row in rows if row not in unavailable]
+        summarise(list(mine.values()), samples)
+
+
+def _time(
+    rows: Mapping[str, Row], tasks: Mapping[str, Task], samples: Mapping[str, list[float]], settings: Settings,
+    cuda_graph: bool,
+) -> None:  # fmt: skip
+    """Interleaved rounds into the samples."""
+    clock = measure.clock_for(settings.device)
+    warm_up = 3 if settings.device.type == "cuda" else 1
+    collecting = gc.isenabled()
+    gc.disable()  # a collection in the middle of a sample is nobody's time
+    try:
+        for outcome in measure.rounds(tasks, clock, warm_up, 0.0, warm_up):
+            record_failures(rows, outcome)
+        alive = {name: task for name, task in tasks.items() if rows[name].status == "ok"}
+        if cuda_graph:
+            alive = dict(_captured(rows, alive))
+        begun = measure.cpu_seconds() if settings.device.type == "cpu" else None
+        for outcome in measure.rounds(alive, clock, settings.repeats, settings.budget):
+            for name, seconds in record_failures(rows, outcome).items():
+                samples[name].append(seconds)
+            if begun is not None and (now := measure.cpu_seconds()) is not None:
+                passed, others = (b - a for a, b in zip(begun, now, strict=True))
+                for row in rows.values():
+                    row.others_cpu = min(max(others / passed, 0.0), 1.0) if passed > 0 else None
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _captured(rows: Mapping[str, Row], tasks: Mapping[str, Task]) -> Iterator[tuple[str, Task]]:
+    """Tasks whose run replays a CUDA graph of itself and gives the same; the rows of the others say why not."""
+
+    def results_of(task: Task) -> list[Tensor]:
+        task.before()
+        step = task.run()
+        assert isinstance(step, Step)
+        return fingerprints(step)
+
+    for name, task in tasks.items():
+        row = rows[name]
+        if row.repeats is False:
+            row.status, row.note = "skipped", "does not repeat itself bit for bit, so a replay cannot be checked"
+            continue
+        try:
+            expected, graph = results_of(task), measure.captured(task)
+            if equal(expected, results_of(graph)):
+                yield name, graph
+            else:
+                row.status, row.note = "wrong", "the replay of its CUDA graph gives other bits than the step itself"
+        except Exception as error:  # a provider's code: anything can come
+            record_failure(row, error)
+            if row.status == "failed":  # nobody promised that it can be captured
+                row.status, row.note = "skipped", f"cannot be captured in a CUDA graph: {row.note}"

@@ -59,12 +59,13 @@ def _gradient_like(logits: Tensor) -> Tensor:
     The kernels load a row in 16-byte groups and can store the gradient so only where both rows are aligned alike. With
     odd V that takes the same strides: in a new contiguous tensor the rows of ``logits[:, :-1]`` would lie elsewhere.
     """
-    if traced(logits):  # nobody's address is known
+    if traced(logits):  # no address is known
         return logits.new_empty(logits.shape)
     itemsize = logits.element_size()
     shift = logits.data_ptr() % 16 // itemsize
-    steps = (logits.shape[-1], *logits.stride()[:2])
-    if shift == 0 and (logits.is_contiguous() or all(step * itemsize % 16 == 0 for step in steps)):
+    if shift == 0 and (
+        logits.is_contiguous() or all(step * itemsize % 16 == 0 for step in (logits.shape[-1], *logits.stride()[:2]))
+    ):
         return logits.new_empty(logits.shape)
     span = 1 + sum((size - 1) * stride for size, stride in zip(logits.shape, logits.stride(), strict=True))
     if not logits.numel() <= span <= 1.25 * logits.numel():  # rows that share memory, or lie far apart
@@ -102,11 +103,11 @@ class _PolicyLoss(torch.autograd.Function):
         nothing: tuple[None, ...] = (None,) * 7
         if upstream is None:
             return None, *nothing
-        (gradient,) = ctx.saved_tensors
-        if traced(gradient):  # compiled code may run its backward again, on the same gradient
+        if traced(upstream):  # compiled code may run its backward again, on the same gradient
+            (gradient,) = ctx.saved_tensors
             return (gradient * upstream).to(gradient.dtype), *nothing
         consume(ctx, "policy_loss")
-        gradient = gradient.detach()
+        gradient = ctx.saved_tensors[0].detach()
         implementation(ctx.backend).scale_gradient(gradient, upstream)
         return gradient, *nothing
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .checks import check_positive, check_tensor, described, same_device, values_readable
-from .interface import MASKED, TokenTerms
+from .interface import MASKED, Count, TokenTerms
+from .objective import AdaptiveHysteretic, Hysteretic
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -41,7 +42,7 @@ class Layout(NamedTuple):
     @classmethod
     def of_terms(cls, terms: TokenTerms) -> Layout:
         """The layout of a call whose terms are known."""
-        return cls.of(terms.targets != MASKED, terms.statistics.shape[1], terms.cu_seqlens)
+        return cls.of(terms.targets != MASKED, terms.response_statistics.shape[1], terms.cu_seqlens)
 
     def of_each_row(self, value: Tensor) -> Tensor:
         """A per-response tensor [B] as one entry per row: [B, T] or [1, N], by broadcasting or gathering."""
@@ -306,8 +307,25 @@ class BatchStatistics:
         known = (last > first).all()
         if values_readable(groups):
             if not bool(known):
-                raise ValueError(f"groups: expected groups that statistics has seen, got {described(groups)} with others")
+                raise ValueError(
+                    f"groups: expected groups that statistics has seen, got {described(groups)} with others"
+                )
         else:
             torch._assert_async(known, "groups: expected groups that statistics has seen")
         count = (ids[1:] != ids[:-1]).sum() + 1
         return (count * (total[last] - total[first]).clamp(min=1)).to(torch.float32)
+
+    def alpha(self, weighting: Hysteretic | AdaptiveHysteretic | None) -> float | Tensor:
+        """Weight of negative advantages in this optimiser batch: 1, alpha, or the adaptive one."""
+        if isinstance(weighting, AdaptiveHysteretic):
+            return adaptive_alpha(self.positive, self.negative, weighting.alpha_min)
+        return 1.0 if weighting is None else weighting.alpha
+
+
+def adaptive_alpha(positive: Count, negative: Count, alpha_min: float) -> float | Tensor:
+    """A-HPO's clip(N+ / N-, alpha_min, 1) (arXiv 2605.30201); 1 where N- is 0, see ``AdaptiveHysteretic``."""
+    if isinstance(positive, int) and isinstance(negative, int):
+        return min(max(positive / negative if negative else 1.0, alpha_min), 1.0)
+    negative = torch.as_tensor(negative)
+    quotient = torch.as_tensor(positive).to(torch.float32) / negative.clamp(min=1)
+    return torch.where(negative == 0, 1.0, quotient).clamp(alpha_min, 1.0)

@@ -1,11 +1,11 @@
 """Plain values that pass between the public functions and a backend.
 
-A *row* is one token position with its V logits. Per-token tensors are [B, T]; packed responses are [1, N]. Both backends
-(``hpo_fused.kernels`` and ``hpo_fused.torch_backend``) offer the same six operations on these types, so nothing above
-them knows which one is in use, and neither sees an :class:`~hpo_fused.objective.Objective`:
+A *row* is one token position with its V logits. Per-token tensors are [B, T]; packed responses are [1, N]. Both
+backends (``hpo_fused.kernels`` and ``hpo_fused.torch_backend``) offer the same six operations on these types, so
+nothing above them knows which one is in use, and neither sees an :class:`~hpo_fused.objective.Objective`:
 
     token_terms(batch, spec, vocabulary, skip_inactive) -> TokenTerms     a call's arguments, as numbers per token
-    policy_loss(logits, targets, terms, spec, transform, results, out)    both sweeps: loss and gradient
+    policy_loss(logits, targets, values, spec, transform, results, out)   both sweeps: loss and gradient
     token_statistics(logits, targets, transform, statistics)              first sweep
     token_gradient(logits, targets, statistics, c, h, transform, out)     second sweep
     logprob_loss(logprobs, entropy, terms, spec) -> LogprobLoss           between the sweeps
@@ -101,18 +101,18 @@ class TokenTerms(NamedTuple):
     values: Tensor  # float32 [TERMS, B, T]
     targets: Tensor  # int32 [B, T]: the sampled token's id (0 without tokens) where a sweep computes; MASKED; SKIPPED
     active: Tensor  # bool [B, T]: rows whose gradient can differ from 0
-    statistics: Tensor  # int32 [2, responses]: lengths and signs
+    response_statistics: Tensor  # int32 [2, responses]: lengths and signs
     cu_seqlens: Tensor | None  # as in Batch
 
     @property
     def lengths(self) -> Tensor:
         """Unmasked tokens of each response, int32 [responses]."""
-        return self.statistics[0]
+        return self.response_statistics[0]
 
     @property
     def signs(self) -> Tensor:
         """Sign of each response's summed advantage, int32 [responses]; 0 for a fully masked response."""
-        return self.statistics[1]
+        return self.response_statistics[1]
 
 
 class SoftmaxStatistics(NamedTuple):

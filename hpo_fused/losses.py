@@ -64,8 +64,8 @@ def check_in_place(logits: Tensor) -> None:
     base = logits if logits._base is None else logits._base
     if base.is_leaf and base.requires_grad:
         raise ValueError(
-            f"inplace: expected logits that an operation produced, got a leaf that requires grad ({described(logits)}); "
-            "its values would be lost to the optimiser"
+            f"inplace: expected logits that an operation produced, got a leaf that requires grad "
+            f"({described(logits)}); its values would be lost to the optimiser"
         )
     span = 1
     for stride, size in sorted((s, n) for s, n in zip(logits.stride(), logits.shape, strict=True) if n > 1):

@@ -91,9 +91,7 @@ def _policy_loss(
     implementation(backend).policy_loss(logits, targets, values, spec, transform, results, out)
 
 
-@torch.library.custom_op(
-    "hpo_fused::token_statistics", mutates_args=("logprobs", "maximum", "others", "entropy")
-)
+@torch.library.custom_op("hpo_fused::token_statistics", mutates_args=("logprobs", "maximum", "others", "entropy"))
 def _token_statistics(
     logits: Tensor, targets: Tensor, temperature: float, softcap: float | None, logprobs: Tensor, maximum: Tensor,
     others: Tensor, entropy: Tensor | None, backend: str,

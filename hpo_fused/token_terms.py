@@ -13,6 +13,7 @@ from torch import Tensor
 from .batch import (
     BatchStatistics,
     Layout,
+    adaptive_alpha,
     as_mask,
     check_boundaries,
     check_groups,
@@ -20,8 +21,21 @@ from .batch import (
     check_per_response,
 )
 from .checks import check_tensor, described
-from .interface import MASKED, SKIPPED, TERMS, Batch, Count, LossSpec, TokenTerms
-from .interface import ADVANTAGE, ENTROPY_WEIGHT, KL_WEIGHT, OLD_LOGPROB, POLICY_WEIGHT, REF_LOGPROB  # isort: skip
+from .interface import (
+    ADVANTAGE,
+    ENTROPY_WEIGHT,
+    KL_WEIGHT,
+    MASKED,
+    OLD_LOGPROB,
+    POLICY_WEIGHT,
+    REF_LOGPROB,
+    SKIPPED,
+    TERMS,
+    Batch,
+    Count,
+    LossSpec,
+    TokenTerms,
+)
 from .objective import AdaptiveHysteretic, Hysteretic, Objective
 
 
@@ -31,14 +45,14 @@ def check_batch(
     shape: torch.Size,
     device: torch.device,
     tokens: Tensor | None,
-    advantages: object,
+    advantages: Tensor,
     *,
-    old_logprobs: object,
-    ref_logprobs: object,
-    mask: object,
-    token_weights: object,
-    cu_seqlens: object,
-    groups: object,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    mask: Tensor | None,
+    token_weights: Tensor | None,
+    cu_seqlens: Tensor | None,
+    groups: Tensor | None,
     statistics: object,
 ) -> Batch:
     """The arguments of a loss call as plain values.
@@ -84,9 +98,7 @@ def check_batch(
     normalization, normalizers = str(objective.normalization), None
     if objective.normalization == "group_mean_length":
         if groups is None:
-            raise ValueError(
-                "groups: expected an integer tensor [B] for normalization='group_mean_length', got None"
-            )
+            raise ValueError("groups: expected an integer tensor [B] for normalization='group_mean_length', got None")
         counted = statistics
         if counted is None:
             layout = Layout.of(as_mask(mask, rows, device), responses, cu_seqlens)
@@ -106,7 +118,8 @@ def check_batch(
     if statistics is not None:
         totals = statistics.responses, statistics.tokens, statistics.positive, statistics.negative
     return Batch(
-        rows, responses, _unit_stride(tokens), _unit_stride(mask), _unit_stride(advantages),
+        rows, responses, _unit_stride(tokens), _unit_stride(mask),
+        advantages if advantages.stride(-1) == 1 else advantages.contiguous(),
         _unit_stride(token_weights), _unit_stride(old_logprobs), _unit_stride(ref_logprobs),
         _unit_stride(cu_seqlens), advantage_per_token, weight_per_token, normalization, normalizers,
         objective.max_length or 1 if normalization == "constant" else 1, weighting, float(alpha),
@@ -117,9 +130,7 @@ def check_batch(
 
 def _unit_stride(value: Tensor | None) -> Tensor | None:
     """The tensor as kernels can address it: last dimension contiguous. Copied only where it is not."""
-    if value is None or value.stride(-1) == 1 or value.shape[-1] <= 1 < value.dim():
-        return value
-    return value.contiguous()
+    return value if value is None or value.stride(-1) == 1 else value.contiguous()
 
 
 def totals_of_batch(batch: Batch, lengths: Tensor, signs: Tensor) -> tuple[Count, Count, Count, Count]:
@@ -130,14 +141,8 @@ def totals_of_batch(batch: Batch, lengths: Tensor, signs: Tensor) -> tuple[Count
 
 
 def hysteretic_weight(batch: Batch, positive: Count, negative: Count) -> float | Tensor:
-    """Weight of negative advantages: 1, alpha, or clip(N+ / N-, alpha_min, 1) (arXiv 2605.30201)."""
-    if batch.weighting != "adaptive":
-        return batch.alpha
-    if isinstance(positive, int) and isinstance(negative, int):
-        return min(max(positive / negative if negative else 1.0, batch.alpha), 1.0)
-    negative = torch.as_tensor(negative)
-    quotient = torch.as_tensor(positive).to(torch.float32) / negative.clamp(min=1)
-    return torch.where(negative == 0, 1.0, quotient).clamp(batch.alpha, 1.0)
+    """Weight of negative advantages: 1, alpha, or the adaptive one."""
+    return adaptive_alpha(positive, negative, batch.alpha) if batch.weighting == "adaptive" else batch.alpha
 
 
 def _at_least_one(count: Count) -> Count:

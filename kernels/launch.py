@@ -33,7 +33,6 @@ import functools
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
 from ctypes import c_float
 from typing import NamedTuple
 
@@ -45,6 +44,8 @@ from .numerics import INTERPRETED, LOG2E
 _MB = 1024 * 1024
 VECTOR_BYTES = 16
 USABLE_CACHE = 0.85
+# a * b + c rounded once is part of the kernels' arithmetic; Triton 3.10 leaves it to whoever asks for it.
+_FUSED_MULTIPLY_ADD = {"enable_fp_fusion": True}
 
 
 class Machine(NamedTuple):
@@ -134,7 +135,7 @@ def default_parameters(
 def configure(machine: Machine, parameters: LaunchParameters) -> LaunchConfiguration:
     """The launch with these parameters."""
     threads, loads, rows = parameters
-    options: dict[str, object] = {}
+    options: dict[str, object] = dict(_FUSED_MULTIPLY_ADD)
     if machine.architecture.startswith("gfx"):
         options["allow_flush_denorm"] = True  # exp2 as the bare v_exp_f32; NVIDIA's flushes by itself
     elif machine.known:
@@ -143,12 +144,13 @@ def configure(machine: Machine, parameters: LaunchParameters) -> LaunchConfigura
     return LaunchConfiguration(threads // machine.warp_size, threads, loads, rows, options)
 
 
-_overridden: ContextVar[tuple[Machine | None, LaunchParameters | None]] = ContextVar("overridden", default=(None, None))
+# Of the process and not of a context: autograd runs a GPU's backward on a thread of its own.
+_overridden: list[tuple[Machine | None, LaunchParameters | None]] = [(None, None)]
 
 
 @contextmanager
 def override(*, machine: Machine | None = None, parameters: LaunchParameters | None = None) -> Iterator[None]:
-    """Launch everything in this context as on ``machine``, or with these parameters: for compiling and measuring.
+    """Launch everything until the block ends as on ``machine``, or with these parameters: to compile and to measure.
 
     With a machine, CPU tensors reach the kernels' launchers; whoever asks for that intercepts the launches.
 
@@ -162,16 +164,16 @@ def override(*, machine: Machine | None = None, parameters: LaunchParameters | N
                 "parameters: expected threads 32 to 1024 and loads 1 to 8, powers of two, and rows >= 1, got "
                 f"{parameters}"
             )
-    token = _overridden.set((machine, parameters))
+    _overridden.append((machine, parameters))
     try:
         yield
     finally:
-        _overridden.reset(token)
+        _overridden.pop()
 
 
 def serves(tensor: Tensor) -> bool:
     """Whether the kernels can take a tensor: CUDA or ROCm, or any in the interpreter or under :func:`override`."""
-    return tensor.is_cuda or bool(INTERPRETED.value) or _overridden.get()[0] is not None
+    return tensor.is_cuda or bool(INTERPRETED.value) or _overridden[-1][0] is not None
 
 
 def origin(device_index: int) -> str:
@@ -202,7 +204,7 @@ def launch_configuration(tensor: Tensor, *, reread: bool = True, narrow: bool = 
     itemsize, V = tensor.element_size(), tensor.shape[-1]
     if INTERPRETED.value:
         return _interpreted(itemsize, V)
-    chosen, parameters = _overridden.get()
+    chosen, parameters = _overridden[-1]
     chosen = machine(tensor.device.index) if chosen is None else chosen
     return _default(chosen, itemsize, V, reread, narrow) if parameters is None else configure(chosen, parameters)
 
@@ -217,19 +219,23 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     return _NO_CHANGE
 
 
-def assertions() -> dict[str, object]:
-    """Launch options of a kernel compiled with its assertions: those it states, not one for every integer sum."""
-    return {} if INTERPRETED.value else {"sanitize_overflow": False}
+def response_launch() -> dict[str, object]:
+    """Launch options of a kernel with one program per response.
+
+    One that states assertions is compiled with those, not with one for every integer sum.
+    """
+    return (
+        {"num_warps": 4} if INTERPRETED.value else {"num_warps": 4, "sanitize_overflow": False, **_FUSED_MULTIPLY_ADD}
+    )
 
 
 def same_alignment(first: Tensor, second: Tensor) -> bool:
     """Whether equal rows of two [B, T, V] tensors start at the same distance from a 16-byte boundary."""
     itemsize = first.element_size()
-    differences = [first.data_ptr() - second.data_ptr()]
-    for dimension in range(2):
-        if first.shape[dimension] > 1:
-            differences.append((first.stride(dimension) - second.stride(dimension)) * itemsize)
-    return first.dtype == second.dtype and all(difference % VECTOR_BYTES == 0 for difference in differences)
+    if first.dtype != second.dtype or (first.data_ptr() - second.data_ptr()) % VECTOR_BYTES:
+        return False
+    strides = zip(first.shape[:2], first.stride(), second.stride(), strict=False)
+    return all(size <= 1 or (one - other) * itemsize % VECTOR_BYTES == 0 for size, one, other in strides)
 
 
 @functools.lru_cache(maxsize=64)

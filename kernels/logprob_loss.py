@@ -14,14 +14,13 @@ from torch import Tensor
 
 from hpo_fused.interface import LogprobLoss, LossSpec, TokenTerms
 
-from .launch import on_device_of
+from .launch import on_device_of, response_launch
 from .surrogate import token_loss
 from .token_terms import (
     ADVANTAGE,
     ENTROPY_WEIGHT,
     KL_WEIGHT,
     MASKED,
-    NUM_WARPS,
     OLD_LOGPROB,
     POLICY_WEIGHT,
     REF_LOGPROB,
@@ -32,13 +31,15 @@ from .token_terms import (
 TOKENS_BLOCK = tl.constexpr(128)
 
 
-@triton.jit(do_not_specialize=["logprobs", "entropy", "targets", "values", "statistics", "cu_seqlens", "N", "T"])
+@triton.jit(
+    do_not_specialize=["logprobs", "entropy", "targets", "values", "response_statistics", "cu_seqlens", "N", "T"]
+)
 def logprob_loss_kernel(
     logprobs,  # float32 [B, T]
     entropy,  # float32 [B, T] or None
     targets,  # this to cu_seqlens: fields of TokenTerms
     values,
-    statistics,
+    response_statistics,
     cu_seqlens,
     results,  # float32 [2 or 3, B, T]: losses, log-probabilities, entropies
     logprob_coefficients,  # float32 [B, T]
@@ -56,7 +57,7 @@ def logprob_loss_kernel(
     """Sequence level only: 1. mean log-ratio; 2. losses' sum and shared coefficient. Always: 3. every token's own."""
     response = tl.program_id(0)
     first, last = response_range(response, cu_seqlens, N, T)
-    length = tl.maximum(tl.load(statistics + response), 1).to(tl.float32)
+    length = tl.maximum(tl.load(response_statistics + response), 1).to(tl.float32)
     zero = tl.zeros([TOKENS_BLOCK], tl.float32)
     log_ratio = tl.full((), 0.0, tl.float32)
     shared = tl.full((), 0.0, tl.float32)
@@ -132,14 +133,14 @@ def logprob_loss(logprobs: Tensor, entropy: Tensor | None, terms: TokenTerms, sp
     results = torch.empty(2 if entropy is None else 3, B, T, dtype=torch.float32, device=logprobs.device)
     c = torch.empty_like(logprobs)
     h = torch.empty_like(logprobs) if spec.entropy_bonus else None
-    responses = terms.statistics.shape[1]
+    responses = terms.response_statistics.shape[1]
     if B * T == 0:
         return LogprobLoss(results, c, h)
     with on_device_of(logprobs):
         logprob_loss_kernel[(responses,)](
-            logprobs, entropy, terms.targets, terms.values, terms.statistics, terms.cu_seqlens, results, c, h,
+            logprobs, entropy, terms.targets, terms.values, terms.response_statistics, terms.cu_seqlens, results, c, h,
             spec.parameters, spec.max_log_ratio, B * T, T,
             KIND=spec.kind, OFF_POLICY=spec.off_policy, KL=spec.kl, ENTROPY_BONUS=spec.entropy_bonus,
-            SEQUENCE=spec.sequence_level, num_warps=NUM_WARPS,
+            SEQUENCE=spec.sequence_level, **response_launch(),
         )  # fmt: skip
     return LogprobLoss(results, c, h)

@@ -124,9 +124,7 @@ def policy_loss(
     if B * T == 0:
         return
     entropy, aligned = results.shape[0] == 3, out is None or same_alignment(logits, out)
-    launch = launch_configuration(
-        logits, reread=out is not None, narrow=transform.softcap is not None or not aligned
-    )
+    launch = launch_configuration(logits, reread=out is not None, narrow=transform.softcap is not None or not aligned)
     out_stride_b, out_stride_t = (0, 0) if out is None else out.stride()[:2]
     with on_device_of(logits):
         policy_loss_kernel[launch.grid(B * T)](

@@ -176,7 +176,7 @@ def row_statistics(lanes, z_y, transform, ENTROPY: tl.constexpr):
 
 @triton.jit
 def _gradient(raw, transform, peak, constant, slope, ENTROPY_BONUS: tl.constexpr):
-    """dloss/dz of raw logits other than the sampled token's: exp2(u) (constant - slope u), times the softcap's slope."""
+    """dloss/dz of raw logits but the sampled token's: exp2(u) (constant - slope u), times the softcap's slope."""
     v, derivative = softcapped(raw, transform)
     u = multiply_subtract(v, transform[0], peak)
     if ENTROPY_BONUS:

@@ -46,9 +46,7 @@ def token_statistics_kernel(
             tl.store(statistics.entropy + row, entropy)
 
 
-def token_statistics(
-    logits: Tensor, targets: Tensor, transform: LogitTransform, statistics: SoftmaxStatistics
-) -> None:
+def token_statistics(logits: Tensor, targets: Tensor, transform: LogitTransform, statistics: SoftmaxStatistics) -> None:
     """Write the softmax statistics of every row of ``logits`` [B, T, V] whose target is an id; NaN elsewhere.
 
     Args:

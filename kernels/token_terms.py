@@ -1,4 +1,4 @@
-"""Kernels and launcher: a call's arguments to numbers per token, see ``TokenTerms``.
+"""Kernels and launcher: a call's arguments to factors per token, see ``TokenTerms``.
 
 1. ``response_statistics_kernel``, one program per response: its length and the sign of its advantage.
 2. ``token_terms_kernel``, one program per response: totals of the batch from those, reduced once per program; then
@@ -16,8 +16,8 @@ import triton.language as tl
 from hpo_fused import interface
 from hpo_fused.interface import Batch, LossSpec, TokenTerms
 
-from .launch import on_device_of
-from .numerics import INTERPRETED, to_float32
+from .launch import on_device_of, response_launch
+from .numerics import to_float32
 
 ADVANTAGE = tl.constexpr(interface.ADVANTAGE)
 POLICY_WEIGHT = tl.constexpr(interface.POLICY_WEIGHT)
@@ -31,7 +31,6 @@ SKIPPED = tl.constexpr(interface.SKIPPED)
 # Tokens per step of a program, and responses per step of the totals. Fixed: a new length must not recompile.
 TOKENS_BLOCK = tl.constexpr(1024)
 RESPONSES_BLOCK = tl.constexpr(128)
-NUM_WARPS = 4
 
 
 @triton.jit
@@ -67,10 +66,20 @@ def _per_token_or_response(
 
 @triton.jit(
     debug=True,
-    do_not_specialize=["statistics", "mask", "advantages", "cu_seqlens", "N", "T", "B", "mask_stride", "stride"],
+    do_not_specialize=[
+        "response_statistics",
+        "mask",
+        "advantages",
+        "cu_seqlens",
+        "N",
+        "T",
+        "B",
+        "mask_stride",
+        "stride",
+    ],
 )
 def response_statistics_kernel(
-    statistics,  # int32 [2, B]: lengths; signs of the advantages
+    response_statistics,  # int32 [2, B]: lengths; signs of the advantages
     mask,  # this to cu_seqlens: fields of Batch
     advantages,
     cu_seqlens,
@@ -106,8 +115,8 @@ def response_statistics_kernel(
     else:
         total = to_float32(tl.load(advantages + response))
     sign = (total > 0).to(tl.int32) - (total < 0).to(tl.int32)
-    tl.store(statistics + response, length)
-    tl.store(statistics + B + response, tl.where(length > 0, sign, 0))
+    tl.store(response_statistics + response, length)
+    tl.store(response_statistics + B + response, tl.where(length > 0, sign, 0))
 
 
 @triton.jit
@@ -120,22 +129,25 @@ def _total(pointer, number):
 
 
 @triton.jit
-def _shared_factors(statistics, totals, numbers, B, NORMALIZATION: tl.constexpr, WEIGHTING: tl.constexpr):
+def _shared_factors(
+    response_statistics, totals, factors, B,
+    NORMALIZATION: tl.constexpr, WEIGHTING: tl.constexpr, GIVEN_TOTALS: tl.constexpr,
+):  # fmt: skip
     """(factor, alpha): the part of the normalisation that all tokens share, and the weight of negative advantages.
 
     The factor is n_i itself, but for "response", where 1 / max(L_i, 1) is left, and "given", where 1 / normalizers[i]
     is left.
     """
-    factor = numbers[0] + tl.full((), 0.0, tl.float32)
+    factor = factors[0] + tl.full((), 0.0, tl.float32)
     tokens = tl.full((), 0.0, tl.float32)
     positive, negative = tokens, tokens
-    if totals is None:
+    if not GIVEN_TOTALS:
         lengths = tl.zeros([RESPONSES_BLOCK], tl.int32)
         above, below = lengths, lengths
         for start in range(0, B, RESPONSES_BLOCK):
             response = start + tl.arange(0, RESPONSES_BLOCK)
-            lengths += tl.load(statistics + response, mask=response < B, other=0)
-            sign = tl.load(statistics + B + response, mask=response < B, other=0)
+            lengths += tl.load(response_statistics + response, mask=response < B, other=0)
+            sign = tl.load(response_statistics + B + response, mask=response < B, other=0)
             above += (sign > 0).to(tl.int32)
             below += (sign < 0).to(tl.int32)
         tokens = tl.sum(lengths).to(tl.float32)
@@ -143,16 +155,16 @@ def _shared_factors(statistics, totals, numbers, B, NORMALIZATION: tl.constexpr,
     else:
         if totals[0] is not None and (NORMALIZATION == "response" or NORMALIZATION == "constant"):
             factor = factor / tl.maximum(tl.load(totals[0]).to(tl.float32), 1.0)
-        tokens = _total(totals[1], numbers[4])
-        positive, negative = _total(totals[2], numbers[5]), _total(totals[3], numbers[6])
+        tokens = _total(totals[1], factors[4])
+        positive, negative = _total(totals[2], factors[5]), _total(totals[3], factors[6])
     if NORMALIZATION == "mean_length":
         factor = factor / tl.maximum(tokens, 1.0)
     alpha = tl.full((), 1.0, tl.float32)
     if WEIGHTING == "adaptive":  # arXiv 2605.30201: clip(N+ / N-, alpha_min, 1), our 1 where N- is 0
         quotient = tl.where(negative == 0, 1.0, positive / tl.maximum(negative, 1.0))
-        alpha = tl.minimum(tl.maximum(quotient, numbers[1]), 1.0)
+        alpha = tl.minimum(tl.maximum(quotient, factors[1]), 1.0)
     elif WEIGHTING == "fixed":
-        alpha = alpha * numbers[1]
+        alpha = alpha * factors[1]
     return factor, alpha
 
 
@@ -185,16 +197,16 @@ def _policy_terms(
 @triton.jit(
     debug=True,
     do_not_specialize=[
-        "values", "targets", "active", "statistics", "tokens", "mask", "advantages", "token_weights", "old_logprobs",
-        "ref_logprobs", "cu_seqlens", "normalizers", "N", "T", "B", "V", "tokens_stride", "mask_stride",
-        "advantages_stride", "weights_stride", "old_stride", "ref_stride",
+        "values", "targets", "active", "response_statistics", "tokens", "mask", "advantages", "token_weights",
+        "old_logprobs", "ref_logprobs", "cu_seqlens", "normalizers", "N", "T", "B", "V", "tokens_stride",
+        "mask_stride", "advantages_stride", "weights_stride", "old_stride", "ref_stride",
     ],
 )  # fmt: skip
 def token_terms_kernel(
     values,  # this to active: fields of TokenTerms
     targets,
     active,
-    statistics,  # of response_statistics_kernel
+    response_statistics,  # of response_statistics_kernel
     tokens,  # this to normalizers: fields of Batch
     mask,
     advantages,
@@ -204,7 +216,7 @@ def token_terms_kernel(
     cu_seqlens,
     normalizers,
     totals,  # pointers to S, tokens, N+ and N- of the optimiser batch, None where a number is on the host; or None: own
-    numbers,  # factor, alpha, kl_coef, entropy_coef; with totals then tokens, N+ and N-
+    factors,  # factor, alpha, kl_coef, entropy_coef; with totals then tokens, N+ and N-
     N,  # rows in all
     T,
     B,  # responses
@@ -217,6 +229,7 @@ def token_terms_kernel(
     ref_stride,
     NORMALIZATION: tl.constexpr,  # this to WEIGHT_PER_TOKEN: fields of Batch
     WEIGHTING: tl.constexpr,
+    GIVEN_TOTALS: tl.constexpr,  # Triton 3.6 cannot ask whether a tuple is None
     ADVANTAGE_PER_TOKEN: tl.constexpr,
     WEIGHT_PER_TOKEN: tl.constexpr,
     KL: tl.constexpr,
@@ -227,9 +240,9 @@ def token_terms_kernel(
     """The terms of each token of a response: 1. shared factors; 2. its tokens with a signal; 3. the terms."""
     response = tl.program_id(0)
     PACKED: tl.constexpr = cu_seqlens is not None
-    penalty, alpha = _shared_factors(statistics, totals, numbers, B, NORMALIZATION, WEIGHTING)
+    penalty, alpha = _shared_factors(response_statistics, totals, factors, B, NORMALIZATION, WEIGHTING, GIVEN_TOTALS)
     if NORMALIZATION == "response":
-        penalty = penalty / tl.maximum(tl.load(statistics + response), 1).to(tl.float32)
+        penalty = penalty / tl.maximum(tl.load(response_statistics + response), 1).to(tl.float32)
     elif NORMALIZATION == "given":
         penalty = penalty / tl.load(normalizers + response)
     first, last = response_range(response, cu_seqlens, N, T)
@@ -276,9 +289,9 @@ def token_terms_kernel(
             ref = _per_token(ref_logprobs, response, row, inside, T, ref_stride, PACKED)
             tl.store(values + REF_LOGPROB * N + row, to_float32(ref), mask=inside)
         if KL:
-            tl.store(values + KL_WEIGHT * N + row, weight * numbers[2], mask=inside)
+            tl.store(values + KL_WEIGHT * N + row, weight * factors[2], mask=inside)
         if ENTROPY_BONUS:
-            tl.store(values + ENTROPY_WEIGHT * N + row, weight * numbers[3], mask=inside)
+            tl.store(values + ENTROPY_WEIGHT * N + row, weight * factors[3], mask=inside)
 
 
 def token_terms(batch: Batch, spec: LossSpec, vocabulary: int | None, skip_inactive: bool) -> TokenTerms:
@@ -297,43 +310,42 @@ def token_terms(batch: Batch, spec: LossSpec, vocabulary: int | None, skip_inact
     values = torch.empty((interface.TERMS, B, T), dtype=torch.float32, device=device)
     targets = torch.empty((B, T), dtype=torch.int32, device=device)
     active = torch.empty((B, T), dtype=torch.bool, device=device)
-    statistics = torch.empty((2, responses), dtype=torch.int32, device=device)
-    terms = TokenTerms(values, targets, active, statistics, batch.cu_seqlens)
+    response_statistics = torch.empty((2, responses), dtype=torch.int32, device=device)
+    terms = TokenTerms(values, targets, active, response_statistics, batch.cu_seqlens)
     if responses == 0:
         return terms
-    totals, numbers = _given_totals(batch)
-    # Compiled with the assertions that the kernels state, not with one for every integer sum.
-    options = {} if INTERPRETED.value else {"sanitize_overflow": False}
+    totals, factors = _given_totals(batch)
+    launch = response_launch()
     tokens, mask, advantages, weights = batch.tokens, batch.mask, batch.advantages, batch.token_weights
     old, ref, cu_seqlens = batch.old_logprobs, batch.ref_logprobs, batch.cu_seqlens
     mask_stride = 0 if mask is None else mask.stride(0)
     with on_device_of(values):
         response_statistics_kernel[(responses,)](
-            statistics, mask, advantages, cu_seqlens, rows, T, responses, mask_stride, advantages.stride(0),
-            PER_TOKEN=batch.advantage_per_token, num_warps=NUM_WARPS, **options,
+            response_statistics, mask, advantages, cu_seqlens, rows, T, responses, mask_stride, advantages.stride(0),
+            PER_TOKEN=batch.advantage_per_token, **launch,
         )  # fmt: skip
         token_terms_kernel[(responses,)](
-            values, targets, active, statistics, tokens, mask, advantages, weights, old, ref, cu_seqlens,
-            batch.normalizers, totals, numbers, rows, T, responses, vocabulary or 0,
+            values, targets, active, response_statistics, tokens, mask, advantages, weights, old, ref, cu_seqlens,
+            batch.normalizers, totals, factors, rows, T, responses, vocabulary or 0,
             0 if tokens is None else tokens.stride(0), mask_stride, advantages.stride(0),
             0 if weights is None else weights.stride(0), 0 if old is None else old.stride(0),
             0 if ref is None else ref.stride(0), NORMALIZATION=batch.normalization, WEIGHTING=batch.weighting,
-            ADVANTAGE_PER_TOKEN=batch.advantage_per_token,
+            GIVEN_TOTALS=totals is not None, ADVANTAGE_PER_TOKEN=batch.advantage_per_token,
             WEIGHT_PER_TOKEN=batch.weight_per_token, KL=spec.kl, ENTROPY_BONUS=spec.entropy_bonus,
-            SEQUENCE=spec.sequence_level, SKIP=skip_inactive, num_warps=NUM_WARPS, **options,
+            SEQUENCE=spec.sequence_level, SKIP=skip_inactive, **launch,
         )  # fmt: skip
     return terms
 
 
 def _given_totals(batch: Batch) -> tuple[tuple[torch.Tensor | None, ...] | None, tuple[float, ...]]:
-    """The kernel's ``totals`` and ``numbers``."""
+    """The kernel's ``totals`` and ``factors``."""
     responses = batch.responses if batch.totals is None else batch.totals[0]
     factor = batch.gradient_average / batch.max_length
     if batch.normalization in ("response", "constant") and not isinstance(responses, torch.Tensor):
         factor /= max(responses, 1)
-    numbers = (factor, batch.alpha, batch.kl_coef, batch.entropy_coef)
+    factors = (factor, batch.alpha, batch.kl_coef, batch.entropy_coef)
     if batch.totals is None:
-        return None, numbers
+        return None, factors
     pointers = tuple(total if isinstance(total, torch.Tensor) else None for total in batch.totals)
     given = (0.0 if isinstance(total, torch.Tensor) else float(total) for total in batch.totals[1:])
-    return pointers, (*numbers, *given)
+    return pointers, (*factors, *given)

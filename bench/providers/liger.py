@@ -1,9 +1,4 @@
-"""Liger-Kernel's Triton kernels of logits: its GRPO loss, and the log-probabilities of old and reference policies.
-
-Their layout is [B, T + 1, V], contiguous, the last position unused: what a model returns for ``logits_to_keep=T+1``.
-The benchmark's logits are copied into that layout once, in the first call, which is not timed; logits that may be
-overwritten are in it from the start.
-"""
+"""Liger-Kernel's GRPO losses of logits and of hidden states, and its log-probabilities without a gradient."""
 
 from __future__ import annotations
 
@@ -15,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpo_fused.bench.cases import Case, Inputs
-from hpo_fused.bench.logprob_loss import normalised, weighted_advantages
+from hpo_fused.bench import plain
+from hpo_fused.bench.cases import Case
+from hpo_fused.bench.inputs import Inputs
 
-from .base import Output, Provider, Unavailable
-from .peers import capped, liger_shaping, require, require_gpu
+from .base import Output, Unavailable
+from .peers import Peer, liger_shaping
 
-VERSION = "0.8"
 LONGEST = 65535  # responses are the grid's first axis, their tokens its second, which CUDA limits
 
 
@@ -40,45 +35,13 @@ class _Longer(torch.autograd.Function):
 _longer: Callable[[Tensor, Tensor], Tensor] = _Longer.apply
 
 
-class _Liger(Provider):
-    """Logits in Liger's layout."""
-
-    slow_start = "compiling kernels"
-
-    def __init__(self) -> None:
-        self.function: Callable[..., Any] | None = None
-        self.storages: WeakKeyDictionary[Inputs, Tensor] = WeakKeyDictionary()
-
-    def available(self, device: torch.device) -> str:
-        version = require("liger-kernel", VERSION)
-        require_gpu(device)
-        return version
-
-    def prepare(self, case: Case, device: torch.device) -> None:
-        super().prepare(case, device)
-        if case.length > LONGEST:
-            raise Unavailable(f"its grid takes responses of {LONGEST} tokens at most, these have {case.length}")
-
-    def room(self, inputs: Inputs) -> Tensor:
-        return F.pad(inputs.logits.detach(), (0, 0, 0, 1))[:, :-1]
-
-    def _longer(self, inputs: Inputs, logits: Tensor) -> Tensor:
-        responses, length, vocabulary = logits.shape
-        strides = (length + 1) * vocabulary, vocabulary, 1
-        if self.inplace and logits.stride() == strides:
-            return _longer(logits, logits.detach().as_strided((responses, length + 1, vocabulary), strides))
-        if logits is not inputs.logits:
-            return F.pad(logits, (0, 0, 0, 1))
-        if inputs not in self.storages:
-            self.storages[inputs] = F.pad(logits.detach(), (0, 0, 0, 1))
-        return _longer(logits, self.storages[inputs])
-
-
-class LigerTriton(_Liger):
+class LigerTriton(Peer):
     """``liger_kernel.transformers.grpo_loss.triton_grpo_loss`` per token, then weights and normaliser in PyTorch.
 
-    Log-ratios are not clamped, which makes a difference beyond +-20 only. With a softcap, which the model applies, it
-    is the capped logits that ``inplace`` overwrites.
+    Its layout is [B, T + 1, V], contiguous, the last position unused: that of a model's output for
+    ``logits_to_keep=T+1``. The benchmark's logits are copied into it once, in the first call, which is not timed;
+    logits that may be overwritten are in it from the start. Log-ratios are not clamped, which makes a difference beyond
+    +-20 only. With a softcap, which the model applies, it is the capped logits that ``inplace`` overwrites.
     """
 
     name = "liger:triton"
@@ -87,56 +50,87 @@ class LigerTriton(_Liger):
         "[B, T+1, V] made beforehand; inplace=False unless asked for"
     )
     leaves_out = "entropy, log-probabilities; objectives other than clipping ones; the clamp of log-ratios"
+    distribution = "liger-kernel"
+    version = "0.8"
+    needs_gpu = True
     can_inplace = True
-    memory_factor = 2.25
+    copies = 2.25
+
+    def __init__(self) -> None:
+        self.storages: WeakKeyDictionary[Inputs, Tensor] = WeakKeyDictionary()
 
     def prepare(self, case: Case, device: torch.device) -> None:
         super().prepare(case, device)
+        if case.length > LONGEST:
+            raise Unavailable(f"its grid takes responses of {LONGEST} tokens at most, these have {case.length}")
         liger_shaping(case.resolved_objective())
+
+    def room(self, inputs: Inputs) -> Tensor:
+        return F.pad(inputs.leaves[0].detach(), (0, 0, 0, 1))[:, :-1]
+
+    def _logits(self, inputs: Inputs) -> Tensor:
+        """Logits [B, T + 1, V] under the model's softcap."""
+        (logits,) = inputs.leaves
+        responses, length, vocabulary = logits.shape
+        strides = (length + 1) * vocabulary, vocabulary, 1
+        if logits.stride() == strides:
+            storage = logits.detach().as_strided((responses, length + 1, vocabulary), strides)
+        else:
+            if inputs not in self.storages:
+                self.storages[inputs] = F.pad(logits.detach(), (0, 0, 0, 1))
+            storage = self.storages[inputs]
+        return plain.capped(_longer(logits, storage), inputs.softcap)
+
+    def policy_loss(self, inputs: Inputs) -> Output:
         from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
-        self.function = triton_grpo_loss
-
-    def forward(self, inputs: Inputs, logits: Tensor) -> Output:
-        assert self.function is not None, "prepare() first"
         objective, mask = inputs.objective, inputs.mask
         options = liger_shaping(objective)
         bounds = {f"eps_{side}": options.pop(f"epsilon_{side}", 0.0) for side in ("low", "high")}
-        losses, _, _ = self.function(
-            capped(self._longer(inputs, logits), inputs.case.shape.softcap),
-            inputs.old_logprobs,
-            None,
-            inputs.tokens,
-            weighted_advantages(objective, inputs.advantages, mask, inputs.case.length),
-            None if mask is None else mask.long(),
-            temperature=1.0,
-            beta=0.0,
-            inplace=self.inplace,
-            reduce=False,
-            **bounds,
-            **options,
+        advantages = plain.weighted_advantages(objective, inputs.advantages, mask, inputs.case.length)
+        keep = None if mask is None else mask.long()
+        losses, _, _ = triton_grpo_loss(
+            self._logits(inputs), inputs.old_logprobs, None, inputs.tokens, advantages, keep, temperature=1.0, beta=0.0,
+            inplace=inputs.case.inplace, reduce=False, **bounds, **options,
+        )  # fmt: skip
+        return Output(plain.normalised(objective, losses, mask), None, None)
+
+
+class LigerChunked(Peer):
+    """``liger_kernel.chunked_loss.LigerFusedLinearGRPOLoss``; its loss (not its GEMMs) is compiled, by default."""
+
+    name = "liger:chunked"
+    summary = (
+        "Liger-Kernel >= 0.8's LigerFusedLinearGRPOLoss (4 GEMMs, two of them in float32; a response at a time, "
+        "gradients in forward whether or not asked for, weight's summed in its own dtype)"
+    )
+    leaves_out = "log-probabilities, entropy, softcap; objectives other than clipping ones"
+    distribution = "liger-kernel"
+    version = "0.8"
+    copies = 1.0
+    tolerance = 4.0
+    compiled = True
+
+    def linear_policy_loss(self, inputs: Inputs) -> Output:
+        objective, mask = inputs.objective, inputs.mask
+        if inputs.softcap is not None:
+            raise Unavailable("Liger-Kernel's chunked GRPO loss has no softcap")
+        options = liger_shaping(objective)
+        kinds = {"sapo": {"response": "sapo"}, "cispo": {"mean_length": "cispo"}}
+        clipped = {"response": "grpo", "mean_length": "dapo", "constant": "dr_grpo"}
+        kind = kinds.get(str(options["loss_type"]), clipped).get(objective.normalization)
+        if kind is None:
+            raise Unavailable(
+                "Liger-Kernel's chunked loss normalises a clipped ratio by response, mean_length or constant, SAPO by "
+                f"response and CISPO by mean_length; not {options['loss_type']} by {objective.normalization}"
+            )
+        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+        options.update(loss_type=kind, max_completion_length=objective.max_length)
+        loss_function = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, compiled=self.compiled, **options)
+        advantages = plain.weighted_advantages(objective, inputs.advantages, mask, inputs.case.length)
+        keep = torch.ones_like(inputs.tokens) if mask is None else mask.long()
+        loss, _ = loss_function(
+            *inputs.leaves, inputs.tokens, keep, advantages, old_per_token_logps=inputs.old_logprobs
         )
-        return Output(normalised(objective, losses, mask), None, None)
-
-
-class LigerLogprobs(_Liger):
-    """``liger_kernel.ops.grpo_loss.fused_selective_log_softmax``, which Liger has for policies that are not trained."""
-
-    name = "liger:logprobs"
-    summary = "Liger-Kernel >= 0.8's fused_selective_log_softmax (1 read), its own layout [B, T+1, V] made beforehand"
-    leaves_out = "entropy, the gradient, the loss"
-    memory_factor = 1.25
-
-    def prepare(self, case: Case, device: torch.device) -> None:
-        super().prepare(case, device)
-        if case.mode != "forward":
-            raise Unavailable("Liger-Kernel's fused_selective_log_softmax has no backward: mode forward only")
-        from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
-
-        self.function = fused_selective_log_softmax
-
-    def token_logprobs(self, inputs: Inputs, logits: Tensor) -> Output:
-        assert self.function is not None, "prepare() first"
-        mask = None if inputs.mask is None else inputs.mask.long()
-        z = capped(self._longer(inputs, logits), inputs.case.shape.softcap)
-        return Output(None, self.function(z, inputs.tokens, temperature=1.0, mask=mask), None)
+        return Output(loss, None, None)

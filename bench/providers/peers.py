@@ -1,55 +1,48 @@
-"""What the adapters of other projects share: are they installed, can they run here, which objectives do they have."""
+"""Requirements of other projects' adapters: is the distribution installed, can it run here, which objectives it has."""
 
 from __future__ import annotations
 
 import os
+import re
 from importlib import metadata
 
 import torch
-from torch import Tensor
 
-from hpo_fused.objective import Clip, Objective, SoftGate, TruncatedRatio
+from hpo_fused import Clip, Objective, SoftGate, TruncatedRatio
 
-from .base import NEEDS_GPU, Unavailable
+from .base import NEEDS_GPU, Provider, Unavailable
 
 LIGER_OBJECTIVES = "grpo, dapo, dr_grpo, gspo, sapo, cispo, hpo, ahpo"  # the last two by weighted advantages
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: 1.16.0.dev0 is (1, 16, 0)."""
-    numbers: list[int] = []
-    for part in version.split("."):
-        if not part.isdigit():
-            break
-        numbers.append(int(part))
-    return tuple(numbers)
+def _numbers(version: str) -> list[int]:
+    """The leading numbers of a version: 1.16.0.dev0 is [1, 16, 0]."""
+    return [int(number) for number in re.findall(r"\d+", version)[:3]]
 
 
-def require(distribution: str, version: str) -> str:
-    """The name and installed version of a distribution.
+class Peer(Provider):
+    """A provider from another distribution.
 
-    Raises:
-        Unavailable: not installed, or older than ``version``.
+    Attributes:
+        distribution, version: its name on a package index, and the oldest version that the adapter is written for.
+        needs_gpu: runs Triton kernels; Triton's interpreter will do for a check.
     """
-    try:
-        installed = metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        # The same words for all of them, so that a report says it once.
-        raise Unavailable("not installed (extra: peers)") from None
-    if _numbers(installed) < _numbers(version):
-        raise Unavailable(f"needs {distribution}>={version}, this is {installed}")
-    return f"{distribution} {installed}"
 
+    distribution: str
+    version: str
+    needs_gpu: bool = False
+    slow_start = "compiling kernels"
 
-def require_gpu(device: torch.device) -> None:
-    """Raise :class:`Unavailable` where Triton kernels cannot run: on a CPU, unless under Triton's interpreter."""
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise Unavailable(NEEDS_GPU)
-
-
-def capped(logits: Tensor, softcap: float | None) -> Tensor:
-    """What a model does where the loss has no softcap; in float32, or the log-probabilities would not be exact."""
-    return logits if softcap is None else softcap * torch.tanh(logits.float() / softcap)
+    def available(self, device: torch.device) -> str:
+        try:
+            installed = metadata.version(self.distribution)
+        except metadata.PackageNotFoundError:
+            raise Unavailable("not installed (extra: peers)") from None
+        if _numbers(installed) < _numbers(self.version):
+            raise Unavailable(f"needs {self.distribution}>={self.version}, this is {installed}")
+        if self.needs_gpu and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise Unavailable(NEEDS_GPU)
+        return f"{self.distribution} {installed}"
 
 
 def liger_shaping(objective: Objective) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Plain PyTorch: the same function eager and compiled."""
+"""Plain PyTorch: the same functions eager and compiled."""
 
 from __future__ import annotations
 
@@ -9,23 +9,51 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from hpo_fused.bench.cases import Case, Inputs
-from hpo_fused.bench.plain import plain_policy_loss, plain_token_logprobs
+from hpo_fused.bench import plain
+from hpo_fused.bench.cases import Case
+from hpo_fused.bench.inputs import Inputs
 
 from .base import Output, Provider, Unavailable
 
-Function = Callable[..., tuple[Any, ...]]
+Function = Callable[..., Any]
 _serial = count()
+
+
+class Eager(Provider):
+    """The functions of ``bench/plain.py``, differentiated by autograd."""
+
+    name = "eager"
+    summary = "plain PyTorch: (F.linear,) float32 log_softmax, entropy, loss, autograd"
+
+    def call(self, function: Function, *arguments: Any) -> Any:
+        """Call ``function`` as this provider runs it."""
+        return function(*arguments)
+
+    def policy_loss(self, inputs: Inputs) -> Output:
+        arguments = (inputs.objective, *inputs.leaves, inputs.tokens, *inputs.batch, inputs.softcap)
+        return Output(*self.call(plain.policy_loss, *arguments))
+
+    def linear_policy_loss(self, inputs: Inputs) -> Output:
+        arguments = (inputs.objective, *inputs.leaves, inputs.tokens, *inputs.batch, inputs.softcap)
+        return Output(*self.call(plain.linear_policy_loss, *arguments))
+
+    def logprob_policy_loss(self, inputs: Inputs) -> Output:
+        loss = self.call(plain.logprob_policy_loss, inputs.objective, *inputs.leaves, *inputs.batch)
+        return Output(loss, None, None)
+
+    def token_logprobs(self, inputs: Inputs) -> Output:
+        return Output(None, *self.call(plain.token_logprobs, *inputs.leaves, inputs.tokens, inputs.softcap))
+
+    def linear_token_logprobs(self, inputs: Inputs) -> Output:
+        return Output(None, *self.call(plain.linear_token_logprobs, *inputs.leaves, inputs.tokens, inputs.softcap))
 
 
 def fresh_copy(function: Function) -> Function:
     """The same function with a code object of its own.
 
     Every case is compiled anew, and dynamo counts compilations by code object: past a small limit it would fall back
-    to eager. A copy starts from nought; torch.compiler.reset() would also throw away what other providers have
-    compiled.
+    to eager. torch.compiler.reset() would also throw away compilations of other providers.
     """
     assert isinstance(function, FunctionType)
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_serial)}")
@@ -44,34 +72,13 @@ def compiler_missing() -> Iterator[None]:
         raise
 
 
-class Eager(Provider):
-    """The loss in plain PyTorch, differentiated by autograd."""
-
-    name = "eager"
-    summary = "plain PyTorch: float32 log_softmax, entropy, loss, autograd"
-
-    def ready(self, function: Function) -> Function:
-        """The function as this provider runs it."""
-        return function
-
-    def forward(self, inputs: Inputs, logits: Tensor) -> Output:
-        softcap = inputs.case.shape.softcap
-        function = self.ready(plain_policy_loss)
-        args = (logits, inputs.tokens, inputs.advantages, inputs.old_logprobs, inputs.mask, softcap)
-        return Output(*function(inputs.objective, *args))
-
-    def token_logprobs(self, inputs: Inputs, logits: Tensor) -> Output:
-        return Output(None, *self.ready(plain_token_logprobs)(logits, inputs.tokens, inputs.case.shape.softcap))
-
-
 class Compiled(Eager):
     """The same under torch.compile, for exactly the case's shapes, as a tuned trainer would have it."""
 
     name = "compile"
     summary = "torch.compile(dynamic=False) of the eager function"
     slow_start = "torch.compile can take a minute"
-    memory_factor = 2.5
-    largest = 1 << 29  # each number of tokens is compiled anew
+    copies = 2.5
 
     def __init__(self) -> None:
         self.compiled: Function | None = None
@@ -80,16 +87,9 @@ class Compiled(Eager):
         super().prepare(case, device)
         self.compiled = None
 
-    def ready(self, function: Function) -> Function:
+    def call(self, function: Function, *arguments: Any) -> Any:
         """Compiled once for each case, which needs one function only."""
-        if self.compiled is None:
-            self.compiled = torch.compile(fresh_copy(function), dynamic=False)
-        return self.compiled
-
-    def forward(self, inputs: Inputs, logits: Tensor) -> Output:
         with compiler_missing():
-            return super().forward(inputs, logits)
-
-    def token_logprobs(self, inputs: Inputs, logits: Tensor) -> Output:
-        with compiler_missing():
-            return super().token_logprobs(inputs, logits)
+            if self.compiled is None:
+                self.compiled = torch.compile(fresh_copy(function), dynamic=False)
+            return self.compiled(*arguments)

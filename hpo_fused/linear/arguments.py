@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from hpo_fused.checks import LOGIT_DTYPES, check_tensor, described
 
-from .head import GemmDtypes
-
-
-class HeadInputs(NamedTuple):
-    """Checked operands of the GEMMs."""
-
-    hidden: Tensor  # [B, T, H], packed [1, N, H]
-    weight: Tensor  # [V, H]
-    bias: Tensor | None  # [V]
-    dtypes: GemmDtypes
-
-    @property
-    def float16(self) -> bool:
-        """Whether some gradient will be float16: a loss scaler's factor must enter before it is rounded."""
-        tensors = (self.hidden, self.weight, self.bias)
-        return torch.float16 in (self.dtypes.operands, *(value.dtype for value in tensors if value is not None))
+from .head import GemmDtypes, Inputs
 
 
 def _is_dtensor(value: object) -> bool:
@@ -65,21 +50,8 @@ def gathered(name: str, value: Tensor) -> Tensor:
     return full
 
 
-def _operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype of F.linear's operands: autocast's, else that of both."""
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    if weight.dtype != hidden.dtype:
-        raise TypeError(
-            f"weight: expected hidden's dtype {str(hidden.dtype).removeprefix('torch.')} (or torch.autocast), got "
-            f"{described(weight)}"
-        )
-    return hidden.dtype
-
-
-def check_head(hidden: object, weight: object, bias: object, logits_dtype: object) -> HeadInputs:
-    """Check hidden states and head and settle dtypes; gathers a sharded weight.
+def check_head(hidden: object, weight: object, bias: object, logits_dtype: object) -> tuple[Inputs, GemmDtypes]:
+    """Hidden states (packed ones as [1, N, H]) and head as plain tensors, a sharded weight gathered; and GEMMs' dtypes.
 
     Raises:
         TypeError: not a tensor, not float16, bfloat16 or float32, dtypes that differ outside autocast, or a
@@ -88,9 +60,8 @@ def check_head(hidden: object, weight: object, bias: object, logits_dtype: objec
     """
     if _is_dtensor(hidden):
         raise TypeError("hidden: expected a plain tensor of this rank's rows, got a DTensor; pass hidden.to_local()")
-    for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if name == "bias" and value is None:
-            continue
+    given = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, value in given.items():
         if not isinstance(value, Tensor) or value.dtype not in LOGIT_DTYPES:
             hint = "; pass its .weight" if isinstance(value, torch.nn.Module) else ""
             raise TypeError(f"{name}: expected a float16, bfloat16 or float32 tensor, got {described(value)}{hint}")
@@ -104,11 +75,16 @@ def check_head(hidden: object, weight: object, bias: object, logits_dtype: objec
         )
     if weight.device != hidden.device:
         raise ValueError(f"weight: expected a tensor on {hidden.device}, got {described(weight)}")
-    operands = _operand_dtype(hidden, weight)
+    kind = hidden.device.type
+    autocast = torch.is_autocast_enabled(kind)
+    operands = torch.get_autocast_dtype(kind) if autocast else hidden.dtype
+    if weight.dtype != hidden.dtype and not autocast:
+        own = str(hidden.dtype).removeprefix("torch.")
+        raise TypeError(f"weight: expected hidden's dtype {own} (or torch.autocast), got {described(weight)}")
     if bias is not None:
         assert isinstance(bias, Tensor)
         check_tensor("bias", bias, [(weight.shape[0],)], "floating", hidden.device)
-        if bias.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        if bias.dtype != weight.dtype and not autocast:
             raise TypeError(f"bias: expected weight's dtype, got {described(bias)} beside {described(weight)}")
         bias = gathered("bias", bias)
     if logits_dtype is None:
@@ -119,7 +95,7 @@ def check_head(hidden: object, weight: object, bias: object, logits_dtype: objec
     assert isinstance(logits_dtype, torch.dtype)
     dtypes = GemmDtypes.of(operands, logits_dtype, hidden.device)
     rows = hidden if hidden.dim() == 3 else hidden.unsqueeze(0)
-    return HeadInputs(rows, gathered("weight", weight), bias, dtypes)
+    return (rows, gathered("weight", weight), bias), dtypes
 
 
 def check_weight_grad(weight_grad: object, weight: Tensor) -> Tensor | None:
@@ -134,12 +110,10 @@ def check_weight_grad(weight_grad: object, weight: Tensor) -> Tensor | None:
     if not isinstance(weight_grad, Tensor) or weight_grad.dtype != torch.float32 or _is_dtensor(weight_grad):
         raise TypeError(f"weight_grad: expected a float32 tensor {list(weight.shape)}, got {described(weight_grad)}")
     check_tensor("weight_grad", weight_grad, [tuple(weight.shape)], "floating", weight.device)
-    if _is_dtensor(weight):
-        raise ValueError(
-            "weight_grad: expected None for a DTensor weight, whose gradient has to be reduced, got a buffer"
-        )
     if weight_grad.requires_grad:
         raise ValueError("weight_grad: expected a buffer that does not require grad itself")
-    if not weight.requires_grad:
-        raise ValueError("weight_grad: expected None for a weight that does not require grad, got a buffer")
+    kind = "DTensor weight, whose gradient has to be reduced" if _is_dtensor(weight) else ""
+    kind = kind or ("" if weight.requires_grad else "weight that does not require grad")
+    if kind:
+        raise ValueError(f"weight_grad: expected None for a {kind}, got a buffer")
     return weight_grad

@@ -21,8 +21,7 @@ from hpo_fused.autograd import consume, first_order
 from hpo_fused.backend import implementation
 from hpo_fused.interface import LOGPROB, LOSS, SKIPPED, LogitTransform, LossSpec, SoftmaxStatistics, TokenTerms
 
-from .arguments import HeadInputs
-from .head import Head, HeadGradients, Inputs
+from .head import GemmDtypes, Gradients, Head, HeadGradients, Inputs
 from .memory import ChunkPlan
 from .rows import Rows
 
@@ -30,6 +29,7 @@ from .rows import Rows
 class Settings(NamedTuple):
     """The part of a call that is the same for every chunk."""
 
+    dtypes: GemmDtypes
     transform: LogitTransform
     chunk_bytes: int | None
     backend: str
@@ -38,11 +38,11 @@ class Settings(NamedTuple):
 class _Chunks:
     """The chunks of a call's rows, and the logits of each from a GEMM."""
 
-    def __init__(self, inputs: HeadInputs, rows: Rows, settings: Settings) -> None:
-        self.hidden, weight, bias, dtypes = inputs
-        self.rows, self.head = rows, Head(weight, bias, dtypes)
+    def __init__(self, inputs: Inputs, rows: Rows, settings: Settings) -> None:
+        self.inputs = self.hidden, weight, bias = inputs
+        self.rows, self.head = rows, Head(weight, bias, settings.dtypes)
         vocabulary, width = weight.shape
-        self.plan = ChunkPlan.of(len(rows), vocabulary, width, dtypes, weight.device, settings.chunk_bytes)
+        self.plan = ChunkPlan.of(len(rows), vocabulary, width, settings.dtypes, weight.device, settings.chunk_bytes)
 
     def __iter__(self) -> Iterator[tuple[Rows, Tensor, Tensor]]:
         """(rows, x [r, H], logits [1, r, V]) of each chunk; the logits share one buffer."""
@@ -55,9 +55,9 @@ class _Chunks:
             yield rows, x, logits.unsqueeze(0)
             del x, logits  # before the next are made
 
-    def gradients(self, needed: Sequence[bool], inputs: Inputs, into: Tensor | None = None) -> HeadGradients:
-        """Sums over the chunks for the inputs that are ``needed``."""
-        hidden, weight, bias = (value if need else None for value, need in zip(inputs, needed, strict=True))
+    def gradients(self, needed: Sequence[bool], into: Tensor | None = None) -> HeadGradients:
+        """Sums over the chunks, for the inputs that are ``needed``."""
+        hidden, weight, bias = (value if need else None for value, need in zip(self.inputs, needed, strict=True))
         return HeadGradients((hidden, weight, bias), self.head, self.rows, self.plan.chunks, into)
 
 
@@ -79,7 +79,7 @@ def _named(statistics: Tensor) -> SoftmaxStatistics:
     return SoftmaxStatistics(logprobs, maximum, others, entropies[0] if entropies else None)
 
 
-def _sweep(inputs: HeadInputs, rows: Rows, settings: Settings, whole: Tensor, *, entropy: bool) -> None:
+def _sweep(inputs: Inputs, rows: Rows, settings: Settings, whole: Tensor, *, entropy: bool) -> None:
     """One GEMM and the first sweep: writes the rows' stacked statistics to ``whole`` [k, B, T], the first k of them."""
     for chunk, _, logits in _Chunks(inputs, rows, settings):
         statistics = whole.new_empty((3 + entropy, 1, len(chunk)))
@@ -97,8 +97,9 @@ class _PolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, gradients: Inputs, losses: Tensor, backend: str
-    ) -> Tensor:
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, gradients: Gradients, losses: Tensor,
+        backend: str,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(*gradients)
         ctx.backend = backend
         ctx.set_materialize_grads(False)
@@ -119,20 +120,19 @@ class _PolicyLoss(torch.autograd.Function):
 
 
 def policy_loss(
-    inputs: HeadInputs, rows: Rows, idle: Sequence[Rows], terms: TokenTerms, spec: LossSpec, settings: Settings, *,
+    inputs: Inputs, rows: Rows, idle: Sequence[Rows], terms: TokenTerms, spec: LossSpec, settings: Settings, *,
     entropy: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Loss (differentiable once) of a token-level objective and its per-token results [2 or 3, B, T].
 
     ``rows`` are those with a gradient, ``idle`` those whose statistics alone are wanted.
     """
-    operands: Inputs = inputs[:3]
-    needed = _requiring(operands)
+    needed = _requiring(inputs)
     results = terms.values.new_zeros((3 if entropy else 2, *terms.targets.shape))
     results[LOGPROB:].masked_fill_(terms.targets == SKIPPED, torch.nan)
-    with _plain(inputs.hidden):
+    with _plain(inputs[0]):
         chunks = _Chunks(inputs, rows, settings)
-        gradients = chunks.gradients(needed, operands)
+        gradients = chunks.gradients(needed)
         for chunk, x, logits in chunks:
             entries = results.new_empty((len(results), 1, len(chunk)))
             ops.policy_loss(
@@ -148,7 +148,7 @@ def policy_loss(
             _sweep(inputs, others, settings, results[LOGPROB:], entropy=entropy)
     if not any(needed):
         return results[LOSS].sum(), results
-    loss = _PolicyLoss.apply(*operands, sums, results[LOSS], settings.backend)  # type: ignore[no-untyped-call]
+    loss = _PolicyLoss.apply(*inputs, sums, results[LOSS], settings.backend)  # type: ignore[no-untyped-call]
     return loss, results
 
 
@@ -161,12 +161,12 @@ class _TokenStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, inputs: HeadInputs, selections: Sequence[Rows],
-        shape: torch.Size, settings: Settings, entropy: bool, into: Tensor | None,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, selections: Sequence[Rows], settings: Settings,
+        entropy: bool, into: Tensor | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        statistics = _all_statistics(inputs, selections, shape, settings, entropy)
+        statistics = _all_statistics((hidden, weight, bias), selections, settings, entropy)
         ctx.save_for_backward(hidden, weight, bias, statistics)  # all watched for changes until backward
-        ctx.dtypes, ctx.rows, ctx.settings, ctx.into = inputs.dtypes, selections[0], settings, into
+        ctx.rows, ctx.settings, ctx.into = selections[0], settings, into
         ctx.set_materialize_grads(False)
         return tuple(entries.clone() for entries in statistics[: 1 + entropy])
 
@@ -174,13 +174,14 @@ class _TokenStatistics(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(gradient is None for gradient in upstream):
-            return (None,) * 9
-        hidden, weight, bias, statistics = ctx.saved_tensors
-        c, *h = (statistics.new_zeros(()).expand(statistics.shape[1:]) if g is None else g for g in upstream)
-        with _plain(hidden):
-            coefficients = torch.stack([value.to(torch.float32) for value in (c, *h)])
-            chunks = _Chunks(HeadInputs(hidden, weight, bias, ctx.dtypes), ctx.rows, ctx.settings)
-            gradients = chunks.gradients(ctx.needs_input_grad[:3], (hidden, weight, bias), ctx.into)
+            return (None,) * 7
+        *inputs, statistics = ctx.saved_tensors
+        c, *h = upstream
+        with _plain(statistics):
+            c = torch.zeros_like(statistics[0]) if c is None else c
+            coefficients = torch.stack([value.to(torch.float32) for value in (c, *h) if value is not None])
+            chunks = _Chunks((inputs[0], inputs[1], inputs[2]), ctx.rows, ctx.settings)
+            gradients = chunks.gradients(ctx.needs_input_grad[:3], ctx.into)
             for chunk, x, logits in chunks:
                 c, *h = chunk.gather(coefficients)
                 ops.token_gradient(
@@ -189,32 +190,30 @@ class _TokenStatistics(torch.autograd.Function):
                 )  # fmt: skip
                 gradients.add(chunk, x, logits[0])
                 del x, logits
-            return *gradients.finish(), *(None,) * 6
+            return *gradients.finish(), *(None,) * 4
 
 
-def _all_statistics(
-    inputs: HeadInputs, selections: Sequence[Rows], shape: torch.Size, settings: Settings, entropy: bool
-) -> Tensor:
+def _all_statistics(inputs: Inputs, selections: Sequence[Rows], settings: Settings, entropy: bool) -> Tensor:
     """Stacked statistics [3 or 4, B, T] of the rows in ``selections``, NaN elsewhere; no autograd."""
-    whole = torch.full((3 + entropy, *shape), torch.nan, dtype=torch.float32, device=inputs.hidden.device)
-    with _plain(inputs.hidden):
+    shape = (3 + entropy, *inputs[0].shape[:2])
+    whole = torch.full(shape, torch.nan, dtype=torch.float32, device=inputs[0].device)
+    with _plain(inputs[0]):
         for rows in selections:
             _sweep(inputs, rows, settings, whole, entropy=entropy)
     return whole
 
 
 def token_statistics(
-    inputs: HeadInputs, selections: Sequence[Rows], settings: Settings, *, entropy: bool, into: Tensor | None
+    inputs: Inputs, selections: Sequence[Rows], settings: Settings, *, entropy: bool, into: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities and entropies [B, T] of the rows in ``selections``, NaN elsewhere; the first's differentiable.
 
     ``into``: float32 [V, H] that backward adds dweight to, instead of returning it.
     """
-    shape = inputs.hidden.shape[:2]
-    if any(_requiring(inputs[:3])):
+    if any(_requiring(inputs)):
         outputs = _TokenStatistics.apply(  # type: ignore[no-untyped-call]
-            *inputs[:3], inputs, selections, shape, settings, entropy, into
+            *inputs, selections, settings, entropy, into
         )
     else:
-        outputs = _all_statistics(inputs, selections, shape, settings, entropy)
+        outputs = _all_statistics(inputs, selections, settings, entropy)
     return outputs[0], outputs[1] if entropy else None

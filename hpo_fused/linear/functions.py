@@ -28,64 +28,39 @@ _UNTRACEABLE = "the number of active rows is known only at run time; call it bet
 
 @torch.compiler.disable(reason=_UNTRACEABLE)  # type: ignore[untyped-decorator]
 def linear_policy_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    advantages: Tensor,
-    *,
-    bias: Tensor | None = None,
-    old_logprobs: Tensor | None = None,
-    ref_logprobs: Tensor | None = None,
-    mask: Tensor | None = None,
-    token_weights: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    groups: Tensor | None = None,
-    objective: str | Objective = "mhpo_ahpo",
-    statistics: BatchStatistics | None = None,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    skip_inactive: bool = True,
-    entropy: bool = True,
-    chunk_bytes: int | None = None,
-    logits_dtype: torch.dtype | None = None,
-    active_count: int | None = None,
-    weight_grad: Tensor | None = None,
+    hidden: Tensor, weight: Tensor, tokens: Tensor, advantages: Tensor, *, bias: Tensor | None = None,
+    old_logprobs: Tensor | None = None, ref_logprobs: Tensor | None = None, mask: Tensor | None = None,
+    token_weights: Tensor | None = None, cu_seqlens: Tensor | None = None, groups: Tensor | None = None,
+    objective: str | Objective = "mhpo_ahpo", statistics: BatchStatistics | None = None, temperature: float = 1.0,
+    softcap: float | None = None, skip_inactive: bool = True, entropy: bool = True, chunk_bytes: int | None = None,
+    logits_dtype: torch.dtype | None = None, active_count: int | None = None, weight_grad: Tensor | None = None,
     backend: Backend = "auto",
-) -> PolicyLossOutput:
+) -> PolicyLossOutput:  # fmt: skip
     """:func:`policy_loss` of ``hidden @ weight.T + bias``, whose logits never exist but for one chunk of rows.
 
     Only active rows (unmasked, with a learning signal) enter a GEMM: they are gathered a chunk at a time, their logits
     are replaced by their gradient in place, and that by the gradients of hidden, weight and bias.
 
-    Cost, for n active rows, with s bytes an entry:
-
-    * flops: 6 n H V (three GEMMs, the least there is); 2 n H V less for each of hidden and weight that needs no
-      gradient, 2 n H V more for sequence-level objectives, float16 and ``weight_grad``, whose backward makes the
-      logits again. ``skip_inactive=False`` adds 2 H V for each unmasked inactive row.
-    * bytes: the chunk's logits 4 times (twice by GEMMs), weight twice and dweight once per chunk. Over several chunks
-      dweight's float32 accumulator is read and written once per chunk: fewer, larger chunks are faster.
-    * memory: :func:`linear_memory` tells; R V s for the chunk, 4 V H for the accumulator where there are several.
-
-    Precision: logits are rounded once to ``logits_dtype``, as a GEMM's output is; arithmetic on them is float32. The
-    gradient of the logits is rounded once to the GEMMs' dtype. dweight is summed in float32 and rounded once; on
-    devices whose GEMMs cannot add into float32 (the CPU) each chunk's contribution is rounded before it is added.
+    For n active rows that is three GEMMs of 2 n H V flops; one less for each of hidden and weight that needs no
+    gradient, one more for sequence-level objectives, float16 and ``weight_grad``, whose backward repeats the first.
+    Logits and their gradient are rounded once to the GEMMs' dtype, dweight is summed in float32. docs/linear.md has
+    the details, :func:`linear_memory` the memory.
 
     Args:
         hidden: float16, bfloat16 or float32 [B, T, H], or packed [N, H] with ``cu_seqlens``; any strides, so that
             ``hidden[:, :-1]`` is not copied. ``hidden[b, t]`` predicts ``tokens[b, t]``.
         weight: [V, H] of hidden's dtype (any under torch.autocast, whose dtype the GEMMs then run in); any strides.
             May be a DTensor sharded over V as FSDP2 does: it is gathered, and its gradient averaged over the mesh, see
-            ``gradient_average`` of :class:`BatchStatistics`. One that is replicated on all of its mesh is taken as it
-            is, its gradient left to whoever replicated it.
+            ``gradient_average`` of :class:`BatchStatistics`.
         tokens, advantages: as in :func:`policy_loss`.
         bias: [V] of weight's dtype, or None.
         old_logprobs, ref_logprobs, mask, token_weights, cu_seqlens, groups, objective, statistics, temperature,
             softcap, entropy, backend: as in :func:`policy_loss`.
         skip_inactive: leave unmasked rows without a learning signal uncomputed (their logprobs and entropy are NaN).
-            False computes their statistics too: one GEMM for them, no gradient.
+            False adds one GEMM for them.
         chunk_bytes: memory for a chunk's logits, at least one row. None: 4096 rows (1024 on a CPU), at most 896 MiB.
         logits_dtype: dtype that the logits are rounded to: None for the GEMMs' own, or float32, for parity with a
-            sampler that does so. Each row then takes V (4 + s) bytes of the chunk, and the CPU multiplies in float32.
+            sampler that does so, which takes more of the chunk and, on a CPU, time.
         active_count: number of active rows, or an upper bound, if the caller knows it: the call then does not
             synchronise host and device (Triton backend, ``skip_inactive=True``), and can be captured in a CUDA graph.
             Rows up to the bound cost as much as active ones.
@@ -115,7 +90,7 @@ def linear_policy_loss(
     """
     resolved = resolve_objective(objective)
     transform = check_transform(temperature, softcap)
-    inputs = check_head(hidden, weight, bias, logits_dtype)
+    inputs, dtypes = check_head(hidden, weight, bias, logits_dtype)
     shape, device = hidden.shape[:-1], hidden.device
     tokens = check_tensor("tokens", tokens, [tuple(shape)], "integer", device)
     batch = check_batch(
@@ -123,12 +98,14 @@ def linear_policy_loss(
         mask=mask, token_weights=token_weights, cu_seqlens=cu_seqlens, groups=groups, statistics=statistics,
     )  # fmt: skip
     into = check_weight_grad(weight_grad, weight)
-    settings = Settings(transform, chunk_bytes, backend_for(hidden, backend))
+    settings = Settings(dtypes, transform, chunk_bytes, backend_for(hidden, backend))
     spec = resolved.lower(off_policy=old_logprobs is not None)
-    terms = ops.token_terms(batch, spec, inputs.weight.shape[0], skip_inactive, settings.backend)
+    terms = ops.token_terms(batch, spec, weight.shape[0], skip_inactive, settings.backend)
     rows, *idle = choose_rows(terms.targets, terms.active, active_count, idle=not skip_inactive)
     entropy = entropy or spec.entropy_bonus
-    if spec.sequence_level or inputs.float16 or into is not None:
+    # A loss scaler's factor must enter before a gradient is rounded to float16.
+    narrow = torch.float16 in (dtypes.operands, *(value.dtype for value in inputs if value is not None))
+    if spec.sequence_level or narrow or into is not None:
         logprobs, entropies = autograd.token_statistics(inputs, [rows, *idle], settings, entropy=entropy, into=into)
         loss, results = logprob_loss(logprobs, entropies, terms, spec, settings.backend)
     else:
@@ -138,21 +115,11 @@ def linear_policy_loss(
 
 @torch.compiler.disable(reason=_UNTRACEABLE)  # type: ignore[untyped-decorator]
 def linear_token_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    *,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    entropy: bool = True,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    chunk_bytes: int | None = None,
-    logits_dtype: torch.dtype | None = None,
-    active_count: int | None = None,
-    weight_grad: Tensor | None = None,
+    hidden: Tensor, weight: Tensor, tokens: Tensor, *, bias: Tensor | None = None, mask: Tensor | None = None,
+    entropy: bool = True, temperature: float = 1.0, softcap: float | None = None, chunk_bytes: int | None = None,
+    logits_dtype: torch.dtype | None = None, active_count: int | None = None, weight_grad: Tensor | None = None,
     backend: Backend = "auto",
-) -> TokenLogprobs:
+) -> TokenLogprobs:  # fmt: skip
     """:func:`token_logprobs` of ``hidden @ weight.T + bias``, a chunk of unmasked rows at a time.
 
     For old and reference log-probabilities under ``torch.no_grad()`` this is one GEMM, 2 n H V flops for n unmasked
@@ -181,15 +148,15 @@ def linear_token_logprobs(
         tensor([[-1.3863, -1.3863]])
     """
     transform = check_transform(temperature, softcap)
-    inputs = check_head(hidden, weight, bias, logits_dtype)
-    shape, device, vocabulary = hidden.shape[:-1], hidden.device, inputs.weight.shape[0]
+    inputs, dtypes = check_head(hidden, weight, bias, logits_dtype)
+    shape, device, vocabulary = hidden.shape[:-1], hidden.device, weight.shape[0]
     tokens = check_tensor("tokens", tokens, [tuple(shape)], "integer", device)
     if mask is not None:
         mask = check_mask(mask, shape, device)
     into = check_weight_grad(weight_grad, weight)
     check_token_ids(tokens, mask, vocabulary)
-    settings = Settings(transform, chunk_bytes, backend_for(hidden, backend))
-    row_mask = as_mask(mask, inputs.hidden.shape[:2], device)
+    settings = Settings(dtypes, transform, chunk_bytes, backend_for(hidden, backend))
+    row_mask = as_mask(mask, inputs[0].shape[:2], device)
     targets = token_targets(tokens, row_mask, vocabulary)
     if mask is None and active_count is None:
         selections = [Rows.all(targets)]

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from .rows import Rows
 
-# Hidden, weight and bias, or their gradients; None where there is none.
-Inputs: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
+# Hidden states [B, T, H], weight [V, H] and bias [V]; and their gradients, None where there is none.
+Inputs: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
+Gradients: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 # Bytes (CPU, elsewhere) of the slices that matrices are widened in, or a product is made in that no GEMM can add into
 # float32. On two CPU cores slices of 1024 x 896 to 4096 x 896 products took 7 to 18% longer than the product alone
@@ -41,7 +42,7 @@ def multiplies_in(dtype: torch.dtype, device: torch.device) -> bool:
     """
     if device.type != "cpu" or dtype == torch.float32:
         return True
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+    if not (torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)):
         return False
     if dtype == torch.float16:
         return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
@@ -104,8 +105,8 @@ def float32_gemms(device: torch.device, dtype: torch.dtype) -> Float32Gemms:
 
 
 def _slices(length: int, row_bytes: int, device: torch.device) -> Iterator[slice]:
-    """A matrix of ``length`` rows in slices of rows small enough to be made aside."""
-    step = max(TILE_BYTES[device.type != "cpu"] // max(row_bytes, 1), 1)
+    """A matrix of ``length`` rows in slices of rows small enough to be made aside; in one where rows take no bytes."""
+    step = max(TILE_BYTES[device.type != "cpu"] // row_bytes, 1) if row_bytes else length
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
@@ -130,29 +131,27 @@ class Head:
         """A matrix as the GEMMs take it: rounded to the operands' dtype, in that of the arithmetic."""
         return matrix.to(self.dtypes.operands).to(self.dtypes.arithmetic)
 
-    def vocabulary_slices(self, rows: int) -> Iterator[slice]:
-        """The vocabulary in parts of which float32 [part, H] and [rows, part] can be made aside."""
+    def parts(self, rows: int, *, widened: bool) -> Iterator[slice]:
+        """The vocabulary, in parts of which float32 [part, H] and [rows, part] can be made aside where ``widened``."""
         length, width = self.weight.shape
-        return _slices(length, 4 * max(width, rows), self.weight.device)
+        return _slices(length, 4 * max(width, rows) if widened else 0, self.weight.device)
 
     def logits(self, x: Tensor, out: Tensor) -> None:
         """out [r, V] = x [r, H] weight^T + bias, rounded once to its dtype; ``x`` is an operand."""
-        rounded = out.dtype == x.dtype
-        if self.dtypes.widened or not (rounded or float32_gemms(x.device, x.dtype).write):
-            x = x.to(torch.float32)
-            for part in self.vocabulary_slices(len(x)):
-                weight = self.weight[part].to(self.dtypes.operands).to(torch.float32).t()
-                bias = None if self.bias is None else self.bias[part].to(torch.float32)
-                if out.dtype == torch.float32:
-                    _product(bias, x, weight, out=out[:, part])
-                else:
-                    out[:, part] = _product(bias, x, weight)
-        elif rounded:
-            _product(self.bias, x, self.weight.t(), out=out)
-        else:
+        widened = self.dtypes.widened or not (out.dtype == x.dtype or float32_gemms(x.device, x.dtype).write)
+        if out.dtype != x.dtype and not widened:
             torch.mm(x, self.weight.t(), out_dtype=out.dtype, out=out)
             if self.bias is not None:
                 out.add_(self.bias)
+            return
+        x = x.to(torch.float32) if widened else x
+        for part in self.parts(len(x), widened=widened):
+            weight = self.weight[part].to(self.dtypes.operands).to(x.dtype).t()
+            bias = None if self.bias is None else self.bias[part].to(x.dtype)
+            if out.dtype == x.dtype:
+                _product(bias, x, weight, out=out[:, part])
+            else:
+                out[:, part] = _product(bias, x, weight)
 
 
 class HeadGradients:
@@ -165,7 +164,7 @@ class HeadGradients:
         into: float32 [V, H] to add dweight to, which is then not returned.
     """
 
-    def __init__(self, inputs: Inputs, head: Head, rows: Rows, chunks: int, into: Tensor | None = None) -> None:
+    def __init__(self, inputs: Gradients, head: Head, rows: Rows, chunks: int, into: Tensor | None = None) -> None:
         self.head = head
         hidden, weight, bias = self.inputs = inputs
         self.hidden: Tensor | None = None
@@ -190,36 +189,20 @@ class HeadGradients:
             for part in _slices(len(gradient), 4 * gradient.shape[1], gradient.device):
                 self.bias.add_(gradient[part].sum(0, dtype=torch.float32))
         weight_sum = self.total if self.into is None else self.into
-        if self.head.dtypes.widened:
-            self._add_widened(rows, x, gradient, weight_sum)
-        else:
-            gradient = gradient.to(x.dtype)
-            if self.hidden is not None:
-                flat = self.hidden.view(-1, self.hidden.shape[-1])
-                if rows.everything and flat.dtype == gradient.dtype:
-                    torch.mm(gradient, self.head.weight, out=flat[rows.positions])
-                else:
-                    flat[rows.positions] = torch.mm(gradient, self.head.weight).to(flat.dtype)
-            if weight_sum is not None:
-                _accumulate(weight_sum, gradient, x, fresh=self.fresh)
-        self.fresh = False
-
-    def _add_widened(self, rows: Rows, x: Tensor, gradient: Tensor, weight_sum: Tensor | None) -> None:
-        dhidden = None if self.hidden is None else torch.zeros_like(x)
-        for part in self.head.vocabulary_slices(len(x)):
+        flat = None if self.hidden is None else self.hidden.view(-1, x.shape[1])
+        direct = flat is not None and rows.everything and flat.dtype == x.dtype
+        dhidden = None if flat is None else flat[rows.positions] if direct else torch.empty_like(x)
+        for part in self.head.parts(len(x), widened=self.head.dtypes.widened):
             g = self.head.operand(gradient[:, part])
             if dhidden is not None:
-                torch.addmm(dhidden, g, self.head.operand(self.head.weight[part]), out=dhidden)
-            if weight_sum is None:
-                continue
-            if weight_sum.dtype == torch.float32:
+                _product(dhidden if part.start else None, g, self.head.operand(self.head.weight[part]), out=dhidden)
+            if weight_sum is not None:
                 _accumulate(weight_sum[part], g, x, fresh=self.fresh)
-            else:  # the gradient itself, of a single chunk
-                weight_sum[part] = torch.mm(g.t(), x)
-        if self.hidden is not None and dhidden is not None:
-            self.hidden.view(-1, self.hidden.shape[-1])[rows.positions] = dhidden.to(self.hidden.dtype)
+        if flat is not None and dhidden is not None and not direct:
+            flat[rows.positions] = dhidden.to(flat.dtype)
+        self.fresh = False
 
-    def finish(self) -> Inputs:
+    def finish(self) -> Gradients:
         """dhidden, dweight, dbias in their inputs' dtypes; called once, when the chunks' logits are released."""
         _, weight, bias = self.inputs
         return (

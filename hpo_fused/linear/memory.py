@@ -81,13 +81,15 @@ class ChunkPlan(NamedTuple):
 
 
 class LinearMemory(NamedTuple):
-    """Bytes that a call of :func:`linear_policy_loss` takes, see :func:`linear_memory`.
+    """Bytes that a call of :func:`linear_policy_loss` takes; symbols as in :func:`linear_memory`.
 
     Attributes:
-        gradients: of the inputs that need one, in their dtypes.
-        accumulator: dweight in float32; 0 where one chunk is enough, or where the gradient itself is float32.
-        chunk: logits of one chunk (and their gradient in the GEMMs' dtype, with another ``logits_dtype``).
-        working: everything else: a chunk's gathered hidden states and their gradient, per-token tensors.
+        gradients: ``tokens`` H s + V H s, for a bias V (s + 4) more; of inputs that need one.
+        accumulator: dweight in float32, 4 V H, where s < 4 and either n > R or the GEMMs' dtype is another.
+        chunk: R V l for logits, and R V c more where l is another.
+        working: 2 R H c for gathered rows (+ R H s under autocast), V H c for autocast's copy of the weight, 256 bytes
+            a token; a slice of dweight where the GEMMs cannot add it up in float32 (8 MiB on a CPU, 64 elsewhere), and
+            on a CPU up to 33 MiB of buffers. Where operands are widened, c is 4, and three slices replace copies in c.
         peak: all that is held at once at the worst moment, at most the sum of the above.
     """
 
@@ -104,32 +106,15 @@ class LinearMemory(NamedTuple):
 
 
 def linear_memory(
-    rows: int,
-    hidden_size: int,
-    vocabulary: int,
-    *,
-    tokens: int | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-    autocast: torch.dtype | None = None,
-    logits_dtype: torch.dtype | None = None,
-    chunk_bytes: int | None = None,
-    bias: bool = False,
-    hidden_requires_grad: bool = True,
-    weight_requires_grad: bool = True,
+    rows: int, hidden_size: int, vocabulary: int, *, tokens: int | None = None, dtype: torch.dtype = torch.bfloat16,
+    autocast: torch.dtype | None = None, logits_dtype: torch.dtype | None = None, chunk_bytes: int | None = None,
+    bias: bool = False, hidden_requires_grad: bool = True, weight_requires_grad: bool = True,
     device: str | torch.device = "cuda",
-) -> LinearMemory:
+) -> LinearMemory:  # fmt: skip
     """What :func:`linear_policy_loss` will allocate beyond its inputs, without running it; an upper bound.
 
-    With n ``rows``, R = rows of a chunk, s, c and l the bytes of ``dtype``, of the GEMMs' dtype and of the logits':
-
-    * gradients: ``tokens`` H s + V H s (+ V (s + 4) for a bias)
-    * accumulator: 4 V H, where s < 4 and either n > R or the GEMMs' dtype is another
-    * chunk: R V l, and R V c more where l is another
-    * working: 2 R H c for gathered rows (+ R H s under autocast), V H c for autocast's copy of the weight, 256 bytes a
-      token; a slice of dweight where the GEMMs cannot add it up in float32 (8 MiB on a CPU, 64 elsewhere), and on the
-      CPU up to 33 MiB of buffers
-    * on a CPU that does not multiply in the GEMMs' dtype, whose operands are widened to float32: 8 R H + R H s for
-      gathered rows, 24 MiB for slices, and neither R V c, nor a copy of the weight, nor a slice of dweight
+    In :class:`LinearMemory`'s formulas n is ``rows``, R the rows of a chunk, and s, c and l are the bytes of ``dtype``,
+    of the GEMMs' dtype and of the logits'.
 
     The chunk is released before the accumulator is cast to the gradient, so that they never add up. Not counted: the
     gathered copy of a sharded weight and its gradient (2 V H s), and the torch backend's buffers on a GPU.

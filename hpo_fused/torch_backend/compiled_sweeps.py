@@ -175,9 +175,7 @@ class CompiledSweeps(Sweeps):
 
     def _loaded(self, rows: SelectedRows) -> Tensor:
         values, staged = self._staged(rows, "rows")
-        if staged:
-            rows.load(values)
-        return values
+        return rows.load(values) if staged else values
 
     def sums(self, rows: SelectedRows, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         shift, others, moment = whole = torch.zeros(3, self.padded_rows)
@@ -188,9 +186,7 @@ class CompiledSweeps(Sweeps):
                 result[first : first + len(piece)] = entries[: len(piece)]
         return shift, others, moment
 
-    def write_gradient(
-        self, rows: SelectedRows, out: SelectedRows, shift: Tensor, factor: Tensor, slope: Tensor
-    ) -> None:
+    def gradient(self, rows: SelectedRows, out: SelectedRows, shift: Tensor, factor: Tensor, slope: Tensor) -> None:
         for first, (piece, out_piece) in self._pieces(rows, out):
             values = self._loaded(piece)
             gradient, staged = self._staged(out_piece, "gradient")
@@ -216,16 +212,15 @@ def sweeps_for(logits: Tensor, transform: LogitTransform) -> Sweeps:
     # Threads: Dynamo would compile anew when their number changes, and give up after some times.
     key = (logits.dtype, transform.softcap is not None, torch.get_num_threads())
     insist = setting == "1"
-    if key not in _compiled or (insist and _compiled[key] is None):
-        with _lock:
-            if key not in _compiled or (insist and _compiled[key] is None):
-                try:
-                    _compiled[key] = _compile(*key)
-                except Exception:
-                    if insist:
-                        raise
-                    _compiled[key] = None
-    functions = _compiled[key]
+    with _lock:
+        if key not in _compiled or (insist and _compiled[key] is None):
+            try:
+                _compiled[key] = _compile(*key)
+            except Exception:
+                if insist:
+                    raise
+                _compiled[key] = None
+        functions = _compiled[key]
     return PlainSweeps(logits, transform) if functions is None else CompiledSweeps(logits, transform, functions)
 
 

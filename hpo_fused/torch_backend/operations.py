@@ -36,12 +36,9 @@ from .softmax import softmax_statistics, write_gradient
 @contextmanager
 def _plain_mode(tensor: Tensor) -> Iterator[None]:
     """No autograd, no autocast; on the CPU no inference mode either (torch.compile would compile anew for each)."""
-    with torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
-        if tensor.device.type == "cpu":
-            with torch.inference_mode(False), torch.no_grad():
-                yield
-        else:
-            yield
+    inference = torch.is_inference_mode_enabled() and tensor.device.type != "cpu"
+    with torch.autocast(tensor.device.type, enabled=False), torch.inference_mode(inference), torch.no_grad():
+        yield
 
 
 def _live(c: Tensor, h: Tensor | None) -> Tensor:
@@ -56,14 +53,9 @@ def _zero(out: Tensor, selected: Tensor) -> None:
 
 
 def policy_loss(
-    logits: Tensor,
-    targets: Tensor,
-    values: Tensor,
-    spec: LossSpec,
-    transform: LogitTransform,
-    results: Tensor,
+    logits: Tensor, targets: Tensor, values: Tensor, spec: LossSpec, transform: LogitTransform, results: Tensor,
     out: Tensor | None,
-) -> None:
+) -> None:  # fmt: skip
     """Each row's loss and, in ``out``, the gradient of their sum: both sweeps over a chunk of rows after each other.
 
     Args:
@@ -85,8 +77,9 @@ def policy_loss(
         for rows in sweeps.chunks(targets >= 0):
             ids = sweeps.gathered(targets, rows).to(torch.int64)
             statistics = softmax_statistics(sweeps, rows, ids)
-            losses, c, h = token_loss(spec, sweeps.gathered(values, rows), statistics.logprobs, statistics.entropy)
-            for result, entries in zip(results, (losses, statistics.logprobs, statistics.entropy), strict=False):
+            logprobs, _, _, entropy = statistics
+            losses, c, h = token_loss(spec, sweeps.gathered(values, rows), logprobs, entropy)
+            for result, entries in zip(results, (losses, logprobs, entropy), strict=False):
                 assert entries is not None
                 result.view(-1)[rows.positions] = entries[: len(rows)]
             if out is None:
@@ -96,10 +89,12 @@ def policy_loss(
                 continue
             if len(live) < len(rows):
                 rows = rows.part(live)
-                ids, c, *entries = (sweeps.padded(entry[live]) for entry in (ids, c, *statistics))
-                statistics = SoftmaxStatistics(*entries)
+                ids, c = sweeps.padded(ids[live]), sweeps.padded(c[live])
                 h = None if h is None else sweeps.padded(h[live])
-            write_gradient(sweeps, rows, SelectedRows(out, rows.positions), ids, statistics, c, h)
+                statistics = SoftmaxStatistics._make(
+                    None if entry is None else sweeps.padded(entry[live]) for entry in statistics
+                )
+            write_gradient(sweeps, rows, out, ids, statistics, c, h)
             untouched[rows.positions] = False
         if out is not None:
             _zero(out, untouched)
@@ -123,14 +118,9 @@ def token_statistics(logits: Tensor, targets: Tensor, transform: LogitTransform,
 
 
 def token_gradient(
-    logits: Tensor,
-    targets: Tensor,
-    statistics: SoftmaxStatistics,
-    logprob_coefficients: Tensor,
-    entropy_coefficients: Tensor | None,
-    transform: LogitTransform,
-    out: Tensor,
-) -> None:
+    logits: Tensor, targets: Tensor, statistics: SoftmaxStatistics, logprob_coefficients: Tensor,
+    entropy_coefficients: Tensor | None, transform: LogitTransform, out: Tensor,
+) -> None:  # fmt: skip
     """Second sweep: dL/dlogits from c = dL/dlogp and h = dL/dH of each row.
 
     Args:
@@ -147,13 +137,9 @@ def token_gradient(
         for rows in sweeps.chunks(live):
             ids = sweeps.gathered(targets, rows).to(torch.int64)
             entries = (None if entry is None else sweeps.gathered(entry, rows) for entry in statistics)
-            c, h = (
-                None if entry is None else sweeps.gathered(entry, rows)
-                for entry in (logprob_coefficients, entropy_coefficients)
-            )
-            assert c is not None
-            target_rows = SelectedRows(out, rows.positions)
-            write_gradient(sweeps, rows, target_rows, ids, SoftmaxStatistics._make(entries), c, h)
+            c = sweeps.gathered(logprob_coefficients, rows)
+            h = None if entropy_coefficients is None else sweeps.gathered(entropy_coefficients, rows)
+            write_gradient(sweeps, rows, out, ids, SoftmaxStatistics._make(entries), c, h)
         _zero(out, ~live)
 
 

@@ -68,13 +68,14 @@ class SelectedRows:
         ((_, _, rows),) = self._runs()
         return from_dlpack(rows)  # not a view in PyTorch's books
 
-    def load(self, buffer: Tensor) -> None:
-        """Copies the rows to the first rows of ``buffer``, converting to its dtype."""
+    def load(self, buffer: Tensor) -> Tensor:
+        """``buffer``, to whose first rows the rows are copied, converted to its dtype."""
         if self._by_offset:
             for first, last, rows in self._runs():
                 buffer[first:last].copy_(rows)
         else:
             buffer[: len(self)].copy_(self._memory[self._indices])
+        return buffer
 
     def store(self, buffer: Tensor) -> None:
         """Copies the first rows of ``buffer`` to the rows, rounding to their dtype."""
@@ -94,8 +95,10 @@ class SelectedRows:
 
     def take(self, columns: Tensor) -> Tensor:
         """Entry ``columns[i]`` (int64 [n]) of each row: [n], the tensor's dtype."""
-        return self._memory[(*self._indices, columns)]
+        batches, steps = self._indices
+        return self._memory[batches, steps, columns]
 
     def put(self, columns: Tensor, values: Tensor) -> None:
         """Overwrites entry ``columns[i]`` (int64 [n]) of each row by ``values`` [n], rounding to the tensor's dtype."""
-        self._memory[(*self._indices, columns)] = values.to(self._memory.dtype)
+        batches, steps = self._indices
+        self._memory[batches, steps, columns] = values.to(self._memory.dtype)

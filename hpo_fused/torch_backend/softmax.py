@@ -65,15 +65,10 @@ def softmax_statistics(sweeps: Sweeps, rows: SelectedRows, targets: Tensor) -> S
 
 
 def write_gradient(
-    sweeps: Sweeps,
-    rows: SelectedRows,
-    out: SelectedRows,
-    targets: Tensor,
-    statistics: SoftmaxStatistics,
-    c: Tensor,
+    sweeps: Sweeps, rows: SelectedRows, out: Tensor, targets: Tensor, statistics: SoftmaxStatistics, c: Tensor,
     h: Tensor | None,
-) -> None:
-    """Second sweep over ``rows``, written to ``out``; ``targets`` and all after it are [padded_rows].
+) -> None:  # fmt: skip
+    """Second sweep over ``rows``, written to ``out`` [B, T, V]; ``targets`` and all after it are [padded_rows].
 
     dL/dz'_j = e'_j / S * (h * (E - d'_j) - c) with e', d' relative to the maximum and E = E_p[d'] = log S - H; in
     terms of the sweep's e, d, which are relative to a float32 shift in u, d' = d + gap. The sampled token's entry,
@@ -99,5 +94,6 @@ def write_gradient(
     if transform.softcap is not None:
         target = target / torch.cosh(target_logits / transform.softcap) ** 2
     target = target / transform.temperature
-    sweeps.write_gradient(rows, out, shift, factor.to(torch.float32), slope.to(torch.float32))
-    out.put(columns, target[: len(rows)])
+    out_rows = SelectedRows(out, rows.positions)
+    sweeps.gradient(rows, out_rows, shift, factor.to(torch.float32), slope.to(torch.float32))
+    out_rows.put(columns, target[: len(rows)])

@@ -79,9 +79,7 @@ class Sweeps(ABC):
         """First sweep: shift and the two sums, float32 [padded_rows]; ``targets``: int64 [padded_rows]."""
 
     @abstractmethod
-    def write_gradient(
-        self, rows: SelectedRows, out: SelectedRows, shift: Tensor, factor: Tensor, slope: Tensor
-    ) -> None:
+    def gradient(self, rows: SelectedRows, out: SelectedRows, shift: Tensor, factor: Tensor, slope: Tensor) -> None:
         """Second sweep, into the rows of ``out``; ``shift``, ``factor`` and ``slope``: float32 [padded_rows]."""
 
 
@@ -97,11 +95,6 @@ class PlainSweeps(Sweeps):
         rows = min(max(1, entries // logits.shape[-1]), _CHUNK_ROWS)
         super().__init__(logits, transform, rows, rows)
 
-    def _loaded(self, rows: SelectedRows) -> Tensor:
-        values = self.buffer("values", torch.float32)
-        rows.load(values)
-        return values
-
     def _differences(self, values: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
         """d in place of z in ``values``, and the shift: the rows' largest u where None is given."""
         softcap = self.transform.softcap
@@ -115,17 +108,15 @@ class PlainSweeps(Sweeps):
         return values, shift
 
     def sums(self, rows: SelectedRows, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        differences, shift = self._differences(self._loaded(rows), None)
+        differences, shift = self._differences(rows.load(self.buffer("values", torch.float32)), None)
         exponentials = torch.exp(differences, out=self.buffer("exponentials", torch.float32))
         exponentials.scatter_(1, targets[: self.chunk_rows, None], 0.0)
         others = exponentials.sum(-1)
         moment = exponentials.mul_(differences).sum(-1)
         return self.padded(shift), self.padded(others), self.padded(moment)
 
-    def write_gradient(
-        self, rows: SelectedRows, out: SelectedRows, shift: Tensor, factor: Tensor, slope: Tensor
-    ) -> None:
-        values = self._loaded(rows)
+    def gradient(self, rows: SelectedRows, out: SelectedRows, shift: Tensor, factor: Tensor, slope: Tensor) -> None:
+        values = rows.load(self.buffer("values", torch.float32))
         shift, factor, slope = (entry[: self.chunk_rows] for entry in (shift, factor, slope))
         if self.transform.softcap is not None:
             # sech^2 as 4 w / (1 + w)^2: as 1 - tanh^2 it would lose its digits where the cap saturates.

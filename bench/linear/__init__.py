@@ -1,1 +1,0 @@
-"""The benchmark of the linear path: from hidden states and LM head to loss and gradients."""
