@@ -1,11 +1,13 @@
-"""Examples in docstrings and the README run and say what they claim."""
+"""Examples in docstrings and documents run and say what they claim, and what documents name exists."""
 
 from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,137 +16,109 @@ import hpo_fused as hf
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-MODULES = (
-    "backend",
-    "linear_plan",
-    "linear_policy_loss",
-    "linear_token_logprobs",
-    "objective",
-    "policy_loss",
-    "token_logprobs",
+DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+WITH_EXAMPLES = sorted(
+    str(path.relative_to(ROOT)) for path in (ROOT / "hpo_fused").rglob("*.py") if ">>> " in path.read_text("utf-8")
 )
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_docstring_examples(name: str) -> None:
-    module = importlib.import_module(f"hpo_fused.{name}")
-    result = doctest.testmod(module)
+def blocks(document: str) -> list[str]:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("file", WITH_EXAMPLES)
+def test_docstring_examples(file: str) -> None:
+    module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
+    result = doctest.testmod(module, extraglobs={"torch": torch})
     assert result.attempted > 0
     assert result.failed == 0
 
 
-def python_blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+def test_every_public_function_has_an_example() -> None:
+    for name in ("policy_loss", "logprob_policy_loss", "token_logprobs", "linear_policy_loss", "linear_token_logprobs"):
+        assert ">>> " in getattr(hf, name).__doc__, name
 
 
 def test_readme_code_runs_and_agrees() -> None:
-    """The trainer's lines before and after are the same loss: what the README says they are."""
+    """The trainer's lines before and after, and those without logits, are the same loss: what the README says."""
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(50, (4, 6), generator=generator)
-    variables = {
+    head = torch.nn.Linear(8, 50, bias=False)
+    hidden = torch.randn(4, 6, 8, generator=generator)
+    scope: dict[str, Any] = {
         "hf": hf,
         "torch": torch,
-        "logits": torch.randn(4, 6, 50, generator=generator, requires_grad=True),
-        "tokens": tokens,
+        "hidden": hidden,
+        "lm_head": head,
+        "tokens": torch.randint(50, (4, 6), generator=generator),
         "advantages": torch.tensor([1.0, -1.0, 0.5, -0.5]),
         "old_logprobs": -4 + 0.5 * torch.randn(4, 6, generator=generator),
         "mask": torch.arange(6) < torch.tensor([6, 3, 5, 1])[:, None],
         "temperature": 0.9,
     }
-    start, before, after, linear, own = python_blocks()
-    exec(start, dict(variables))
-    losses = []
-    for code in (before, after):
-        scope = dict(variables)
-        exec(code, scope)
-        (gradient,) = torch.autograd.grad(scope["loss"], scope["logits"])
-        losses.append((scope["loss"].detach(), scope["logprobs"].detach() * variables["mask"], gradient))
-    for plain, ours in zip(*losses, strict=True):
-        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-7)
-    head = torch.nn.Linear(8, 50, bias=False)
-    hidden = torch.randn(4, 6, 8, generator=generator)
+    before, after, without_logits, own = blocks("README.md")
     results = []
-    for code in (after, linear):
-        scope = dict(variables, hidden=hidden, lm_head=head, logits=head(hidden))
-        exec(code, scope)
-        (gradient,) = torch.autograd.grad(scope["loss"], head.weight)
-        results.append((scope["loss"].detach(), scope["logprobs"], scope["entropy"], gradient))
-    for from_logits, from_hidden in zip(*results, strict=True):
-        torch.testing.assert_close(from_hidden, from_logits, rtol=1e-5, atol=1e-6)
-    scope = dict(variables)
+    for code in (before, after, f"{without_logits}\nloss, logprobs, entropy = out.loss, out.logprobs, out.entropy"):
+        variables = dict(scope, logits=head(hidden))
+        exec(code, variables)
+        (gradient,) = torch.autograd.grad(variables["loss"], head.weight)
+        tokens = (variables[name].detach() * scope["mask"] for name in ("logprobs", "entropy"))
+        results.append((variables["loss"].detach(), *tokens, gradient))
+    assert results[0][-1].norm() > 0.01
+    for ours in results[1:]:
+        torch.testing.assert_close(ours, results[0], rtol=1e-5, atol=1e-6)
     exec(own, scope)
     assert scope["objective"].shaping == hf.Clip(0.2, 0.28, dual=3.0)
 
 
 def test_example_of_the_linear_path_runs() -> None:
-    text = (ROOT / "docs" / "linear.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    (code,) = blocks("docs/linear.md")
+    head = torch.nn.Linear(8, 50)
     scope = {
-        "hf": hf, "torch": torch, "lm_head": torch.nn.Linear(8, 50), "hidden": torch.randn(4, 6, 8),
+        "hf": hf, "torch": torch, "lm_head": head, "hidden": torch.randn(4, 6, 8),
         "tokens": torch.randint(50, (4, 6)), "mask": torch.ones(4, 6), "advantages": torch.tensor([1.0, -1.0, 0, 0.5]),
     }  # fmt: skip
     exec(code, scope)
-    assert scope["lm_head"].weight.grad.isfinite().all()
-    assert scope["lm_head"].bias.grad.isfinite().all()
+    for parameter in head.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.isfinite().all()
 
 
 def test_readme_names_every_preset() -> None:
-    rows = re.findall(r"^\| `(\w+)`", README, flags=re.MULTILINE)
-    assert rows == list(hf.Objective.presets())
+    section = README.partition("## Objectives")[2].partition("## ")[0]
+    assert re.findall(r"^\| `(\w+)`", section, flags=re.MULTILINE) == list(hf.Objective.presets())
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/linear.md"])
-def test_tables_are_the_commands_output(document: str) -> None:
-    files = pytest.importorskip("hpo_fused.bench.files", reason="needs the bench extra")
-    from hpo_fused.bench import all_report
+def test_readme_shows_the_committed_result() -> None:
+    found = re.search(r"<!-- cpu (\S+) -->\n\| logits \| (.*?) \|\n.*?\n(.*?)\n<!-- end", README, flags=re.DOTALL)
+    assert found is not None
+    name, heading, body = found.groups()
+    measured = {
+        (row["case"]["shape"]["name"], row["provider"]): f"{row['over_ours']:#.3g}"
+        for row in json.loads((ROOT / name).read_text(encoding="utf-8"))["rows"]
+        if row["over_ours"] and row["case"]["operation"] == "policy_loss" and not row["case"]["inactive"]
+    }
+    for line in body.splitlines():
+        shape, *shown = line.strip("| ").split(" | ")
+        assert shown == [measured.get((shape, provider), "–") for provider in heading.split(" | ")]
 
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_what_a_document_names_exists(document: str) -> None:
+    """Links, paths of the checkout, targets of make and commands of the benchmark."""
     text = (ROOT / document).read_text(encoding="utf-8")
-    blocks = re.findall(r"<!-- report (\S+)( --summary)? -->\n(.*?)\n<!-- end of report -->", text, flags=re.DOTALL)
-    assert blocks
-    for name, summary, block in blocks:
-        result = files.read(ROOT / name)
-        assert block.strip() == (all_report.short if summary else files.markdown)(result).strip()
-
-
-def test_the_committed_report_is_the_commands_output() -> None:
-    files = pytest.importorskip("hpo_fused.bench.files", reason="needs the bench extra")
-    folder = ROOT / "bench" / "results" / "cpu"
-    report = (folder / "report.md").read_text(encoding="utf-8")
-    assert report.strip() == files.markdown(files.read(folder / "result.json")).strip()
-    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", report)
-    assert pictures
-    assert all((folder / name).stat().st_size > 1000 for name in pictures)
-
-
-@pytest.mark.parametrize("document", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
-def test_documents_are_linked_and_link_to_what_exists(document: str) -> None:
-    assert f"docs/{document}" in README
-    text = (ROOT / "docs" / document).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
-        assert (ROOT / "docs" / target).exists(), target
+        assert (ROOT / document).parent.joinpath(target).exists(), target
+    for path in re.findall(r"\b(?:kernels|hpo_fused|bench|tests|docs)/[\w./-]*\w", text):
+        assert (ROOT / path).exists(), path
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    for target in re.findall(r"(?:`|^)make ([\w-]+)", text, flags=re.MULTILINE):
+        assert target in targets, target
+    commands = pytest.importorskip("hpo_fused.bench.commands", reason="needs the bench extra").app.registered_commands
+    known = [command.name or command.callback.__name__ for command in commands]
+    for command in re.findall(r"hpo-fused-bench (\w+)", text):
+        assert command in known, command
 
 
-def test_example_of_a_provider_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Named module:Class on the command line, checked and timed on every operation and mode that it has."""
-    testing = pytest.importorskip("typer.testing", reason="needs the bench extra")
-    from hpo_fused.bench.commands import app
-    from hpo_fused.bench.results import Result
-
-    text = (ROOT / "docs" / "benchmark.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"<!-- provider -->\n```python\n(.*?)```", text, flags=re.DOTALL)
-    (tmp_path / "mine.py").write_text(code, encoding="utf-8")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    command = [
-        "speed", "--op", "logits", "--op", "logprobs", "--mode", "forward", "--mode", "gradient", "--mode", "both",
-        "--shape", "custom:V=97", "--shape", "custom:V=97,softcap=20", "--tokens", "32", "--repeats", "3", "--device",
-        "cpu", "--provider", "eager", "--provider", "mine:Logsumexp", "--output", "r.json",
-    ]  # fmt: skip
-    done = testing.CliRunner().invoke(app, command)
-    assert done.exit_code == 0, done.output
-    mine = [row for row in Result.read(tmp_path / "r.json").rows if row.provider == "mine:Logsumexp"]
-    assert len(mine) == 12
-    for row in mine:
-        capped = row.case.shape.softcap is not None
-        assert (row.status, row.note) == (("skipped", "has no softcap") if capped else ("ok", ""))
-        assert len(row.samples_s) == (0 if capped else 3)
+def test_every_document_is_reached_from_the_readme() -> None:
+    assert [document for document in DOCUMENTS[1:] if f"({document})" not in README] == []
