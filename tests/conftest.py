@@ -22,8 +22,8 @@ BACKENDS = ["torch"] if kernels is None else ["torch", "triton"]
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """Where the tests' tensors live."""
-    return torch.device("cuda" if GPU else "cpu")
+    """Where the tests' tensors live, as they name it themselves."""
+    return torch.device("cuda", 0) if GPU else torch.device("cpu")
 
 
 @pytest.fixture(params=BACKENDS)

@@ -1,14 +1,16 @@
 """One case, its oracle, and the comparison that every backend has to pass.
 
-Errors are judged per row and relative to the row's own gradient, the sampled token's column apart from the others:
-a gradient of zero, a forgotten factor or a wrong column in a single row fails, however small that row's weight.
+Errors are judged per row and relative to the terms that the row's own gradient is the sum of, the sampled token's
+column apart from the others: a gradient of zero, a forgotten factor or a wrong column in a single row fails, however
+small that row's weight.
 """
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,37 +20,23 @@ from hpo_fused import reference
 
 # Log-ratios that reach every branch of every shaping: both sides of both clip bounds (and of the sequence-level
 # preset's 3e-4), the saturated ends, the clamp at 20 and what lies beyond it. None lies on a boundary.
-INFINITE = float("inf")
 LOG_RATIOS = (
-    0.0,
-    0.05,
-    -0.05,
-    0.19,
-    -0.21,
-    0.26,
-    -0.26,
-    0.6,
-    -0.6,
-    1.0,
-    -1.7,
-    2.5,
-    -5.0,
-    5.0,
-    19.0,
-    -19.0,
-    25.0,
-    -25.0,
-    100.0,
-    -100.0,
-    INFINITE,
-    -INFINITE,
-)
+    0.0, 0.05, -0.05, 0.19, -0.21, 0.26, -0.26, 0.6, -0.6, 1.0, -1.7, 2.5, -5.0, 5.0, 19.0, -19.0, 25.0, -25.0, 100.0,
+    -100.0, float("inf"), -float("inf"),
+)  # fmt: skip
 ADVANTAGES = (1.0, -1.0, 0.0, 0.5, -2.0)
 
-# What the arithmetic may add to the one rounding to the logits' dtype, relative to the row's gradient. A perturbation
-# d of a value that is then rounded moves the result by at most 2 |d| past the value's own rounding error.
-GRADIENT_LIMIT = {torch.float32: 3e-6, torch.bfloat16: 6e-6, torch.float16: 6e-6}
+# Half a unit of float32: what one rounding may be off, relative to its result.
+ROUNDING = 2.0**-24
+# What a row's arithmetic may add to the one rounding to the logits' dtype, relative to the terms of its gradient:
+# about 100 roundings. The log-ratio (up to 20, so 20 of them) and some 20 operations on it in the coefficient; the
+# exponential's argument (16: entries that weigh in a row have |z' - max| < 8, rounded twice), exp itself (4: two units)
+# and the sums' steps (up to 40 in sequence over 151,936 entries, which mostly cancel).
+GRADIENT_LIMIT = 6e-6
+# log p: the sum over the vocabulary as above, where at most 49 roundings in a row add up (37 steps and a tree of 12).
 LOGPROB_LIMIT = 4e-6
+# The entropy is the difference of a logarithm and a mean of size log V, up to 12, each with its sum's error.
+ENTROPY_LIMIT = 2e-5
 
 
 @dataclass(frozen=True)
@@ -77,14 +65,29 @@ class Case:
 
 
 @dataclass
-class Inputs:
+class Arguments:
+    """Arguments of a loss but for its logits or hidden states: tokens and advantages, everything else by name."""
+
+    positional: tuple[Tensor, Tensor]
+    keywords: dict[str, Any]
+    mask: Tensor
+
+    @property
+    def transform(self) -> dict[str, float]:
+        return {key: self.keywords[key] for key in ("temperature", "softcap") if key in self.keywords}
+
+    @property
+    def terms(self) -> dict[str, Any]:
+        """The keywords that a loss of log-probabilities takes."""
+        return {key: value for key, value in self.keywords.items() if key not in ("temperature", "softcap")}
+
+
+@dataclass
+class Inputs(Arguments):
     """Arguments of ``policy_loss`` in the case's dtype; ``base`` is the leaf that ``logits`` is a view of."""
 
     base: Tensor
     logits: Tensor
-    positional: tuple[Tensor, Tensor]
-    keywords: dict[str, Any]
-    mask: Tensor
 
 
 def _logits(case: Case, shape: tuple[int, ...], tokens: Tensor, generator: torch.Generator) -> Tensor:
@@ -133,10 +136,9 @@ def build(case: Case, device: torch.device) -> Inputs:
             advantages[:, 0].clone() if case.small_ratios else signs[torch.arange(count) % len(case.advantages)]
         )
 
-    options = dict(case.options)
-    transform = {key: options[key] for key in ("temperature", "softcap") if key in options}
+    transform = {key: case.options[key] for key in ("temperature", "softcap") if key in case.options}
     logp = reference.token_logprobs(z, tokens, **transform).logprobs
-    keywords: dict[str, Any] = dict(options, objective=case.objective)
+    keywords: dict[str, Any] = dict(case.options, objective=case.objective)
     per_token: dict[str, Tensor] = {}
     if not case.on_policy:
         per_token["old_logprobs"] = logp - x
@@ -181,46 +183,100 @@ def build(case: Case, device: torch.device) -> Inputs:
         keywords["cu_seqlens"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(device)
         keywords["mask"] = mask.to(device)
     keywords |= {key: value.to(device) for key, value in per_token.items()}
-    return Inputs(base, logits, (tokens.to(device), advantages.to(device)), keywords, mask.to(device))
+    return Inputs((tokens.to(device), advantages.to(device)), keywords, mask.to(device), base, logits)
 
 
-def oracle(inputs: Inputs, logprobs: Tensor) -> tuple[reference.ReferenceOutput, Tensor]:
-    """The reference's output, and its gradient in float64, shaped like logits.
+# ---------------------------------------------------------------------------------------------------------------
+# the oracle
 
-    The coefficient of a row's gradient is judged at ``logprobs``, the backend's own (NaN: the oracle's), whose error
-    is judged apart: SoftGate's slope, for one, multiplies it by tau r.
+
+class ExactLoss(NamedTuple):
+    """A loss and its two numbers for every token, c = dL/dlogp and h = dL/dH (None: no entropy term), in float64."""
+
+    loss: Tensor
+    logprob_coefficients: Tensor
+    entropy_coefficients: Tensor | None
+
+
+def exact_loss(arguments: Arguments, exact: reference.ReferenceLogprobs, logprobs: Tensor, known: Tensor) -> ExactLoss:
+    """The reference's loss of exact log-probabilities; its coefficients at the backend's own, where ``known``.
+
+    The error of ``logprobs`` is judged apart: SoftGate's slope, for one, multiplies it by tau r.
     """
-    logits = inputs.logits.detach().double().requires_grad_()
-    out = reference.policy_loss(logits, *inputs.positional, **inputs.keywords)
-    tokens, advantages = inputs.positional
-    keywords = dict(inputs.keywords)
-    transform = {key: keywords.pop(key) for key in ("temperature", "softcap") if key in keywords}
-    exact = reference.token_logprobs(logits, tokens, mask=inputs.mask, **transform)
-    shift = (logprobs.double() - exact.logprobs).detach()
-    shifted = exact.logprobs + torch.where(logprobs.isnan(), 0.0, shift)
-    loss = reference.logprob_policy_loss(shifted, advantages, entropy=exact.entropy, **keywords)
-    (gradient,) = torch.autograd.grad(loss, logits)
-    return out, torch.where(inputs.mask.unsqueeze(-1), gradient, 0.0)
+    advantages, keywords = arguments.positional[1], arguments.terms
+    exact = reference.ReferenceLogprobs(*(value.detach() for value in exact))
+    loss = reference.logprob_policy_loss(exact.logprobs, advantages, entropy=exact.entropy, **keywords)
+    given = torch.where(known, logprobs.detach().double(), exact.logprobs).requires_grad_()
+    entropy = exact.entropy.clone().requires_grad_()
+    total = reference.logprob_policy_loss(given, advantages, entropy=entropy, **keywords)
+    c, h = torch.autograd.grad(total, (given, entropy), allow_unused=True)
+    assert c is not None
+    return ExactLoss(loss, c, h)
+
+
+class LogitGradient(NamedTuple):
+    """Exact gradient of the logits, and the size of the terms that each entry is the sum of."""
+
+    exact: Tensor
+    size: Tensor
+
+
+def logit_gradient(
+    z: Tensor, tokens: Tensor, mask: Tensor, c: Tensor, h: Tensor | None, transform: Mapping[str, float]
+) -> LogitGradient:
+    """From c = dL/dlogp and h = dL/dH, float64, shaped like ``tokens``: by the oracle and autograd.
+
+    c (delta - p) + h p (E - z'): the parts can cancel, and h's within itself; their own sizes are what an error is
+    relative to.
+    """
+    z = z.detach().requires_grad_()
+    exact = reference.token_logprobs(z, tokens, mask=mask, **transform)
+    total = (c * exact.logprobs).sum() + (0 if h is None else (h * exact.entropy).sum())
+    (gradient,) = torch.autograd.grad(total, z)
+    z = z.detach()
+    temperature, softcap = transform.get("temperature", 1.0), transform.get("softcap")
+    slope = torch.full_like(z, 1 / temperature)
+    if softcap is not None:
+        slope = slope / torch.cosh(z / softcap) ** 2
+        z = softcap * torch.tanh(z / softcap)
+    z = z / temperature
+    p, log_p = z.softmax(-1), z.log_softmax(-1)
+    chosen = torch.zeros_like(p).scatter_(-1, tokens.long().clamp(min=0).unsqueeze(-1), 1.0)
+    # Of coefficients below 1e-12 there is nothing left but rounding, the oracle's own included.
+    c, h = (None if k is None else k.abs().clamp(min=1e-12) for k in (c, h))
+    # 1 - p of the sampled token from log p, or it would be its own rounding error on peaked rows
+    size = c.unsqueeze(-1) * torch.where(chosen.bool(), -torch.expm1(log_p), p)
+    if h is not None:
+        below, log_p = (torch.where(p > 0, value, 0.0) for value in (z.amax(-1, keepdim=True) - z, log_p))  # -inf
+        entropy = -(p * log_p).sum(-1, keepdim=True)
+        size = size + h.unsqueeze(-1) * p * (below + entropy + (p * below).sum(-1, keepdim=True))
+    keep = mask.unsqueeze(-1)
+    return LogitGradient(torch.where(keep, gradient, 0.0), torch.where(keep, size * slope, 0.0))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the comparison
 
 
 def gradient_errors(
-    gradient: Tensor, expected: Tensor, tokens: Tensor, dtype: torch.dtype, scale: float = 1.0
+    gradient: Tensor, expected: LogitGradient, tokens: Tensor, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """What each row's gradient is off beyond one rounding to ``dtype``, relative to the row's own gradient.
+    """Each row's error beyond one rounding to the gradient's dtype, relative to the terms of the row's own gradient.
 
-    Returns the relative error of the target column, and the RMS of the error over the RMS of the other columns,
-    each less the error that rounding the oracle's ``scale * gradient`` once makes. Rows whose expected gradient
-    vanishes are judged absolutely: below 1e-12 there is nothing but the oracle's own rounding.
+    Returns the relative error of the target column, and the RMS of the error over the RMS of the other columns' terms,
+    each less the error that rounding the oracle's ``scale * gradient`` once makes. ``gradient`` has that factor. Rows
+    whose expected gradient vanishes are judged absolutely: below 1e-12 there is nothing but the oracle's own rounding.
     """
     column = tokens.long().clamp(min=0).unsqueeze(-1)
 
     def parts(value: Tensor) -> tuple[Tensor, Tensor]:
         return value.gather(-1, column).abs().squeeze(-1), value.scatter(-1, column, 0.0).square().mean(-1).sqrt()
 
-    error = parts(gradient.double() - expected)
-    rounding = parts((expected * scale).to(dtype).double() / scale - expected)
-    size = parts(expected)
-    target, others = ((e - r) / s.clamp(min=1e-12) for e, r, s in zip(error, rounding, size, strict=True))
+    error = parts(gradient.double() / scale - expected.exact)
+    rounding = parts((expected.exact * scale).to(gradient.dtype).double() / scale - expected.exact)
+    target, others = (
+        (e - r) / s.clamp(min=1e-12) for e, r, s in zip(error, rounding, parts(expected.size), strict=True)
+    )
     return target, others
 
 
@@ -235,42 +291,66 @@ def worst(name: str, error: Tensor, limit: float) -> None:
         )
 
 
+def hold_values(
+    exact: reference.ReferenceLogprobs, mask: Tensor, logprobs: Tensor, entropy: Tensor | None, known: Tensor
+) -> None:
+    """Log-probabilities and entropy in the rows ``known``; NaN in other unmasked ones, 0 where masked."""
+    for name, values, right, limit in (
+        ("logprobs", logprobs, exact.logprobs, LOGPROB_LIMIT),
+        ("entropy", entropy, exact.entropy, ENTROPY_LIMIT),
+    ):
+        if values is not None:
+            assert values.dtype == torch.float32
+            assert not values[~mask].any()
+            assert values[mask & ~known].isnan().all()
+            worst(name, (values.detach() - right)[known].abs(), limit)
+    assert (logprobs[known] <= 0).all()
+
+
+def hold_loss(loss: Tensor, exact: ExactLoss) -> None:
+    """Terms can cancel in the loss: it may be off by what the log-probabilities are."""
+    allowed = 1e-5 * exact.loss.abs().clamp(min=3e-2) + LOGPROB_LIMIT * exact.logprob_coefficients.abs().sum()
+    worst("loss", (loss.detach().double() - exact.loss).abs().reshape(1), allowed.item())
+
+
+def gradient_scale(*dtypes: torch.dtype | None) -> float:
+    """The factor with which backward is called: float16 needs a loss scaler's."""
+    return 2.0**8 if torch.float16 in dtypes else 1.0
+
+
+def softcap_error(transform: Mapping[str, float]) -> float:
+    """What tanh adds to a gradient's error: it is known to a few roundings of 1, which the exponential multiplies."""
+    return 4e-7 * transform["softcap"] / transform.get("temperature", 1.0) if "softcap" in transform else 0.0
+
+
 def check(case: Case, backend: str, device: torch.device, *, scale: float | None = None, **options: Any) -> None:
     """Run a case and hold loss, log-probabilities, entropy and gradient against the oracle.
 
-    ``scale`` is the factor with which backward is called (float16 needs a loss scaler's).
+    ``scale`` is the factor with which backward is called.
     """
-    scale = scale if scale is not None else (2.0**8 if case.dtype == torch.float16 else 1.0)
+    scale = gradient_scale(case.dtype) if scale is None else scale
     inputs = build(case, device)
     out = hf.policy_loss(inputs.logits, *inputs.positional, **inputs.keywords, **options, backend=backend)
     (out.loss * scale).backward()
-    expected, expected_gradient = oracle(inputs, out.logprobs)
-    assert inputs.base.grad is not None
-    assert inputs.base.grad.dtype == case.dtype
-    gradient = inputs.base.grad.double() / scale
+    gradient = inputs.base.grad
+    assert gradient is not None
+    assert gradient.dtype == case.dtype
     if case.layout == "padded":
         assert not gradient[:, -1].any()
         gradient = gradient[:, :-1]
 
-    known = out.active if options.get("skip_inactive", True) else inputs.mask
-    assert not (out.active & ~inputs.mask).any()
-    assert not out.logprobs[~inputs.mask].any()
-    assert out.logprobs[inputs.mask & ~known].isnan().all()
-    worst("logprobs", (out.logprobs - expected.logprobs)[known].abs(), LOGPROB_LIMIT)
-    assert (out.logprobs[known] <= 0).all()
-    if out.entropy is not None:
-        worst("entropy", (out.entropy - expected.entropy)[known].abs(), 2e-5)
+    tokens, mask = inputs.positional[0], inputs.mask
+    known = out.active if options.get("skip_inactive", True) else mask
+    assert not (out.active & ~mask).any()
+    z = inputs.logits.detach().double()
+    exact = reference.token_logprobs(z, tokens, mask=mask, **inputs.transform)
+    hold_values(exact, mask, out.logprobs, out.entropy, known)
+    loss = exact_loss(inputs, exact, out.logprobs, known)
+    hold_loss(out.loss, loss)
+    expected = logit_gradient(z, tokens, mask, *loss[1:], inputs.transform)
     idle = ~out.active
     assert not gradient[idle].any(), "rows without a signal have a gradient"
-    assert expected_gradient[idle].abs().max().item() < 1e-12 if bool(idle.any()) else True
-    target, others = gradient_errors(gradient, expected_gradient, inputs.positional[0], case.dtype, scale)
-    limit = GRADIENT_LIMIT[case.dtype]
-    if "softcap" in case.options:  # tanh is known to a rounding of 1, which the exponential multiplies
-        limit += 4e-7 * case.options["softcap"] / case.options.get("temperature", 1.0)
-    worst("gradient of the sampled tokens", target, limit)
-    worst("gradient of the other tokens", others, limit)
-    worst(
-        "loss",
-        ((out.loss.double() - expected.loss) / expected.loss.abs().clamp(min=3e-2)).reshape(1).abs(),
-        1e-5,
-    )
+    assert not (expected.exact[idle].abs() > 1e-12).any()
+    limit = GRADIENT_LIMIT + softcap_error(inputs.transform)
+    for name, error in zip(("sampled", "other"), gradient_errors(gradient, expected, tokens, scale), strict=True):
+        worst(f"gradient of the {name} tokens", error, limit)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,13 +21,28 @@ import torch
 from torch import Tensor
 
 import hpo_fused as hf
-from hpo_fused import linear_autograd, linear_head, reference
+from hpo_fused import reference
+from hpo_fused.linear.autograd import _Chunks
+from hpo_fused.linear.head import GemmDtypes, float32_gemms
+from hpo_fused.linear.rows import Rows
 
-from .equivalence import LOGPROB_LIMIT, Case, build, worst
+from .equivalence import (
+    ROUNDING,
+    Arguments,
+    Case,
+    LogitGradient,
+    build,
+    exact_loss,
+    gradient_scale,
+    hold_loss,
+    hold_values,
+    logit_gradient,
+    softcap_error,
+    worst,
+)
 
 # What the arithmetic of one row may be off, relative to the terms that an entry of its gradient is the sum of.
 ROW_LIMIT = 4e-6
-FLOAT32 = 2.0**-24
 
 
 def gemm_error(terms: int, device: torch.device) -> float:
@@ -36,7 +51,7 @@ def gemm_error(terms: int, device: torch.device) -> float:
     A random walk of roundings, each half a unit at most, stays within twice the square root of their number. Tensor
     cores truncate: their errors have one sign, and add up over the groups of 8 or more products that they sum at once.
     """
-    return (2 * math.sqrt(terms) + 2 + (terms / 8 if device.type == "cuda" else 0)) * FLOAT32
+    return (2 * math.sqrt(terms) + 2 + (terms / 8 if device.type == "cuda" else 0)) * ROUNDING
 
 
 @dataclass(frozen=True)
@@ -57,41 +72,31 @@ class LinearCase(Case):
         fields = {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
         return cls(**{**fields, "name": f"{case.name}-{name}" if name else case.name, **changes})
 
-    def chunk_bytes(self) -> int | None:
+    def dtypes(self, device: torch.device) -> GemmDtypes:
+        """What the GEMMs run in, which the device decides."""
+        return GemmDtypes.of(self.dtype, self.logits_dtype or self.dtype, device)
+
+    def chunk_bytes(self, device: torch.device) -> int | None:
         """What makes chunks of ``chunk_rows`` rows."""
-        if self.chunk_rows is None:
-            return None
-        logits = self.logits_dtype or self.dtype
-        entry = logits.itemsize if logits == self.dtype else logits.itemsize + self.dtype.itemsize
-        return self.chunk_rows * self.vocabulary * entry
+        return (
+            None if self.chunk_rows is None else self.chunk_rows * self.vocabulary * self.dtypes(device).bytes_per_logit
+        )
 
 
 @dataclass
-class LinearInputs:
+class LinearInputs(Arguments):
     """Arguments of ``linear_policy_loss``; ``base`` is the leaf that ``hidden`` is a view of."""
 
     base: Tensor
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
-    positional: tuple[Tensor, Tensor]
-    keywords: dict[str, Any]
-    mask: Tensor
     active: Tensor
 
     @property
     def attached(self) -> bool:
         """Whether anything needs a gradient."""
         return any(value is not None and value.requires_grad for value in (self.base, self.weight, self.bias))
-
-    @property
-    def transform(self) -> dict[str, float]:
-        return {key: self.keywords[key] for key in ("temperature", "softcap") if key in self.keywords}
-
-    @property
-    def terms(self) -> dict[str, Any]:
-        """The keywords that a loss of log-probabilities takes."""
-        return {key: value for key, value in self.keywords.items() if key not in ("temperature", "softcap")}
 
 
 def build_linear(case: LinearCase, device: torch.device, *, skip_inactive: bool = True) -> LinearInputs:
@@ -114,7 +119,7 @@ def build_linear(case: LinearCase, device: torch.device, *, skip_inactive: bool 
     bias = offset.to(stored) if case.bias else None
 
     keywords = dict(made.keywords)
-    inputs = LinearInputs(hidden, hidden, weight, bias, made.positional, keywords, mask, mask)
+    inputs = LinearInputs(made.positional, keywords, mask, hidden, hidden, weight, bias, mask)
     tokens, advantages = made.positional
     product = exact_logits(inputs, case.dtype)[0].to(case.logits_dtype or case.dtype).double()
     after, before = (
@@ -173,27 +178,27 @@ def recorded(device: torch.device) -> Iterator[list[list[Chunk]]]:
     On a GPU, GEMMs inside sum in float32 all through: PyTorch lets cuBLAS round partial sums to the inputs' dtype.
     """
     passes: list[list[Chunk]] = []
-    original = linear_autograd._chunks
+    original = _Chunks.__iter__
 
-    def spy(call: Any, rows: Any, *rest: Any) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def spy(self: _Chunks) -> Iterator[tuple[Rows, Tensor, Tensor]]:
         chunks: list[Chunk] = []
         passes.append(chunks)
-        for part, x, logits in original(call, rows, *rest):
-            positions = rows.positions[part]
-            chosen = slice(None) if rows.selected is None else rows.selected[part]
-            chunks.append(Chunk(positions[chosen], logits[chosen].double()))
-            yield part, x, logits
+        for rows, x, logits in original(self):
+            positions = torch.arange(self.hidden.shape[:2].numel(), device=device)[rows.positions]
+            chosen = slice(None) if rows.exact else rows.targets >= 0
+            chunks.append(Chunk(positions[chosen], logits[0][chosen].double()))
+            yield rows, x, logits
 
     settings = torch.backends.cuda.matmul
     names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
     before = {name: getattr(settings, name) for name in names} if device.type == "cuda" else {}
     try:
-        linear_autograd._chunks = spy
+        _Chunks.__iter__ = spy  # type: ignore[method-assign]
         for name in before:
             setattr(settings, name, False)
         yield passes
     finally:
-        linear_autograd._chunks = original
+        _Chunks.__iter__ = original  # type: ignore[method-assign]
         for name, value in before.items():
             setattr(settings, name, value)
 
@@ -253,49 +258,6 @@ class Bounds(NamedTuple):
         return Bounds(self.low[positions], self.high[positions])
 
 
-class LogitGradient(NamedTuple):
-    """Exact gradient of the logits [N, V], and the size of the terms that each entry is the sum of."""
-
-    exact: Tensor
-    size: Tensor
-
-
-def logit_gradient(
-    z: Tensor, tokens: Tensor, mask: Tensor, c: Tensor, h: Tensor | None, transform: Mapping[str, float]
-) -> LogitGradient:
-    """From c = dL/dlogp and h = dL/dH, float64, shaped like ``tokens``: by the oracle and autograd.
-
-    c (delta - p) + h p (E - z'): the parts can cancel, and h's within itself; their own sizes are what an error is
-    relative to.
-    """
-    z = z.detach().requires_grad_()
-    exact = reference.token_logprobs(z, tokens, mask=mask, **transform)
-    total = (c * exact.logprobs).sum() + (0 if h is None else (h * exact.entropy).sum())
-    (gradient,) = torch.autograd.grad(total, z)
-    z = z.detach()
-    temperature, softcap = transform.get("temperature", 1.0), transform.get("softcap")
-    slope = torch.full_like(z, 1 / temperature)
-    if softcap is not None:
-        slope = slope / torch.cosh(z / softcap) ** 2
-        z = softcap * torch.tanh(z / softcap)
-    z = z / temperature
-    p = z.softmax(-1)
-    chosen = torch.zeros_like(p).scatter_(-1, tokens.long().clamp(min=0).unsqueeze(-1), 1.0)
-    log_p = z.log_softmax(-1)
-    # Of coefficients below 1e-12 there is nothing left but rounding, the oracle's own included.
-    c, h = (None if k is None else k.abs().clamp(min=1e-12) for k in (c, h))
-    # 1 - p of the sampled token from log p, or it would be its own rounding error on peaked rows
-    size = c.unsqueeze(-1) * torch.where(chosen.bool(), -torch.expm1(log_p), p)
-    if h is not None:
-        below = z.amax(-1, keepdim=True) - z
-        entropy = -(p * log_p).sum(-1, keepdim=True)
-        size = size + h.unsqueeze(-1) * p * (below + entropy + (p * below).sum(-1, keepdim=True))
-    keep = mask.unsqueeze(-1)
-    gradient, size = torch.where(keep, gradient, 0.0), torch.where(keep, size * slope, 0.0)
-    width = gradient.shape[-1]
-    return LogitGradient(gradient.reshape(-1, width), size.reshape(-1, width))
-
-
 class HeadBounds(NamedTuple):
     """Where dhidden [N, H], dweight [V, H] and dbias [V] must lie."""
 
@@ -323,19 +285,20 @@ def head_bounds(
         start: what weight_grad held.
     """
     device, compute, stored = inputs.weight.device, case.dtype, case.stored or case.dtype
-    limit = ROW_LIMIT
-    if "softcap" in case.options:  # tanh is known to a rounding of 1, which the exponential multiplies
-        limit += 4e-7 * case.options["softcap"] / case.options.get("temperature", 1.0)
-    plain = Bounds.around(gradient.exact * upstream, limit * gradient.size * abs(upstream))
+    exact, size = (value.flatten(0, -2) for value in gradient)
+    limit = ROW_LIMIT + softcap_error(case.options)
+    plain = Bounds.around(exact * upstream, limit * size * abs(upstream))
     plain = plain.rounded(case.logits_dtype or compute)
     g = plain.rounded(compute)
     x, w = (value.detach().to(compute).double() for value in (inputs.hidden, inputs.weight))
     x = x.reshape(-1, x.shape[-1])
-    of_hidden = g.product(w, gemm_error(w.shape[0], device)).rounded(compute, stored)
-
-    # A product is rounded before it is added where GEMMs cannot add into a wider sum.
-    sums = torch.float32 if inputs.keywords.get("weight_grad") is not None or len(chunks) > 1 else stored
-    rounds = sums != compute and not linear_head.float32_gemms(device, compute).write
+    # GEMMs of widened operands leave float32. Others round their product, before it is added where they cannot add into
+    # a wider sum.
+    widened = case.dtypes(device).widened
+    of_hidden = g.product(w, gemm_error(w.shape[0], device))
+    of_hidden = of_hidden.rounded(stored) if widened else of_hidden.rounded(compute, stored)
+    sums = torch.float32 if start is not None or len(chunks) > 1 else stored
+    rounds = sums != compute and not widened and not float32_gemms(device, compute).write
     total = torch.zeros_like(w) if start is None else start.double()
     low, high, size = total, total, total.abs()
     bias_center, bias_radius = torch.zeros_like(w[:, 0]), torch.zeros_like(w[:, 0])
@@ -347,9 +310,9 @@ def head_bounds(
         of_rows = plain.rows(rows)
         bias_center = bias_center + of_rows.center.sum(0)
         bias_radius = bias_radius + of_rows.radius.sum(0) + gemm_error(len(rows), device) * of_rows.center.abs().sum(0)
-    added = (len(chunks) + 1) * FLOAT32 * size if sums == torch.float32 and len(chunks) > 0 else 0.0
+    added = (len(chunks) + 1) * ROUNDING * size if sums == torch.float32 and len(chunks) > 0 else 0.0
     of_weight = Bounds(low - added, high + added).rounded(torch.float32 if start is not None else stored)
-    bias_radius = bias_radius + (len(chunks) + 1) * FLOAT32 * bias_center.abs()
+    bias_radius = bias_radius + (len(chunks) + 1) * ROUNDING * bias_center.abs()
     of_bias = Bounds.around(bias_center, bias_radius).rounded(stored)
     bounds = HeadBounds(of_hidden, of_weight, of_bias)
     if factor != 1:
@@ -425,22 +388,17 @@ def hold_logits(case: LinearCase, inputs: LinearInputs, z: Tensor, known: Tensor
     hold("logits", z[known], Bounds.around(exact, radius).rows(known).rounded(case.logits_dtype or case.dtype))
 
 
-def hold_values(
-    inputs: LinearInputs, logprobs: Tensor, entropy: Tensor | None, z: Tensor, known: Tensor
-) -> reference.ReferenceLogprobs:
-    """Log-probabilities and entropy in the rows ``known``, NaN in other unmasked ones, 0 where masked."""
-    exact = reference.token_logprobs(z, inputs.positional[0], mask=inputs.mask, **inputs.transform)
-    for name, values, right, limit in (
-        ("logprobs", logprobs, exact.logprobs, LOGPROB_LIMIT),
-        ("entropy", entropy, exact.entropy, 2e-5),
-    ):
-        if values is not None:
-            assert values.dtype == torch.float32
-            assert not values[~inputs.mask].any()
-            assert values[inputs.mask & ~known].isnan().all()
-            worst(name, (values.detach() - right)[known].abs(), limit)
-    assert (logprobs[known] <= 0).all()
-    return exact
+def options_of(case: LinearCase, inputs: LinearInputs, rows: Tensor) -> dict[str, Any]:
+    """Keywords of both functions that say how, not what, to compute; ``rows`` enter the GEMMs."""
+    options: dict[str, Any] = {
+        "chunk_bytes": case.chunk_bytes(inputs.weight.device), "logits_dtype": case.logits_dtype,
+    }  # fmt: skip
+    if case.weight_grad:
+        start = torch.randn(inputs.weight.shape, generator=torch.Generator().manual_seed(7))
+        options["weight_grad"] = start.to(inputs.weight.device)
+    if case.slack is not None:
+        options["active_count"] = int(rows.sum()) + case.slack
+    return options
 
 
 def check_linear(
@@ -448,30 +406,21 @@ def check_linear(
 ) -> None:
     """Run a case and hold logits, loss, log-probabilities, entropy and gradients.
 
-    ``scale`` is the factor with which backward is called (float16 needs a loss scaler's).
+    ``scale`` is the factor with which backward is called.
     """
-    scale = scale if scale is not None else (2.0**8 if torch.float16 in (case.dtype, case.stored) else 1.0)
+    scale = gradient_scale(case.dtype, case.stored) if scale is None else scale
     scale = torch.tensor(scale, dtype=torch.float32).item()  # as backward gets it
-    inputs = build_linear(case, device, skip_inactive=options.get("skip_inactive", True))
-    start = None
-    if case.weight_grad:
-        start = torch.randn(inputs.weight.shape, generator=torch.Generator().manual_seed(7)).to(device)
-        inputs.keywords["weight_grad"] = start.clone()
-    if case.slack is not None:
-        inputs.keywords["active_count"] = int(inputs.active.sum()) + case.slack
+    skip_inactive = options.get("skip_inactive", True)
+    inputs = build_linear(case, device, skip_inactive=skip_inactive)
+    options |= options_of(case, inputs, inputs.active)
+    buffer = options.get("weight_grad")
+    start = None if buffer is None else buffer.clone()
     with recorded(device) as passes:
         with autocast(case, device):
             out = hf.linear_policy_loss(
-                inputs.hidden,
-                inputs.weight,
-                *inputs.positional,
-                bias=inputs.bias,
-                chunk_bytes=case.chunk_bytes(),
-                logits_dtype=case.logits_dtype,
-                **inputs.keywords,
-                **options,
-                backend=backend,
-            )
+                inputs.hidden, inputs.weight, *inputs.positional, bias=inputs.bias, backend=backend,
+                **inputs.keywords, **options,
+            )  # fmt: skip
         attached = inputs.attached
         assert out.loss.requires_grad == attached
         if attached:
@@ -479,39 +428,26 @@ def check_linear(
 
     if case.chunk_rows is not None:
         assert max(len(chunk.positions) for chunks in passes for chunk in chunks) <= case.chunk_rows
-    tokens, advantages = inputs.positional
-    known = inputs.active if options.get("skip_inactive", True) else inputs.mask
+    tokens = inputs.positional[0]
+    known = inputs.active if skip_inactive else inputs.mask
     assert torch.equal(out.active, inputs.active)
     made = merged(passes, tokens.shape, case.vocabulary, device)
     hold_logits(case, inputs, made, known)
     z = torch.where(known.unsqueeze(-1), made, 0.0)
-    exact = hold_values(inputs, out.logprobs, out.entropy, z, known)
-    keywords = {key: value for key, value in inputs.terms.items() if key not in ("weight_grad", "active_count")}
-    expected = reference.logprob_policy_loss(exact.logprobs, advantages, entropy=exact.entropy, **keywords)
-
-    # The coefficients at the backend's own log-probabilities, whose error is judged above: SoftGate's slope, for one,
-    # multiplies it by tau r.
-    logprobs = torch.where(known, out.logprobs.double(), exact.logprobs).requires_grad_()
-    entropy = exact.entropy.clone().requires_grad_()
-    loss = reference.logprob_policy_loss(logprobs, advantages, entropy=entropy, **keywords)
-    c, h = torch.autograd.grad(loss, (logprobs, entropy), allow_unused=True)
-    assert c is not None
-    # Terms can cancel in the loss: it may be off by what the log-probabilities are.
-    allowed = 1e-5 * expected.abs().clamp(min=3e-2) + LOGPROB_LIMIT * c.abs().sum()
-    worst("loss", (out.loss.detach().double() - expected).abs().reshape(1), allowed.item())
+    exact = reference.token_logprobs(z, tokens, mask=inputs.mask, **inputs.transform)
+    hold_values(exact, inputs.mask, out.logprobs, out.entropy, known)
+    loss = exact_loss(inputs, exact, out.logprobs, known)
+    hold_loss(out.loss, loss)
     if not attached:
         return
-    gradient = logit_gradient(z, tokens, inputs.mask, c, h, inputs.transform)
-    assert not gradient.exact[~inputs.active.reshape(-1)].any()
+    gradient = logit_gradient(z, tokens, inputs.mask, *loss[1:], inputs.transform)
+    assert not gradient.exact[~inputs.active].any()
     if late(case):
         bounds = head_bounds(case, inputs, gradient, passes[-1], upstream=scale, start=start)
     else:
         bounds = head_bounds(case, inputs, gradient, passes[0], factor=scale, start=start)
-    weight_gradient = inputs.weight.grad
-    if case.weight_grad:
-        assert inputs.weight.grad is None
-        weight_gradient = inputs.keywords["weight_grad"]
-    hold_gradients(case, inputs, bounds, weight_gradient)
+    assert buffer is None or inputs.weight.grad is None
+    hold_gradients(case, inputs, bounds, inputs.weight.grad if buffer is None else buffer)
 
 
 def check_linear_logprobs(
@@ -519,30 +455,18 @@ def check_linear_logprobs(
 ) -> None:
     """The same for ``linear_token_logprobs``, differentiated with random factors from ``outputs``."""
     inputs = build_linear(case, device, skip_inactive=False)
-    inputs.active = inputs.mask
-    tokens = inputs.positional[0]
-    generator = torch.Generator().manual_seed(5)
-    c, h = (1e2 * torch.randn(2, *tokens.shape, generator=generator)).to(device)
-    start = None
-    if case.weight_grad:
-        start = torch.randn(inputs.weight.shape, generator=generator).to(device)
-        inputs.keywords["weight_grad"] = options["weight_grad"] = start.clone()
-    if case.slack is not None:
-        options["active_count"] = int(inputs.mask.sum()) + case.slack
+    tokens, mask = inputs.positional[0], inputs.mask
+    inputs.active = mask
+    c, h = (1e2 * torch.randn(2, *tokens.shape, generator=torch.Generator().manual_seed(5))).to(device)
+    options |= options_of(case, inputs, mask)
+    buffer = options.get("weight_grad")
+    start = None if buffer is None else buffer.clone()
     with recorded(device) as passes:
         with autocast(case, device):
             out = hf.linear_token_logprobs(
-                inputs.hidden,
-                inputs.weight,
-                tokens,
-                bias=inputs.bias,
-                mask=inputs.mask,
-                chunk_bytes=case.chunk_bytes(),
-                logits_dtype=case.logits_dtype,
-                **inputs.transform,
-                **options,
-                backend=backend,
-            )
+                inputs.hidden, inputs.weight, tokens, bias=inputs.bias, mask=mask, backend=backend,
+                **inputs.transform, **options,
+            )  # fmt: skip
         terms = []
         if outputs != "entropy":
             terms.append((out.logprobs * c).sum())
@@ -550,11 +474,12 @@ def check_linear_logprobs(
             terms.append((out.entropy * h).sum())
         torch.stack(terms).sum().backward()
     made = merged(passes, tokens.shape, case.vocabulary, device)
-    hold_logits(case, inputs, made, inputs.mask)
-    z = torch.where(inputs.mask.unsqueeze(-1), made, 0.0)
-    hold_values(inputs, out.logprobs, out.entropy, z, inputs.mask)
+    hold_logits(case, inputs, made, mask)
+    z = torch.where(mask.unsqueeze(-1), made, 0.0)
+    exact = reference.token_logprobs(z, tokens, mask=mask, **inputs.transform)
+    hold_values(exact, mask, out.logprobs, out.entropy, mask)
     up_c = torch.zeros_like(c) if outputs == "entropy" else c
     up_h = None if outputs == "logprobs" else h.double()
-    gradient = logit_gradient(z, tokens, inputs.mask, up_c.double(), up_h, inputs.transform)
+    gradient = logit_gradient(z, tokens, mask, up_c.double(), up_h, inputs.transform)
     bounds = head_bounds(case, inputs, gradient, passes[-1], start=start)
-    hold_gradients(case, inputs, bounds, inputs.keywords["weight_grad"] if case.weight_grad else inputs.weight.grad)
+    hold_gradients(case, inputs, bounds, inputs.weight.grad if buffer is None else buffer)

@@ -73,8 +73,8 @@ def main() -> None:
                         "dloss_dlogp": float(diff(loss, mpf(-1), h=mpf(10) ** -20)),
                     }
                 )
-    path = Path(__file__).with_name("objectives.json")
-    path.write_text(json.dumps({"rows": rows}, indent=0) + "\n", encoding="utf-8")
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    Path(__file__).with_name("objectives.json").write_text(f'{{"rows": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
 if __name__ == "__main__":

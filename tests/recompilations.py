@@ -1,7 +1,8 @@
 """Counts what a GPU would compile for a series of loss calls. Run as a script, without TRITON_INTERPRET; prints JSON.
 
-The launchers run as on a GPU, on CPU tensors: the machine is described to them, and a launch only compiles (for sm_90)
-what is not in the kernel's cache. ``--specialized``: kernels without their do_not_specialize, to see that it counts.
+The public functions run as on a GPU, on CPU tensors: the machine is described to them, and a launch only compiles (for
+sm_90) what is not in the kernel's cache. ``--specialized``: kernels without their do_not_specialize, to see that it
+counts.
 """
 
 from __future__ import annotations
@@ -18,20 +19,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import hpo_fused as hf
-from hpo_fused import kernels
 from hpo_fused.kernels import launch
-from hpo_fused.loss_batch import LossBatch
-from hpo_fused.rows import LogitTransform
 
-MODULES = (
-    "computed_rows",
-    "fused_policy_loss",
-    "logprob_policy_loss",
-    "scale_gradient",
-    "token_gradient",
-    "token_statistics",
-    "token_weights",
-)
+MODULES = ("logprob_loss", "policy_loss", "scale_gradient", "token_gradient", "token_statistics", "token_terms")
 
 
 class Device:
@@ -79,50 +69,32 @@ def replace_kernels(specialized: bool) -> dict[str, Launcher]:
 
 
 def call(B: int, T: int, V: int, temperature: float, epsilon: float, alpha: float, kl: float, offset: int) -> None:
-    """Every launcher once, with tensors that start ``offset`` entries into their storage, as a micro-batch's do."""
+    """Every launcher, with tensors that start ``offset`` entries into their storage, as a micro-batch's do."""
 
     def sliced(value: Tensor) -> Tensor:
         return value.flatten().repeat(3)[offset : offset + value.numel()].view(value.shape)
 
-    objective = hf.Objective(
-        shaping=hf.Clip(epsilon, epsilon), weighting=hf.AdaptiveHysteretic(alpha), kl_coef=kl, normalization="response"
-    )
-    logits = torch.zeros(B, T, V, dtype=torch.bfloat16)
     tokens, mask = sliced(torch.zeros(B, T, dtype=torch.long)), sliced(torch.ones(B, T, dtype=torch.bool))
-    rows = [sliced(torch.zeros(B, T)) for _ in range(4)]
-    batch = LossBatch(
-        objective, "tokens", tokens.shape, tokens.device, tokens, sliced(torch.ones(B)), old_logprobs=rows[0],
-        ref_logprobs=rows[1], mask=mask, token_weights=rows[2], cu_seqlens=None, groups=None, statistics=None,
-    )  # fmt: skip
-    transform = LogitTransform(temperature)
-    options: dict[str, Any] = {"skip_inactive": True, "entropy": True, "out": torch.empty_like(logits)}
-    kernels.policy_loss(logits, batch, transform, objective.lower(), **options)
-    kernels.logprob_policy_loss(rows[3], None, batch, objective.lower(), sequence_level=True)
-    # Without KL and entropy terms, as which it has to look at weights.
-    plain = objective.lower()._replace(kl_coef=0.0)
-    kernels.computed_rows(batch, V, plain, skip_inactive=True, sequence_level=True)
-    kernels.scale_gradient(logits, torch.ones(()))
-    compute = torch.ones(B, T, dtype=torch.bool)
-    statistics = kernels.token_statistics(logits, tokens.clone(), compute, transform, entropy=True)
-    kernels.token_gradient(logits, tokens.clone(), statistics, torch.ones(B, T), None, transform, logits)
-    if B * T < 100:  # few enough for programs to share rows, which are long enough for it
-        wide = torch.empty(B, T, 151936, dtype=torch.bfloat16)
-        kernels.token_statistics(wide, tokens.clone(), compute, transform, entropy=True)
+    old, ref, weights = (sliced(torch.zeros(B, T)) for _ in range(3))
+    for level in ("token", "sequence"):
+        objective = hf.Objective(level, hf.Clip(epsilon, epsilon), hf.AdaptiveHysteretic(alpha), "response", kl_coef=kl)
+        logits = torch.zeros(B, T, V, dtype=torch.bfloat16, requires_grad=True)
+        hf.policy_loss(
+            logits, tokens, sliced(torch.ones(B)), old_logprobs=old, ref_logprobs=ref, mask=mask, token_weights=weights,
+            objective=objective, temperature=temperature, backend="triton",
+        ).loss.backward()  # fmt: skip
 
 
 if __name__ == "__main__":
     driver.set_active(Device())
-    found = launch.Machine("sm_90", 132, 50 << 20, 32)
-    launch.of_device = lambda index, *row: launch.configure(  # type: ignore[assignment]
-        found, row[0], launch.default_parameters(found, row[0], row[1], reread=row[2], narrow=row[3])
-    )
     launchers = replace_kernels("--specialized" in sys.argv)
-    # Lengths of 1, odd and divisible by 16: the values that Triton specialises on.
-    for B, T in ((4, 8), (1, 1), (3, 5), (16, 16), (2, 1), (1, 32)):
-        call(B, T, 4096, 1.0, 0.2, 0.1, 0.05, 0)
-    for changed in ((0.7, 0.2, 0.1, 0.05), (1.0, 0.3, 0.1, 0.05), (1.0, 0.2, 0.5, 0.05), (1.0, 0.2, 0.1, 1.0)):
-        call(4, 8, 4096, *changed, 0)
-    for offset in (1, 3, 8):
-        call(4, 8, 4096, 1.0, 0.2, 0.1, 0.05, offset)
-    call(4, 8, 4112, 1.0, 0.2, 0.1, 0.05, 0)  # another vocabulary of the same parity and launch
+    with launch.override(machine=launch.Machine("sm_90", 132, 50 << 20, 32)):
+        # Lengths of 1, odd and divisible by 16: the values that Triton specialises on.
+        for B, T in ((4, 8), (1, 1), (3, 5), (16, 16), (2, 1), (1, 32)):
+            call(B, T, 4096, 1.0, 0.2, 0.1, 0.05, 0)
+        for changed in ((0.7, 0.2, 0.1, 0.05), (1.0, 0.3, 0.1, 0.05), (1.0, 0.2, 0.5, 0.05), (1.0, 0.2, 0.1, 1.0)):
+            call(4, 8, 4096, *changed, 0)
+        for offset in (1, 3, 8):
+            call(4, 8, 4096, 1.0, 0.2, 0.1, 0.05, offset)
+        call(4, 8, 4112, 1.0, 0.2, 0.1, 0.05, 0)  # another vocabulary of the same parity and launch
     print(json.dumps({name: launcher.compilations for name, launcher in launchers.items()}))

@@ -1,4 +1,4 @@
-"""The backward contract: scaling, second backward, in place, compilation, operator registration."""
+"""The backward contract: scaling, second backward, in place, what is handed over."""
 
 from __future__ import annotations
 
@@ -11,20 +11,136 @@ from torch import Tensor
 import hpo_fused as hf
 from hpo_fused import autograd
 
-from .equivalence import Case, build
-from .test_equivalence import PRESETS
+from .samples import Sample, every_path, logits_arguments
 
 TOKEN_AND_SEQUENCE = ["grpo", "gspo"]
 
 
-def inputs(
-    device: torch.device, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(3, 4, 37, generator=generator).to(dtype)
-    tokens = torch.randint(37, (3, 4), generator=generator)
-    old = {"old_logprobs": (-3.6 + 0.1 * torch.randn(3, 4, generator=generator)).to(device)}
-    return logits.to(device), tokens.to(device), torch.tensor([1.0, 0.0, -1.0], device=device), old
+# ---------------------------------------------------------------------------------------------------------------
+# from logits and from hidden states alike
+
+
+def agree(ours: Any, expected: Any, **tolerance: float) -> None:
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other, **(tolerance or {"rtol": 0, "atol": 0}), equal_nan=True)
+
+
+def gradients(inputs: list[Tensor]) -> list[Tensor]:
+    """Copies of what lies in .grad."""
+    return [leaf.grad.clone() for leaf in inputs]
+
+
+@every_path
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", TOKEN_AND_SEQUENCE)
+def test_second_backward_raises(name: str, dtype: torch.dtype, path: str, device: torch.device) -> None:
+    sample = Sample(path, device, dtype=dtype)
+    inputs = sample.leaves()
+    loss = sample.loss(inputs, objective=name).loss
+    (loss * 2).backward(retain_graph=True)
+    kept = gradients(inputs)
+    with pytest.raises(RuntimeError, match="second time"):
+        (loss * 3).backward()
+    agree(gradients(inputs), kept)
+
+
+@every_path
+@pytest.mark.parametrize("name", TOKEN_AND_SEQUENCE)
+def test_double_backward_raises(name: str, path: str, device: torch.device) -> None:
+    sample = Sample(path, device)
+    inputs = sample.leaves()
+    loss, logprobs = sample.loss(inputs, objective=name).loss, sample.logprobs(inputs).logprobs
+    for leaf in inputs:
+        # The second term keeps the sum attached: a gradient that merely lacked a graph would go unnoticed.
+        with pytest.raises(RuntimeError, match="double backward"):
+            torch.autograd.grad(loss + leaf.square().sum(), leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="double backward"):
+            torch.autograd.grad(logprobs.sum(), leaf, create_graph=True)
+
+
+@every_path
+@pytest.mark.parametrize("name", TOKEN_AND_SEQUENCE)
+def test_loss_may_be_changed_in_place(name: str, path: str, device: torch.device) -> None:
+    sample = Sample(path, device)
+    inputs, twins = sample.leaves(), sample.leaves()
+    loss = sample.loss(inputs, objective=name).loss
+    with torch.no_grad():
+        loss.sub_(0.125)
+    loss -= 0.25
+    loss *= 0.5
+    loss.backward()
+    (0.5 * sample.loss(twins, objective=name).loss).backward()
+    agree(gradients(inputs), gradients(twins))
+
+
+@every_path
+@pytest.mark.parametrize("name", TOKEN_AND_SEQUENCE)
+def test_no_gradient_wanted(name: str, path: str, device: torch.device) -> None:
+    sample = Sample(path, device)
+    inputs = sample.leaves()
+    with torch.no_grad():
+        quiet, quiet_logprobs = sample.loss(inputs, objective=name).loss, sample.logprobs(inputs)
+    with torch.inference_mode():
+        inference, logprobs = sample.loss(inputs, objective=name).loss, sample.logprobs(inputs)
+    assert not quiet.requires_grad
+    assert not quiet_logprobs.logprobs.requires_grad
+    assert quiet.item() == inference.item() == sample.loss(inputs, objective=name).loss.item()
+    agree(logprobs, quiet_logprobs)
+
+
+@every_path
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_default_dtype_does_not_matter(dtype: torch.dtype, path: str, device: torch.device) -> None:
+    sample = Sample(path, device)
+    results = []
+    for default in (torch.float32, dtype):
+        inputs = sample.leaves()
+        torch.set_default_dtype(default)
+        try:
+            out = sample.loss(inputs, temperature=0.7)
+            out.loss.backward()
+            metrics = out.metrics()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        results.append((out.loss.detach(), out.logprobs, metrics["ratio_mean"], *gradients(inputs)))
+    agree(*results)
+
+
+@every_path
+def test_upstream_gradients_of_any_shape(path: str, device: torch.device) -> None:
+    """Expanded (from sum), transposed, of one output, of some rows only."""
+    sample = Sample(path, device)
+    inputs, twins, factor = sample.leaves(), sample.leaves(), torch.randn(4, 5, device=device)
+    log_p = sample.logits(twins).log_softmax(-1)
+    chosen = log_p.gather(-1, sample.tokens.unsqueeze(-1)).squeeze(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    result = sample.logprobs(inputs)
+    for build_loss in (
+        lambda lp, h: lp.sum(),
+        lambda lp, h: h.sum(),
+        lambda lp, h: (lp.t() * factor).sum() + (h * factor.t()).sum(),
+        lambda lp, h: lp[:, 1:].sum() - h[::2].mean(),
+    ):
+        ours = torch.autograd.grad(build_loss(*result), inputs, retain_graph=True)
+        agree(ours, torch.autograd.grad(build_loss(chosen, entropy), twins, retain_graph=True), rtol=1e-4, atol=1e-5)
+
+
+@every_path
+def test_backward_of_log_probabilities_may_run_again(path: str, device: torch.device) -> None:
+    """It recomputes: the second result is as right as the first, and adds to it."""
+    sample = Sample(path, device)
+    inputs = sample.leaves()
+    out = sample.logprobs(inputs)
+    total = out.logprobs.sum() - 0.1 * out.entropy.sum()
+    total.backward(retain_graph=True)
+    first = gradients(inputs)
+    total.backward()
+    assert all(gradient.abs().max() > 0.1 for gradient in first)
+    agree(gradients(inputs), [2 * gradient for gradient in first], rtol=1e-6, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# from logits
 
 
 @pytest.mark.parametrize(
@@ -52,49 +168,13 @@ def test_room_for_the_gradient_is_aligned_as_the_logits_are(taken: Any, like: bo
 
 @pytest.mark.parametrize("name", TOKEN_AND_SEQUENCE)
 def test_gradient_of_odd_rows(name: str, backend: str, device: torch.device) -> None:
-    logits, tokens, advantages, old = inputs(device)
+    logits, tokens, advantages, old = logits_arguments(device, 37)
     gradients = []
     for taken in (logits, torch.nn.functional.pad(logits, (0, 0, 0, 1))[:, :-1]):
         leaf = taken.detach().requires_grad_()
-        hf.policy_loss(leaf, tokens, advantages, **old, objective=name, backend=backend).loss.backward()
+        hf.policy_loss(leaf, tokens, advantages, old_logprobs=old, objective=name, backend=backend).loss.backward()
         gradients.append(leaf.grad)
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-8)
-
-
-@pytest.mark.parametrize("name", TOKEN_AND_SEQUENCE)
-def test_second_backward_raises(name: str, backend: str, device: torch.device) -> None:
-    logits, tokens, advantages, old = inputs(device)
-    leaf = logits.requires_grad_()
-    loss = hf.policy_loss(leaf, tokens, advantages, **old, objective=name, backend=backend).loss
-    (loss * 2).backward(retain_graph=True)
-    kept = leaf.grad.clone()
-    with pytest.raises(RuntimeError, match="second time"):
-        (loss * 3).backward()
-    torch.testing.assert_close(leaf.grad, kept, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("name", TOKEN_AND_SEQUENCE)
-def test_double_backward_raises(name: str, backend: str, device: torch.device) -> None:
-    logits, tokens, advantages, old = inputs(device)
-    leaf = logits.requires_grad_()
-    loss = hf.policy_loss(leaf, tokens, advantages, **old, objective=name, backend=backend).loss
-    # The second term keeps the sum attached: a gradient that merely lacked a graph would go unnoticed.
-    with pytest.raises(RuntimeError, match="double backward"):
-        torch.autograd.grad(loss + leaf.square().sum(), leaf, create_graph=True)
-    logprobs = hf.token_logprobs(leaf, tokens, backend=backend).logprobs
-    with pytest.raises(RuntimeError, match="double backward"):
-        torch.autograd.grad(logprobs.sum(), leaf, create_graph=True)
-
-
-def test_loss_may_be_changed_in_place(backend: str, device: torch.device) -> None:
-    logits, tokens, advantages, old = inputs(device)
-    leaf, twin = (logits.clone().requires_grad_() for _ in range(2))
-    loss = hf.policy_loss(leaf, tokens, advantages, **old, backend=backend).loss
-    loss -= 0.25
-    loss *= 0.5
-    loss.backward()
-    (0.5 * hf.policy_loss(twin, tokens, advantages, **old, backend=backend).loss).backward()
-    torch.testing.assert_close(leaf.grad, twin.grad, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -103,9 +183,9 @@ def test_loss_may_be_changed_in_place(backend: str, device: torch.device) -> Non
 def test_inplace_gives_the_same_gradient(
     name: str, sliced: bool, dtype: torch.dtype, backend: str, device: torch.device
 ) -> None:
-    logits, tokens, advantages, old = inputs(device, dtype)
+    logits, tokens, advantages, old = logits_arguments(device, 37, dtype)
     if sliced:
-        tokens, old = tokens[:, :-1], {"old_logprobs": old["old_logprobs"][:, :-1]}
+        tokens, old = tokens[:, :-1], old[:, :-1]
     gradients = []
     for inplace in (False, True):
         leaf = logits.clone().requires_grad_()
@@ -114,7 +194,9 @@ def test_inplace_gives_the_same_gradient(
         pointer, version = produced.data_ptr(), produced._version
         seen: list[int] = []
         view.register_hook(lambda gradient, seen=seen: seen.append(gradient.data_ptr()))
-        out = hf.policy_loss(view, tokens, advantages, **old, objective=name, inplace=inplace, backend=backend)
+        out = hf.policy_loss(
+            view, tokens, advantages, old_logprobs=old, objective=name, inplace=inplace, backend=backend
+        )
         view.register_hook(lambda gradient: None)  # a version that moved under a view must not crash it
         (out.loss * 0.5).backward()
         assert (seen == [pointer]) == inplace
@@ -126,10 +208,12 @@ def test_inplace_gives_the_same_gradient(
 @pytest.mark.parametrize("name", TOKEN_AND_SEQUENCE)
 def test_reading_overwritten_logits_raises(name: str, backend: str, device: torch.device) -> None:
     """Another term of the loss that saved the logits must fail, not read gradients."""
-    logits, tokens, advantages, old = inputs(device)
+    logits, tokens, advantages, old = logits_arguments(device, 37)
     produced = logits.requires_grad_() * 1
     other = produced.square().sum()
-    loss = hf.policy_loss(produced, tokens, advantages, **old, objective=name, inplace=True, backend=backend).loss
+    loss = hf.policy_loss(
+        produced, tokens, advantages, old_logprobs=old, objective=name, inplace=True, backend=backend
+    ).loss
     if name == "gspo":  # the two-kernel path overwrites in backward
         loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -137,9 +221,9 @@ def test_reading_overwritten_logits_raises(name: str, backend: str, device: torc
 
 
 def test_writing_to_stored_gradient_raises(backend: str, device: torch.device) -> None:
-    logits, tokens, advantages, old = inputs(device)
+    logits, tokens, advantages, old = logits_arguments(device, 37)
     produced = logits.requires_grad_() * 1
-    loss = hf.policy_loss(produced, tokens, advantages, **old, inplace=True, backend=backend).loss
+    loss = hf.policy_loss(produced, tokens, advantages, old_logprobs=old, inplace=True, backend=backend).loss
     with torch.no_grad():
         produced.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -148,10 +232,10 @@ def test_writing_to_stored_gradient_raises(backend: str, device: torch.device) -
 
 @pytest.mark.parametrize("name", TOKEN_AND_SEQUENCE)
 def test_all_masked_stays_attached(name: str, backend: str, device: torch.device) -> None:
-    logits, tokens, advantages, old = inputs(device)
+    logits, tokens, advantages, old = logits_arguments(device, 37)
     leaf = logits.requires_grad_()
     out = hf.policy_loss(
-        leaf, tokens, advantages, **old, mask=torch.zeros_like(tokens), objective=name, backend=backend
+        leaf, tokens, advantages, old_logprobs=old, mask=torch.zeros_like(tokens), objective=name, backend=backend
     )
     assert out.loss.item() == 0
     assert out.loss.requires_grad
@@ -180,51 +264,10 @@ def test_float16_survives_a_loss_scaler(backend: str, device: torch.device) -> N
     advantages = 2e-5 * torch.ones(4, device=device)
     leaf, twin = logits.clone().requires_grad_(), logits.float().requires_grad_()
     (hf.policy_loss(leaf, tokens, advantages, objective="dapo", backend=backend).loss * 2**16).backward()
-    (hf.policy_loss(twin, tokens, advantages, objective="dapo", backend=backend).loss * 2**16).backward()
+    (hf.policy_loss(twin, tokens, advantages, objective="dapo", backend="torch").loss * 2**16).backward()
     error = (leaf.grad.float() - twin.grad).square().mean().sqrt() / twin.grad.square().mean().sqrt()
     assert error < 1e-3
     assert (leaf.grad == 0).sum() < leaf.numel() / 1000
-
-
-def test_non_contiguous_upstream(backend: str, device: torch.device) -> None:
-    """Gradients arrive expanded (from sum), transposed, or for one output only."""
-    logits, tokens, _, _ = inputs(device)
-    weight = torch.randn(4, 3, device=device)
-    reference_leaf = logits.clone().requires_grad_()
-    log_p = reference_leaf.log_softmax(-1)
-    chosen = log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    entropy = -(log_p.exp() * log_p).sum(-1)
-    for build_loss in (
-        lambda lp, h: lp.sum(),
-        lambda lp, h: h.sum(),
-        lambda lp, h: (lp.t() * weight).sum() + (h * weight.t()).sum(),
-        lambda lp, h: lp[:, 1:].sum() - h[::2].mean(),
-    ):
-        leaf = logits.clone().requires_grad_()
-        result = hf.token_logprobs(leaf, tokens, backend=backend)
-        (ours,) = torch.autograd.grad(build_loss(result.logprobs, result.entropy), leaf)
-        (expected,) = torch.autograd.grad(build_loss(chosen, entropy), reference_leaf, retain_graph=True)
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
-
-
-def test_token_logprobs_backward_twice_is_right(backend: str, device: torch.device) -> None:
-    logits, tokens, _, _ = inputs(device)
-    leaf = logits.requires_grad_()
-    logprobs = hf.token_logprobs(leaf, tokens, backend=backend).logprobs
-    (first,) = torch.autograd.grad(logprobs.sum(), leaf, retain_graph=True)
-    (second,) = torch.autograd.grad(2 * logprobs.sum(), leaf)
-    torch.testing.assert_close(second, 2 * first, rtol=1e-6, atol=0)
-
-
-def test_no_gradient_wanted(backend: str, device: torch.device) -> None:
-    logits, tokens, advantages, old = inputs(device)
-    with torch.no_grad():
-        quiet = hf.policy_loss(logits.requires_grad_(), tokens, advantages, **old, backend=backend).loss
-    with torch.inference_mode():
-        inference = hf.policy_loss(logits, tokens, advantages, **old, backend=backend).loss
-    loud = hf.policy_loss(logits, tokens, advantages, **old, backend=backend).loss
-    assert not quiet.requires_grad
-    assert quiet.item() == inference.item() == loud.item()
 
 
 def test_stored_gradient_is_handed_over(device: torch.device) -> None:
@@ -234,103 +277,6 @@ def test_stored_gradient_is_handed_over(device: torch.device) -> None:
     pointer = out.loss.grad_fn.saved_tensors[0].data_ptr()
     out.loss.backward()
     assert logits.grad.data_ptr() == pointer
-
-
-def op_inputs(gradient: bool, name: str = "mhpo_ahpo") -> tuple[Any, ...]:
-    case = Case("opcheck", hf.Objective.preset(name, kl_coef=0.1, entropy_coef=0.1))
-    logits, tokens, advantages, old = inputs(torch.device("cpu"))
-    batch = hf.batch.prepare(
-        case.objective, hf.batch.Layout.of("tokens", tokens.shape, tokens.device, None, None), advantages,
-        ref_logprobs=old["old_logprobs"] + 0.1, token_weights=None, groups=None, statistics=None, **old,
-    )  # fmt: skip
-    logits = logits.requires_grad_(gradient)
-    spec = case.objective.lower()
-    return logits, tokens, batch, spec
-
-
-@pytest.mark.parametrize("gradient", [False, True])
-def test_opcheck(gradient: bool) -> None:
-    logits, tokens, batch, spec = op_inputs(gradient)
-    # test_schema compares outputs bit for bit between calls, test_aot_dispatch_dynamic runs autograd under tracing.
-    torch.library.opcheck(
-        autograd._fused_op,
-        (logits, tokens, batch.active, *batch.terms, 0.9, 5.0, *spec, True, gradient, "torch"),
-    )
-    torch.library.opcheck(autograd._statistics_op, (logits, tokens, batch.active, 0.9, None, True, "torch"))
-    logprobs, entropy, maximum, rest = autograd._statistics_op(
-        logits.detach(), tokens, batch.active, 0.9, None, True, "torch"
-    )
-    c = torch.randn_like(logprobs)
-    torch.library.opcheck(
-        autograd._gradient_op,
-        (logits.detach(), tokens, logprobs, entropy, maximum, rest, c, c, 0.9, None, "torch"),
-    )
-    for sequence in (False, True):
-        torch.library.opcheck(
-            autograd._logprob_op,
-            (logprobs.requires_grad_(gradient), entropy, *batch.terms, *batch.layout, sequence, *spec),
-        )
-
-
-@pytest.mark.parametrize("name", ["mhpo_ahpo", "gspo"])
-@pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_compiles_as_one_graph(name: str, layout: str) -> None:
-    """torch.compile(fullgraph=True) of a step that calls the op gives the eager step's loss and gradient."""
-    case = Case(f"compile-{name}-{layout}", PRESETS[name], layout=layout, small_ratios=name == "gspo")
-    made = build(case, torch.device("cpu"))
-
-    def step(base: Tensor) -> Tensor:
-        logits = base[:, :-1] if layout == "padded" else base
-        out = hf.policy_loss(logits * 1.5, *made.positional, **made.keywords)
-        return out.loss * 2 + out.metrics()["ratio_mean"] * 0
-
-    results = []
-    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        leaf = made.base.detach().clone().requires_grad_()
-        loss = function(leaf)
-        loss.backward()
-        results.append((loss.detach(), leaf.grad))
-    torch.testing.assert_close(results[1][0], results[0][0])
-    torch.testing.assert_close(results[1][1], results[0][1], equal_nan=True)
-
-
-@pytest.mark.parametrize("objective", [None, "grpo", "gspo", "hpo"])
-@pytest.mark.parametrize("dynamic", [None, True])
-@torch._dynamo.config.patch(recompile_limit=64)  # counted over all parameters of this test
-def test_preset_names_and_changing_values_compile(objective: str | None, dynamic: bool | None) -> None:
-    """The default call, presets by name, symbolic sizes, and a temperature that changes between calls."""
-    logits, tokens, advantages, old = inputs(torch.device("cpu"))
-    options = {} if objective is None else {"objective": objective}
-
-    def step(z: Tensor, temperature: float) -> Tensor:
-        return hf.policy_loss(z, tokens, advantages, **old, temperature=temperature, **options).loss
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for temperature in (1.0, 0.9, 0.8):
-        gradients = [
-            torch.autograd.grad(f(z, temperature), z)[0]
-            for f in (step, compiled)
-            for z in (logits.clone().requires_grad_(),)
-        ]
-        torch.testing.assert_close(gradients[1], gradients[0])
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_default_dtype_does_not_matter(dtype: torch.dtype, backend: str, device: torch.device) -> None:
-    logits, tokens, advantages, old = inputs(device)
-    results = []
-    for default in (torch.float32, dtype):
-        leaf = logits.clone().requires_grad_()
-        torch.set_default_dtype(default)
-        try:
-            out = hf.policy_loss(leaf, tokens, advantages, **old, temperature=0.7, backend=backend)
-            out.loss.backward()
-            metrics = out.metrics()
-        finally:
-            torch.set_default_dtype(torch.float32)
-        results.append((out.loss.detach(), out.logprobs, leaf.grad, metrics["ratio_mean"]))
-    for first, second in zip(*results, strict=True):
-        torch.testing.assert_close(second, first, rtol=0, atol=0, equal_nan=True)
 
 
 def test_hooks_on_packed_views_survive_inplace(backend: str, device: torch.device) -> None:
@@ -346,18 +292,3 @@ def test_hooks_on_packed_views_survive_inplace(backend: str, device: torch.devic
     )
     produced.register_hook(lambda gradient: None)
     out.loss.backward()
-
-
-def test_compiled_token_logprobs() -> None:
-    logits, tokens, _, _ = inputs(torch.device("cpu"))
-
-    def step(z: Tensor) -> Tensor:
-        result = hf.token_logprobs(z, tokens, temperature=0.8)
-        return result.logprobs.sum() - 0.1 * result.entropy.sum()
-
-    gradients = []
-    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        leaf = logits.clone().requires_grad_()
-        function(leaf).backward()
-        gradients.append(leaf.grad)
-    torch.testing.assert_close(gradients[1], gradients[0])

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
 import hpo_fused as hf
 
+from .ranks import run_ranks
+from .samples import Sample
 from .test_equivalence import PRESETS
 
 ADVANTAGES = torch.tensor([1.0, -0.5, -0.5, 0.0, -2.0, 0.3])
@@ -58,42 +55,42 @@ def test_layouts_count_alike(advantages: Tensor) -> None:
     ("positive", "negative", "alpha"), [(0, 5, 0.1), (1, 4, 0.25), (5, 4, 1.0), (3, 0, 1.0), (0, 0, 1.0)]
 )
 @pytest.mark.parametrize("as_tensor", [False, True])
-def test_adaptive_alpha(positive: int, negative: int, alpha: float, as_tensor: bool) -> None:
+def test_hysteretic_weight(positive: int, negative: int, alpha: float, as_tensor: bool) -> None:
+    """As the statistics tell it, and as the metrics report it."""
     wrap = torch.tensor if as_tensor else int
     statistics = hf.BatchStatistics(9, 9, wrap(positive), wrap(negative))
-    assert float(statistics.alpha(hf.AdaptiveHysteretic(0.1))) == pytest.approx(alpha, rel=1e-6)
-    assert statistics.alpha(hf.Hysteretic(0.6)) == 0.6
-    assert statistics.alpha(None) == 1.0
-
-
-@pytest.mark.parametrize("name", [*PRESETS, "group_mean_length"])
-@pytest.mark.parametrize("splits", [[3, 3], [1, 4, 1]])
-def test_micro_batches_add_up(name: str, splits: list[int]) -> None:
-    objective = hf.Objective.preset("mhpo_ahpo", normalization=name) if name == "group_mean_length" else PRESETS[name]
-    groups = GROUPS if name == "group_mean_length" else None
-    logits, tokens, old = batch()
-    whole = logits.clone().requires_grad_()
-    full = hf.policy_loss(whole, tokens, ADVANTAGES, old_logprobs=old, mask=MASK, objective=objective, groups=groups)
-    full.loss.backward()
-
-    statistics = hf.BatchStatistics.from_batch(ADVANTAGES, MASK, groups=groups)
-    parts = logits.clone().requires_grad_()
-    total = torch.zeros(())
-    for rows in torch.arange(6).split(splits):
-        out = hf.policy_loss(
-            parts[rows],
-            tokens[rows],
-            ADVANTAGES[rows],
-            old_logprobs=old[rows],
-            mask=MASK[rows],
-            objective=objective,
-            groups=None if groups is None else groups[rows],
-            statistics=statistics,
+    for weighting, expected in ((hf.AdaptiveHysteretic(0.1), alpha), (hf.Hysteretic(0.6), 0.6)):
+        out = hf.logprob_policy_loss(
+            torch.zeros(6, 5), ADVANTAGES, objective=hf.Objective(weighting=weighting), statistics=statistics
         )
-        out.loss.backward()
-        total = total + out.loss.detach()
-    torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(total, full.loss.detach(), rtol=1e-5, atol=1e-6)
+        assert out.metrics()["hysteretic_weight"].item() == pytest.approx(expected, rel=1e-6)
+        assert float(statistics.alpha(weighting)) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("path", ["torch", "linear"])
+@pytest.mark.parametrize("name", [*PRESETS, "group_mean_length"])
+@pytest.mark.parametrize("splits", [[3, 2], [1, 3, 1]])
+def test_micro_batches_add_up(name: str, splits: list[int], path: str, device: torch.device) -> None:
+    """Accumulated over calls with the totals of the optimiser batch, in one .grad: one big call's gradient."""
+    objective = hf.Objective.preset("mhpo_ahpo", normalization=name) if name == "group_mean_length" else PRESETS[name]
+    sample = Sample(path, device)
+    mask = (torch.arange(4) < torch.tensor([4, 2, 3, 0, 1])[:, None]).to(device)
+    groups = torch.tensor([10, 10, 3, 3, 10], device=device) if name == "group_mean_length" else None
+    statistics = hf.BatchStatistics.from_batch(sample.advantages, mask, groups=groups)
+    results = []
+    for parts in ([5], splits):
+        inputs, total = sample.leaves(), torch.zeros((), device=device)
+        for rows in torch.arange(5, device=device).split(parts):
+            out = sample.loss(
+                [inputs[0][rows], *inputs[1:]], tokens=sample.tokens[rows], advantages=sample.advantages[rows],
+                old_logprobs=sample.old[rows], mask=mask[rows], groups=None if groups is None else groups[rows],
+                objective=objective, statistics=statistics if parts == splits else None,
+            )  # fmt: skip
+            out.loss.backward()
+            total += out.loss.detach()
+        results.append((total, *(leaf.grad for leaf in inputs)))
+    for whole, added in zip(*results, strict=True):
+        torch.testing.assert_close(added, whole, rtol=1e-5, atol=1e-6)
 
 
 def test_gradient_average_multiplies() -> None:
@@ -116,17 +113,7 @@ def test_mean_length_is_daposs_token_mean() -> None:
 @pytest.mark.distributed
 def test_ranks_add_up() -> None:
     """Two processes with unequal shares and averaged gradients give the gradient of the whole batch."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    script = str(Path(__file__).with_name("ranks.py"))
-    ranks = [
-        subprocess.Popen([sys.executable, script, str(rank), str(port)], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    for rank in ranks:
-        _, errors = rank.communicate(timeout=120)
-        assert rank.returncode == 0, errors
+    run_ranks("shares")
 
 
 @pytest.mark.parametrize(

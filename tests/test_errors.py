@@ -1,150 +1,318 @@
-"""Bad input, one by one: the error names the argument, what was expected and what came."""
+"""Wrong calls of every function that takes the argument: the error names it, what was expected and what came."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import hpo_fused as hf
+from hpo_fused.checks import same_device
 
+ONES, CU = torch.ones(2, 3), torch.tensor([0, 2, 6])
 LOGITS, TOKENS, ADVANTAGES = torch.randn(2, 3, 11), torch.randint(11, (2, 3)), torch.tensor([1.0, -1.0])
-PACKED, PACKED_TOKENS, CU = torch.randn(6, 11), torch.randint(11, (6,)), torch.tensor([0, 2, 6])
+HIDDEN, WEIGHT, BIAS = torch.randn(2, 3, 4), torch.randn(11, 4), torch.randn(11)
+META = torch.ones(11, 4, device="meta")
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "policy_loss": {"logits": LOGITS, "tokens": TOKENS, "advantages": ADVANTAGES},
+    "token_logprobs": {"logits": LOGITS, "tokens": TOKENS},
+    "linear_policy_loss": {
+        "hidden": HIDDEN, "weight": WEIGHT.clone().requires_grad_(), "tokens": TOKENS, "advantages": ADVANTAGES,
+    },
+    "linear_token_logprobs": {"hidden": HIDDEN, "weight": WEIGHT.clone().requires_grad_(), "tokens": TOKENS},
+    "logprob_policy_loss": {"logprobs": torch.zeros(2, 3), "advantages": ADVANTAGES},
+    "linear_memory": {"rows": 8, "hidden_size": 4, "vocabulary": 11},
+}  # fmt: skip
+LOGITS_PATH = ("policy_loss", "token_logprobs")
+HEAD = ("linear_policy_loss", "linear_token_logprobs")
+LOSSES = ("policy_loss", "linear_policy_loss", "logprob_policy_loss")
+GROUPED = {"objective": hf.Objective.preset("ahpo", normalization="group_mean_length")}
+HALF = {"hidden": HIDDEN.bfloat16(), "weight": WEIGHT.bfloat16()}
+INPLACE = ("policy_loss",)
+Wrong = tuple[dict[str, Any], type[Exception], str]
 
 
-def loss(logits=LOGITS, tokens=TOKENS, advantages=ADVANTAGES, **options):  # type: ignore[no-untyped-def]
-    return hf.policy_loss(logits, tokens, advantages, **options)
+def call(function: str, packed: bool = False, **options: Any) -> Any:
+    arguments = ARGUMENTS[function]
+    if packed:  # [B, T] and [B, T, ...] become [N] and [N, ...]
+        arguments = {k: v.flatten(0, 1) if v.shape[:2] == (2, 3) else v for k, v in arguments.items()}
+    return getattr(hf, function)(**{**arguments, **options})
 
 
-def packed(cu_seqlens=CU, **options):  # type: ignore[no-untyped-def]
-    return hf.policy_loss(PACKED, PACKED_TOKENS, ADVANTAGES, cu_seqlens=cu_seqlens, **options)
-
-
-def token_at(value: int) -> torch.Tensor:
+def token_at(value: int) -> Tensor:
     tokens = TOKENS.clone()
     tokens[1, 2] = value
     return tokens
 
 
-BAD = {
-    "logits-list": (lambda: loss(logits=[1.0]), TypeError, "logits: expected a float16.*list"),
-    "logits-float64": (lambda: loss(logits=LOGITS.double()), TypeError, r"logits: .*float64 \[2, 3, 11\]"),
-    "logits-dims": (lambda: loss(logits=LOGITS[0, 0]), ValueError, r"logits: .*\[11\]"),
-    "logits-empty": (lambda: loss(logits=LOGITS[..., :0]), ValueError, r"logits: .*V > 0.*\[2, 3, 0\]"),
-    "logits-strided": (lambda: loss(logits=LOGITS[..., ::2]), ValueError, "logits: .*contiguous last dimension"),
-    "tokens-shape": (lambda: loss(tokens=TOKENS[:, :2]), ValueError, r"tokens: expected shape \[2, 3\].*\[2, 2\]"),
-    "tokens-dtype": (lambda: loss(tokens=TOKENS.float()), TypeError, "tokens: expected an integer.*float32"),
-    "tokens-high": (lambda: loss(tokens=token_at(11)), ValueError, "tokens: .*11"),
-    "tokens-negative": (lambda: loss(tokens=token_at(-1)), ValueError, "tokens: .*-1"),
-    "tokens-ignored-id": (lambda: loss(tokens=token_at(-100), objective="gspo"), ValueError, "tokens: .*-100"),
-    "advantages-shape": (lambda: loss(advantages=torch.ones(3)), ValueError, r"advantages: .*\[2\].*\[3\]"),
-    "advantages-type": (lambda: loss(advantages=1.0), TypeError, "advantages: .*float"),
-    "advantages-bool": (lambda: loss(advantages=torch.ones(2).bool()), TypeError, "advantages: .*bool"),
-    "advantages-device": (lambda: loss(advantages=torch.ones(2, device="meta")), ValueError, "advantages: .*cpu.*meta"),
-    "old-shape": (lambda: loss(old_logprobs=torch.zeros(2)), ValueError, r"old_logprobs: .*\[2, 3\].*\[2\]"),
-    "old-dtype": (lambda: loss(old_logprobs=TOKENS), TypeError, "old_logprobs: .*int64"),
-    "ref-missing": (
-        lambda: loss(objective=hf.Objective.preset("grpo", kl_coef=0.1)),
-        ValueError,
-        "ref_logprobs: .*kl_coef=0.1.*None",
+# Of the functions with logits or hidden states: ids, mask, transform, backend.
+ROWS: dict[str, Wrong] = {
+    "tokens-shape": ({"tokens": TOKENS[:, :2]}, ValueError, r"tokens: expected shape \[2, 3\].*\[2, 2\]"),
+    "tokens-dtype": ({"tokens": TOKENS.float()}, TypeError, "tokens: expected an integer.*float32"),
+    "tokens-list": ({"tokens": [[1]]}, TypeError, "tokens: .*list"),
+    "tokens-high": ({"tokens": token_at(11)}, ValueError, r"tokens: expected ids in \[0, 11\).*11"),
+    "tokens-far": ({"tokens": token_at(2**40)}, ValueError, r"tokens: expected ids in \[0, 11\).*1099511627776"),
+    "tokens-negative": ({"tokens": token_at(-1)}, ValueError, "tokens: .*-1"),
+    "tokens-ignored-id": ({"tokens": token_at(-100)}, ValueError, "tokens: .*-100"),
+    "mask-shape": ({"mask": torch.ones(2, 4)}, ValueError, r"mask: .*\[2, 3\].*\[2, 4\]"),
+    "mask-dims": ({"mask": torch.ones(2)}, ValueError, r"mask: .*\[2, 3\].*\[2\]"),
+    "mask-type": ({"mask": [1]}, TypeError, "mask: .*list"),
+    "mask-fractional": ({"mask": ONES / 2}, ValueError, "mask: .*0 and 1.*token_weights"),
+    "mask-complex": ({"mask": ONES + 0j}, TypeError, "mask: .*complex"),
+    "temperature-zero": ({"temperature": 0.0}, ValueError, "temperature: .*> 0.*0.0"),
+    "temperature-nan": ({"temperature": math.nan}, ValueError, "temperature: .*nan"),
+    "temperature-inf": ({"temperature": math.inf}, ValueError, "temperature: .*inf"),
+    "temperature-type": ({"temperature": "1"}, TypeError, "temperature: .*str"),
+    "softcap-negative": ({"softcap": -30.0}, ValueError, "softcap: .*-30"),
+    "softcap-nan": ({"softcap": math.nan}, ValueError, "softcap: .*nan"),
+    "backend-name": ({"backend": "cuda"}, ValueError, "backend: expected one of .*'cuda'"),
+}
+# Of every loss: what describes the batch.
+BATCH: dict[str, Wrong] = {
+    "advantages-shape": ({"advantages": torch.ones(3)}, ValueError, r"advantages: .*\[2\].*\[3\]"),
+    "advantages-type": ({"advantages": 1.0}, TypeError, "advantages: .*float"),
+    "advantages-bool": ({"advantages": torch.ones(2).bool()}, TypeError, "advantages: .*bool"),
+    "advantages-device": ({"advantages": META[:2, 0]}, ValueError, "advantages: .*cpu.*meta"),
+    "old-shape": ({"old_logprobs": torch.zeros(2)}, ValueError, r"old_logprobs: .*\[2, 3\].*\[2\]"),
+    "old-dtype": ({"old_logprobs": TOKENS}, TypeError, "old_logprobs: .*int64"),
+    "ref-missing": ({"objective": hf.Objective(kl_coef=0.1)}, ValueError, "ref_logprobs: .*kl_coef=0.1.*None"),
+    "ref-shape": ({"ref_logprobs": torch.zeros(3, 2)}, ValueError, r"ref_logprobs: .*\[2, 3\].*\[3, 2\]"),
+    "weights-shape": ({"token_weights": torch.ones(3)}, ValueError, r"token_weights: .*\[3\]"),
+    "cu-missing": ({"packed": True}, ValueError, "cu_seqlens: expected response boundaries.*None"),
+    "cu-padded": ({"cu_seqlens": CU}, ValueError, "cu_seqlens: expected None"),
+    "cu-falling": (
+        {"packed": True, "cu_seqlens": torch.tensor([0, 5, 4, 6])}, ValueError, r"cu_seqlens: .*\[0, 5, 4, 6\]"
     ),
-    "ref-shape": (lambda: loss(ref_logprobs=torch.zeros(3, 2)), ValueError, "ref_logprobs"),
-    "mask-shape": (lambda: loss(mask=torch.ones(2, 4)), ValueError, r"mask: .*\[2, 3\].*\[2, 4\]"),
-    "mask-type": (lambda: loss(mask=[1]), TypeError, "mask: .*list"),
-    "mask-fractional": (lambda: loss(mask=torch.full((2, 3), 0.5)), ValueError, "mask: .*0 and 1.*token_weights"),
-    "mask-complex": (lambda: loss(mask=torch.ones(2, 3, dtype=torch.complex64)), TypeError, "mask: .*complex"),
-    "weights-shape": (lambda: loss(token_weights=torch.ones(3)), ValueError, r"token_weights: .*\[3\]"),
-    "cu-missing": (lambda: packed(None), ValueError, "cu_seqlens: expected response boundaries.*None"),
-    "cu-padded": (lambda: loss(cu_seqlens=CU), ValueError, "cu_seqlens: expected None"),
-    "cu-falling": (lambda: packed(torch.tensor([0, 5, 4, 6])), ValueError, r"cu_seqlens: .*\[0, 5, 4, 6\]"),
-    "cu-start": (lambda: packed(torch.tensor([1, 2, 6])), ValueError, "cu_seqlens: .*from 0 to N = 6"),
-    "cu-end": (lambda: packed(torch.tensor([0, 2, 5])), ValueError, "cu_seqlens: .*from 0 to N = 6"),
-    "cu-none": (lambda: packed(torch.tensor([0])), ValueError, "cu_seqlens: .*at least for N = 6, got one entry"),
-    "cu-dtype": (lambda: packed(CU.float()), TypeError, "cu_seqlens: .*float32"),
-    "cu-dims": (lambda: packed(CU[None]), ValueError, r"cu_seqlens: .*\[B \+ 1\].*\[1, 3\]"),
-    "cu-type": (lambda: packed([0, 2, 6]), TypeError, "cu_seqlens: .*list"),
-    "groups-missing": (
-        lambda: loss(objective=hf.Objective.preset("ahpo", normalization="group_mean_length")),
-        ValueError,
-        "groups: .*group_mean_length.*None",
+    "cu-beyond": (
+        {"packed": True, "cu_seqlens": torch.tensor([0, 7, 6])}, ValueError, r"cu_seqlens: .*\[0, 7, 6\]"
     ),
-    "groups-shape": (
-        lambda: loss(objective=hf.Objective.preset("ahpo", normalization="group_mean_length"), groups=CU),
-        ValueError,
-        r"groups: .*\[2\].*\[3\]",
+    "cu-start": (
+        {"packed": True, "cu_seqlens": torch.tensor([1, 2, 6])}, ValueError, "cu_seqlens: .*from 0 to N = 6"
     ),
+    "cu-end": (
+        {"packed": True, "cu_seqlens": torch.tensor([0, 2, 5])}, ValueError, "cu_seqlens: .*from 0 to N = 6"
+    ),
+    "cu-none": (
+        {"packed": True, "cu_seqlens": torch.tensor([0])}, ValueError, "cu_seqlens: .*at least for N = 6, got one entry"
+    ),
+    "cu-dtype": ({"packed": True, "cu_seqlens": CU.float()}, TypeError, "cu_seqlens: .*float32"),
+    "cu-dims": ({"packed": True, "cu_seqlens": CU[None]}, ValueError, r"cu_seqlens: .*\[B \+ 1\].*\[1, 3\]"),
+    "cu-type": ({"packed": True, "cu_seqlens": [0, 2, 6]}, TypeError, "cu_seqlens: .*list"),
+    "groups-missing": (GROUPED, ValueError, "groups: .*group_mean_length.*None"),
+    "groups-shape": ({**GROUPED, "groups": CU}, ValueError, r"groups: .*\[2\].*\[3\]"),
     "groups-unseen": (
-        lambda: loss(
-            objective=hf.Objective.preset("ahpo", normalization="group_mean_length"),
-            groups=torch.tensor([1, 2]),
-            statistics=hf.BatchStatistics(2, 6, 1, 1, torch.tensor([1, 1]), torch.tensor([3, 3])),
-        ),
-        ValueError,
-        "groups: .*seen",
+        {
+            **GROUPED, "groups": torch.tensor([1, 2]),
+            "statistics": hf.BatchStatistics(2, 6, 1, 1, torch.tensor([1, 1]), torch.tensor([3, 3])),
+        },
+        ValueError, "groups: .*seen",
     ),
     "groups-uncounted": (
-        lambda: loss(
-            objective=hf.Objective.preset("ahpo", normalization="group_mean_length"),
-            groups=torch.tensor([1, 2]),
-            statistics=hf.BatchStatistics(2, 6, 1, 1),
-        ),
-        ValueError,
-        "statistics: .*group",
+        {**GROUPED, "groups": torch.tensor([1, 2]), "statistics": hf.BatchStatistics(2, 6, 1, 1)},
+        ValueError, "statistics: .*group",
     ),
-    "max-length": (lambda: loss(objective="dr_grpo"), ValueError, "max_length: .*constant.*None"),
-    "objective-name": (lambda: loss(objective="grpoo"), ValueError, "objective: expected one of grpo.*'grpoo'"),
-    "objective-type": (lambda: loss(objective=3), TypeError, "objective: .*int"),
+    "max-length": ({"objective": "dr_grpo"}, ValueError, "max_length: .*constant.*None"),
+    "objective-name": ({"objective": "grpoo"}, ValueError, "objective: expected one of grpo.*'grpoo'"),
+    "objective-type": ({"objective": 3}, TypeError, "objective: .*int"),
     "statistics-device": (
-        lambda: loss(statistics=hf.BatchStatistics(2, 6, 1, torch.tensor(1, device="meta"))),
-        ValueError,
-        "statistics: expected negative on cpu.*meta",
+        {"statistics": hf.BatchStatistics(2, 6, 1, torch.tensor(1, device="meta"))},
+        ValueError, "statistics: expected negative on cpu.*meta",
     ),
-    "statistics-type": (lambda: loss(statistics={}), TypeError, "statistics: expected a BatchStatistics.*dict"),
-    "temperature-zero": (lambda: loss(temperature=0.0), ValueError, "temperature: .*> 0.*0.0"),
-    "temperature-nan": (lambda: loss(temperature=math.nan), ValueError, "temperature: .*nan"),
-    "temperature-inf": (lambda: loss(temperature=math.inf), ValueError, "temperature: .*inf"),
-    "temperature-type": (lambda: loss(temperature="1"), TypeError, "temperature: .*str"),
-    "softcap-negative": (lambda: loss(softcap=-30.0), ValueError, "softcap: .*-30"),
-    "backend-name": (lambda: loss(backend="cuda"), ValueError, "backend: expected one of .*'cuda'"),
-    "inplace-leaf": (
-        lambda: loss(logits=LOGITS.clone().requires_grad_(), inplace=True),
-        ValueError,
-        "inplace: .*leaf",
-    ),
-    "inplace-view-of-leaf": (
-        lambda: loss(logits=torch.randn(2, 4, 11, requires_grad=True)[:, :-1], inplace=True),
-        ValueError,
-        "inplace: .*leaf",
-    ),
-    "inplace-expanded": (
-        lambda: loss(logits=(torch.randn(1, 3, 11, requires_grad=True) * 2).expand(2, 3, 11), inplace=True),
-        ValueError,
-        "inplace: .*strides",
-    ),
-    "logprobs-dtype": (lambda: hf.logprob_policy_loss(TOKENS, ADVANTAGES), TypeError, "logprobs: .*int64"),
-    "logprobs-dims": (lambda: hf.logprob_policy_loss(LOGITS, ADVANTAGES), ValueError, r"logprobs: .*\[2, 3, 11\]"),
-    "entropy-missing": (
-        lambda: hf.logprob_policy_loss(torch.zeros(2, 3), ADVANTAGES, objective=hf.Objective(entropy_coef=0.1)),
-        ValueError,
-        "entropy: .*entropy_coef=0.1.*None",
-    ),
-    "entropy-shape": (
-        lambda: hf.logprob_policy_loss(torch.zeros(2, 3), ADVANTAGES, entropy=torch.zeros(2)),
-        ValueError,
-        r"entropy: .*\[2, 3\]",
-    ),
-    "token-logprobs-tokens": (lambda: hf.token_logprobs(LOGITS, token_at(99)), ValueError, "tokens: .*99"),
-    "token-logprobs-mask": (lambda: hf.token_logprobs(LOGITS, TOKENS, mask=torch.ones(2)), ValueError, "mask: "),
-    "backend-for": (lambda: hf.backend_for(LOGITS, "gpu"), ValueError, "backend: .*'gpu'"),
+    "statistics-type": ({"statistics": {}}, TypeError, "statistics: expected a BatchStatistics.*dict"),
+}  # fmt: skip
+OF_LOGITS: dict[str, Wrong] = {
+    "logits-list": ({"logits": [1.0]}, TypeError, "logits: expected a float16.*list"),
+    "logits-float64": ({"logits": LOGITS.double()}, TypeError, r"logits: .*float64 \[2, 3, 11\]"),
+    "logits-dims": ({"logits": LOGITS[0, 0]}, ValueError, r"logits: .*\[11\]"),
+    "logits-empty": ({"logits": LOGITS[..., :0]}, ValueError, r"logits: .*V > 0.*\[2, 3, 0\]"),
+    "logits-strided": ({"logits": LOGITS[..., ::2]}, ValueError, "logits: .*contiguous last dimension"),
 }
+IN_PLACE: dict[str, Wrong] = {
+    "leaf": ({"logits": LOGITS.clone().requires_grad_(), "inplace": True}, ValueError, "inplace: .*leaf"),
+    "view-of-leaf": (
+        {"logits": torch.randn(2, 4, 11, requires_grad=True)[:, :-1], "inplace": True}, ValueError, "inplace: .*leaf"
+    ),
+    "expanded": (
+        {"logits": (torch.randn(1, 3, 11, requires_grad=True) * 2).expand(2, 3, 11), "inplace": True},
+        ValueError, "inplace: .*strides",
+    ),
+}  # fmt: skip
+OF_LOGPROBS: dict[str, Wrong] = {
+    "logprobs-dtype": ({"logprobs": TOKENS}, TypeError, "logprobs: .*int64"),
+    "logprobs-dims": ({"logprobs": LOGITS}, ValueError, r"logprobs: .*\[2, 3, 11\]"),
+    "entropy-missing": (
+        {"objective": hf.Objective(entropy_coef=0.1)}, ValueError, "entropy: .*entropy_coef=0.1.*None"
+    ),
+    "entropy-shape": ({"entropy": torch.zeros(2)}, ValueError, r"entropy: .*\[2, 3\]"),
+    "backend-name": ({"backend": "cuda"}, ValueError, "backend: expected one of .*'cuda'"),
+}  # fmt: skip
+OF_HEAD: dict[str, Wrong] = {
+    "hidden-list": ({"hidden": [1.0]}, TypeError, "hidden: expected a float16, bfloat16 or float32 tensor, got list"),
+    "hidden-none": ({"hidden": None}, TypeError, "hidden: .*NoneType"),
+    "hidden-float64": ({"hidden": HIDDEN.double()}, TypeError, r"hidden: .*float64 \[2, 3, 4\]"),
+    "hidden-integer": ({"hidden": HIDDEN.long()}, TypeError, "hidden: .*int64"),
+    "hidden-dims": ({"hidden": HIDDEN[0, 0]}, ValueError, r"hidden: expected shape \[B, T, H\] or \[N, H\].*\[4\]"),
+    "hidden-four": ({"hidden": HIDDEN[None]}, ValueError, r"hidden: .*\[1, 2, 3, 4\]"),
+    "hidden-empty": ({"hidden": HIDDEN[..., :0]}, ValueError, r"hidden: .*H > 0.*\[2, 3, 0\]"),
+    "weight-list": ({"weight": [1.0]}, TypeError, "weight: expected a float16.*list"),
+    "weight-float64": ({"weight": WEIGHT.double()}, TypeError, r"weight: .*float64 \[11, 4\]"),
+    "weight-dims": ({"weight": WEIGHT[0]}, ValueError, r"weight: expected shape \[V, 4\].*\[4\]"),
+    "weight-transposed": ({"weight": WEIGHT.t()}, ValueError, r"weight: .*nn.Linear.*\[4, 11\]"),
+    "weight-empty": ({"weight": WEIGHT[:0]}, ValueError, r"weight: .*V > 0.*\[0, 4\]"),
+    "weight-device": ({"weight": META}, ValueError, "weight: expected a tensor on cpu.*meta"),
+    "weight-dtype": (
+        {"weight": WEIGHT.bfloat16()}, TypeError, r"weight: expected hidden's dtype float32 \(or torch.autocast\).*bfl"
+    ),
+    "bias-list": ({"bias": [1.0]}, TypeError, "bias: expected a float16.*list"),
+    "bias-float64": ({"bias": BIAS.double()}, TypeError, "bias: .*float64"),
+    "bias-shape": ({"bias": BIAS[:4]}, ValueError, r"bias: expected shape \[11\].*\[4\]"),
+    "bias-dims": ({"bias": BIAS[None]}, ValueError, r"bias: .*\[11\].*\[1, 11\]"),
+    "bias-device": ({"bias": META[:, 0]}, ValueError, "bias: expected a tensor on cpu.*meta"),
+    "bias-dtype": ({"bias": BIAS.bfloat16()}, TypeError, "bias: expected weight's dtype.*bfloat16.*float32"),
+    "logits-dtype": ({"logits_dtype": torch.bfloat16}, TypeError, "logits_dtype: expected None, torch.float32, got "),
+    "logits-dtype-half": (
+        {**HALF, "logits_dtype": torch.float16},
+        TypeError, "logits_dtype: expected None, torch.float32 or torch.bfloat16, got torch.float16",
+    ),
+    "logits-dtype-double": ({"logits_dtype": torch.float64}, TypeError, "logits_dtype: .*float64"),
+    "logits-dtype-name": ({"logits_dtype": "float32"}, TypeError, "logits_dtype: .*'float32'"),
+    "chunk-bytes-low": ({"chunk_bytes": 43}, ValueError, "chunk_bytes: .*at least one row.* 44 bytes at V = 11.* 43"),
+    "chunk-bytes-zero": ({"chunk_bytes": 0}, ValueError, "chunk_bytes: .*0"),
+    "chunk-bytes-negative": ({"chunk_bytes": -1}, ValueError, "chunk_bytes: .*-1"),
+    "chunk-bytes-bool": ({"chunk_bytes": True}, TypeError, "chunk_bytes: expected an int or None, got bool True"),
+    "chunk-bytes-float": ({"chunk_bytes": 1e9}, TypeError, "chunk_bytes: .*float"),
+    "chunk-bytes-logits": (  # float32 logits; where bfloat16 is multiplied, a row has its gradient in that beside it
+        {**HALF, "logits_dtype": torch.float32, "chunk_bytes": 43}, ValueError, "chunk_bytes: .* (44|66) bytes.*43"
+    ),
+    "count-bool": ({"active_count": True}, TypeError, "active_count: expected an int or None, got bool True"),
+    "count-float": ({"active_count": 6.0}, TypeError, "active_count: .*float"),
+    "count-tensor": ({"active_count": torch.tensor(6)}, TypeError, "active_count: .*int64"),
+    "count-float-tensor": ({"active_count": torch.tensor(6.0)}, TypeError, "active_count: .*float32"),
+    "count-tensors": ({"active_count": torch.tensor([6, 6])}, TypeError, r"active_count: .*int64 \[2\]"),
+    "count-negative": ({"active_count": -1}, ValueError, "active_count: expected between 0 and 6 rows, got -1"),
+    "count-high": ({"active_count": 7}, ValueError, "active_count: .*between 0 and 6 rows, got 7"),
+    "count-low": ({"active_count": 5}, ValueError, "active_count: expected at least the 6 active rows, got 5"),
+    "main-grad-list": ({"weight_grad": [1.0]}, TypeError, r"weight_grad: expected a float32 tensor \[11, 4\].* list"),
+    "main-grad-dtype": ({"weight_grad": WEIGHT.bfloat16()}, TypeError, "weight_grad: .*float32.*bfloat16"),
+    "main-grad-shape": ({"weight_grad": torch.zeros(4, 11)}, ValueError, r"weight_grad: .*\[11, 4\].*\[4, 11\]"),
+    "main-grad-device": ({"weight_grad": META}, ValueError, "weight_grad: expected a tensor on cpu.*meta"),
+    "main-grad-leaf": (
+        {"weight_grad": torch.zeros(11, 4, requires_grad=True)},
+        ValueError, "weight_grad: expected a buffer that does not require grad",
+    ),
+    "main-grad-frozen": (
+        {"weight": WEIGHT, "weight_grad": torch.zeros(11, 4)},
+        ValueError, "weight_grad: expected None for a weight that does not require grad",
+    ),
+}  # fmt: skip
+OF_SIZES: dict[str, Wrong] = {
+    "rows-float": ({"rows": 8.0}, TypeError, "rows: expected an int, got float 8.0"),
+    "rows-bool": ({"rows": True}, TypeError, "rows: .*bool True"),
+    "rows-negative": ({"rows": -1}, ValueError, "rows: expected a count >= 0, got -1"),
+    "hidden-size": ({"hidden_size": None}, TypeError, "hidden_size: .*NoneType"),
+    "hidden-size-negative": ({"hidden_size": -4}, ValueError, "hidden_size: .*-4"),
+    "vocabulary": ({"vocabulary": "11"}, TypeError, "vocabulary: .*'11'"),
+    "vocabulary-negative": ({"vocabulary": -11}, ValueError, "vocabulary: .*-11"),
+    "tokens": ({"tokens": 1.5}, TypeError, "tokens: .*1.5"),
+    "tokens-negative": ({"tokens": -2}, ValueError, "tokens: .*-2"),
+    "dtype": ({"dtype": torch.float64}, TypeError, "dtype: expected float16, bfloat16 or float32, got .*float64"),
+    "dtype-name": ({"dtype": "bfloat16"}, TypeError, "dtype: .*'bfloat16'"),
+    "autocast": ({"autocast": torch.int8}, TypeError, "autocast: .*int8"),
+    "logits-dtype": ({"logits_dtype": torch.float64}, TypeError, "logits_dtype: .*float64"),
+    "logits-dtype-half": ({"logits_dtype": torch.float16}, TypeError, "logits_dtype: .*bfloat16.*float16"),
+    "chunk-bytes": ({"chunk_bytes": 21}, ValueError, "chunk_bytes: .* 22 bytes.*21"),
+    "chunk-bytes-type": ({"chunk_bytes": "1"}, TypeError, "chunk_bytes: .*'1'"),
+}
+TABLES: tuple[tuple[tuple[str, ...], dict[str, Wrong]], ...] = (
+    ((*LOGITS_PATH, *HEAD), ROWS),
+    (LOSSES, BATCH),
+    (LOGITS_PATH, OF_LOGITS),
+    (INPLACE, IN_PLACE),
+    (("logprob_policy_loss",), OF_LOGPROBS),
+    (HEAD, OF_HEAD),
+    (("linear_memory",), OF_SIZES),
+)
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input(name: str) -> None:
-    call, error, words = BAD[name]
-    with pytest.raises(error, match=words):
-        call()
+def wrong_calls() -> Iterator[Any]:
+    for functions, table in TABLES:
+        for function in functions:
+            for name, wrong in table.items():
+                yield pytest.param(function, *wrong, id=f"{function}-{name}")
+
+
+def variants(function: str) -> list[dict[str, Any]]:
+    """The ways through a function, which all check: by ratio level, with a mask and with rows not to be chosen."""
+    if function in ("policy_loss", "linear_policy_loss"):
+        return [{"objective": "grpo"}, {"objective": "gspo"}]
+    return [{}, {"mask": ONES}] if "token_logprobs" in function else [{}]
+
+
+@pytest.mark.parametrize(("function", "options", "error", "words"), [*wrong_calls()])
+def test_wrong_call(function: str, options: dict[str, Any], error: type[Exception], words: str) -> None:
+    for variant in variants(function):
+        for gradients in (True, False):
+            with torch.set_grad_enabled(gradients), pytest.raises(error, match=words):
+                call(function, **{**variant, **options})
+
+
+def test_wrong_backend_of_a_tensor() -> None:
+    with pytest.raises(ValueError, match=r"backend: .*'gpu'"):
+        hf.backend_for(LOGITS, "gpu")  # type: ignore[arg-type]
+
+
+def test_a_device_without_an_index_is_any_of_its_type() -> None:
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    assert same_device(first, torch.device("cuda"))
+    assert same_device(torch.device("cuda"), second)
+    assert not same_device(first, second)
+    assert not same_device(torch.device("cuda"), torch.device("cpu"))
+
+
+def test_under_autocast() -> None:
+    """Any of the three dtypes goes, and no other; float32 logits or the GEMMs' own."""
+    with torch.autocast("cpu", torch.bfloat16):
+        call(HEAD[0], weight=WEIGHT.half().requires_grad_(), bias=BIAS.bfloat16())
+        with pytest.raises(TypeError, match=r"weight: .*float64"):
+            call(HEAD[0], weight=WEIGHT.double())
+        with pytest.raises(TypeError, match=r"logits_dtype: expected None, torch.float32 or torch.bfloat16, got .*16"):
+            call(HEAD[0], logits_dtype=torch.float16)
+
+
+@pytest.mark.parametrize("objective", ["grpo", "gspo"])
+@pytest.mark.parametrize("options", [{"chunk_bytes": 1}, {"chunk_bytes": True}, {"active_count": 99}], ids=str)
+def test_options_are_checked_without_an_active_row(objective: str, options: dict[str, Any]) -> None:
+    """Or they would come up on the first batch that has one."""
+    with pytest.raises((TypeError, ValueError), match=f"{next(iter(options))}: "):
+        call(HEAD[0], advantages=torch.zeros(2), objective=objective, **options)
+
+
+@pytest.mark.parametrize("token", [-1, 11, 2**40, -100])
+@pytest.mark.parametrize("function", [*LOGITS_PATH, *HEAD])
+def test_token_ids(function: str, token: int, backend: str, device: torch.device) -> None:
+    """Checked at all unmasked positions, though nothing may be computed there; not at masked ones.
+
+    On the CPU an error; on a GPU an assert on the device, which would end this process: not provoked here.
+    """
+    if device.type == "cuda":
+        pytest.skip("a device-side assert ends the process")
+    losses = [{"objective": name, "advantages": a} for name in ("grpo", "gspo") for a in (ADVANTAGES, torch.zeros(2))]
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    for options in losses if function in LOSSES else [{}]:
+        with pytest.raises(ValueError, match=f"tokens: .*{token}"):
+            call(function, tokens=token_at(token), backend=backend, **options)
+        call(function, tokens=token_at(token), mask=mask, backend=backend, **options)
+
+
+def test_a_failed_call_leaves_the_buffer_alone() -> None:
+    buffer = torch.ones(11, 4)
+    with pytest.raises(ValueError, match="tokens"):
+        call(HEAD[0], tokens=token_at(11), weight_grad=buffer)
+    assert torch.equal(buffer, torch.ones(11, 4))
 
 
 def test_masked_positions_may_hold_anything(backend: str, device: torch.device) -> None:
@@ -164,25 +332,31 @@ def test_masked_positions_may_hold_anything(backend: str, device: torch.device) 
     assert all(value.isfinite() for value in out.metrics().values())
 
 
-@pytest.mark.parametrize("token", [-1, 11, 2**40, -100])
-def test_token_ids_are_checked(token: int, backend: str, device: torch.device) -> None:
-    """On the CPU an error; on a GPU an assert on the device, which would end this process: not provoked here."""
-    if device.type == "cuda":
-        pytest.skip("a device-side assert ends the process")
-    for objective in ("grpo", "gspo"):
-        with pytest.raises(ValueError, match=f"tokens: .*{token}"):
-            hf.policy_loss(LOGITS, token_at(token), ADVANTAGES, objective=objective, backend=backend)
-    with pytest.raises(ValueError, match=f"tokens: .*{token}"):
-        hf.token_logprobs(LOGITS, token_at(token), backend=backend)
-    with pytest.raises(ValueError, match=f"tokens: .*{token}"):  # unmasked, though nothing is computed there
-        hf.policy_loss(LOGITS, token_at(token), torch.zeros(2), backend=backend)
-
-
-def test_numpy_scalars_are_numbers() -> None:
+def test_numbers_of_other_kinds() -> None:
+    """What NumPy made is a number; a tensor is not, for reading one would synchronise."""
     numpy = pytest.importorskip("numpy")
-    objective = hf.Objective.preset("grpo", kl_coef=numpy.float32(0.125))
-    ours = loss(objective=objective, ref_logprobs=torch.zeros(2, 3) - 1, temperature=numpy.float32(0.5))
-    plain = loss(
-        objective=hf.Objective.preset("grpo", kl_coef=0.125), ref_logprobs=torch.zeros(2, 3) - 1, temperature=0.5
-    )
-    assert ours.loss.item() == plain.loss.item()
+    ours, plain = (
+        call("policy_loss", objective=hf.Objective.preset("grpo", kl_coef=coefficient), ref_logprobs=ONES - 2,
+             temperature=temperature).loss
+        for coefficient, temperature in ((numpy.float32(0.125), numpy.float32(0.5)), (0.125, 0.5))
+    )  # fmt: skip
+    assert ours.item() == plain.item()
+    for function in HEAD:
+        for count in (6, numpy.int64(6)):
+            call(function, active_count=count)
+
+
+@pytest.mark.parametrize("chunk_bytes", [None, 100])
+@pytest.mark.parametrize("sizes", [(0, 4, 11), (8, 0, 11), (8, 4, 0), (8, 0, 0), (0, 0, 0)])
+def test_sizes_of_zero(sizes: tuple[int, int, int], chunk_bytes: int | None) -> None:
+    """Nothing is held for nothing, or the size is refused by name; no arithmetic breaks down."""
+    try:
+        memory = hf.linear_memory(*sizes, chunk_bytes=chunk_bytes)
+    except ValueError as error:
+        message = str(error)
+    else:
+        rows, width, vocabulary = sizes
+        assert memory.gradients == 2 * width * (rows + vocabulary)
+        assert memory.peak >= memory.gradients
+        return
+    assert message.startswith(("rows: ", "hidden_size: ", "vocabulary: "))

@@ -1,4 +1,4 @@
-"""What a loss call costs the host: operations launched, Python time, recompilations. No GPU is needed for any of them.
+"""What a loss call costs the host: operations launched, arguments of a launch, recompilations. No GPU is needed.
 
 The call runs on CPU tensors as it would on a GPU: kernels are replaced by counters, and what only a CPU does (looking
 at values in order to raise ValueError) is switched off.
@@ -7,15 +7,14 @@ at values in order to raise ValueError) is switched off.
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -25,30 +24,48 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hpo_fused as hf
 from hpo_fused.backend import kernels
 
+from .recompilations import MODULES
 from .test_equivalence import PRESETS
 
 pytestmark = pytest.mark.skipif(kernels is None, reason="needs Triton")
 
-MODULES = [
-    "computed_rows", "fused_policy_loss", "logprob_policy_loss", "scale_gradient", "token_gradient",
-    "token_statistics", "token_weights",
-]  # fmt: skip
 # Operators of PyTorch that start nothing on a device.
 FREE = {
-    "alias", "as_strided", "detach", "empty", "empty_like", "new_empty", "slice", "unsqueeze", "view", "_reshape_alias"
+    "alias", "as_strided", "detach", "empty", "empty_like", "new_empty", "select", "slice", "unbind", "unsqueeze",
+    "view", "_reshape_alias",
 }  # fmt: skip
-MICROSECONDS = 60.0  # of a forward call, kernels left out; the test allows thrice that on a busy machine
+TERMS = ["response_statistics_kernel", "token_terms_kernel"]
+ONE_KERNEL = [*TERMS, "policy_loss_kernel", "sum"]
+TWO_KERNELS = [*TERMS, "token_statistics_kernel", "logprob_loss_kernel", "sum"]
+
+
+class Launch(NamedTuple):
+    """A kernel's name and arguments, by parameter; addresses stand for tensors, which autograd may hand on."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+def addresses(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(addresses, value))
+    return value.data_ptr() if isinstance(value, Tensor) else value
 
 
 class Stub:
-    """In a kernel's place: writes down its name, and launches nothing."""
+    """In a kernel's place: writes down what it is called with, and launches nothing."""
 
-    def __init__(self, name: str, launched: list[str]) -> None:
-        self.name, self.launched = name, launched
+    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
+        self.kernel, self.launches = kernel, launches
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        signature = inspect.signature(self.kernel.fn)
+
         def launch(*arguments: Any, **options: Any) -> None:
-            self.launched.append(self.name)
+            own = {name: value for name, value in options.items() if name in signature.parameters}
+            bound = signature.bind(*arguments, **own).arguments
+            by_name = {name: addresses(value) for name, value in bound.items()}
+            self.launches.append(Launch(self.kernel.fn.__name__, by_name))
 
         return launch
 
@@ -56,30 +73,30 @@ class Stub:
 class Operators(TorchDispatchMode):
     """Writes down PyTorch's operators that launch something."""
 
-    def __init__(self, launched: list[str]) -> None:
+    def __init__(self, launches: list[Launch]) -> None:
         super().__init__()
-        self.launched = launched
+        self.launches = launches
 
     def __torch_dispatch__(self, operator: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         namespace, name = operator.name().split(".")[0].split("::")
         # Our own operators around a launcher allocate, and launch what the stubs write down.
         if name not in FREE and namespace != "hpo_fused":
-            self.launched.append(name)
+            self.launches.append(Launch(name, {}))
         return operator(*arguments, **(keywords or {}))
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    names: list[str] = []
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    made: list[Launch] = []
     for name in MODULES:
         module = importlib.import_module(f"hpo_fused.kernels.{name}")
         for key in [key for key in vars(module) if key.endswith("_kernel")]:
-            monkeypatch.setattr(module, key, Stub(key, names))
-    for name in ("hpo_fused.batch", "hpo_fused.checks", "hpo_fused.policy_loss"):
-        monkeypatch.setattr(importlib.import_module(name), "values_readable", lambda value: False)
-    # The interpreter's constant says whether a CPU tensor may go to the kernels at all: it may.
-    monkeypatch.setattr(kernels, "interpreting", lambda: True)
-    return names
+            monkeypatch.setattr(module, key, Stub(getattr(module, key), made))
+    for name in ("batch", "checks", "ops"):
+        monkeypatch.setattr(f"hpo_fused.{name}.values_readable", lambda value: False)
+    # Whether a CPU tensor may go to the kernels at all: it may.
+    monkeypatch.setattr(kernels, "serves", lambda tensor: True)
+    return made
 
 
 def call(
@@ -108,13 +125,20 @@ def call(
     return lambda: hf.policy_loss(logits, tokens, advantages, **keywords)
 
 
-def counted(function: Callable[[], Any], launched: list[str]) -> list[str]:
-    """What ``function`` launches, in order."""
+def counted(function: Callable[[], Any], launches: list[Launch]) -> list[str]:
+    """Names of what ``function`` launches, in order."""
     function()  # first uses
-    launched.clear()
-    with Operators(launched):
+    launches.clear()
+    with Operators(launches):
         function()
-    return list(launched)
+    return [launch.name for launch in launches]
+
+
+def backward_of(out: hf.PolicyLossOutput, launches: list[Launch]) -> list[str]:
+    launches.clear()
+    with Operators(launches):
+        out.loss.backward()
+    return [launch.name for launch in launches]
 
 
 TOKEN_LEVEL = [name for name, objective in PRESETS.items() if objective.ratio_level == "token"]
@@ -122,9 +146,8 @@ TOKEN_LEVEL = [name for name, objective in PRESETS.items() if objective.ratio_le
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("name", TOKEN_LEVEL)
-def test_three_launches(name: str, layout: str, launched: list[str]) -> None:
-    expected = ["response_statistics_kernel", "fused_policy_loss_kernel", "sum"]
-    assert counted(call(PRESETS[name], layout), launched) == expected
+def test_four_launches(name: str, layout: str, launches: list[Launch]) -> None:
+    assert counted(call(PRESETS[name], layout), launches) == ONE_KERNEL
 
 
 @pytest.mark.parametrize(
@@ -138,37 +161,27 @@ def test_three_launches(name: str, layout: str, launched: list[str]) -> None:
     ],
     ids=["response-weights", "token-weights", "no-mask", "numbers", "tensors"],
 )
-def test_three_launches_with(options: dict[str, Any], launched: list[str]) -> None:
+def test_four_launches_with(options: dict[str, Any], launches: list[Launch]) -> None:
     objective = hf.Objective.preset("mhpo_ahpo", kl_coef=0.1, entropy_coef=0.1)
-    assert len(counted(call(objective, **options), launched)) == 3
+    assert counted(call(objective, **options), launches) == ONE_KERNEL
 
 
-def test_backward_is_one_launch(launched: list[str]) -> None:
-    out = call(PRESETS["mhpo_ahpo"])()
-    launched.clear()
-    with Operators(launched):
-        out.loss.backward()
+def test_backward_is_one_launch(launches: list[Launch]) -> None:
     # The seed of ones, and the kernel that multiplies by it unless it is 1.
-    assert launched == ["ones_like", "scale_gradient_kernel"]
+    assert backward_of(call(PRESETS["mhpo_ahpo"])(), launches) == ["ones_like", "scale_gradient_kernel"]
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_three_launches_from_logprobs(name: str, launched: list[str]) -> None:
+def test_four_launches_from_logprobs(name: str, launches: list[Launch]) -> None:
     logprobs, old, mask = torch.zeros(4, 8, requires_grad=True), torch.zeros(4, 8), torch.ones(4, 8, dtype=torch.bool)
     advantages = torch.ones(4)
     loss = counted(
         lambda: hf.logprob_policy_loss(
             logprobs, advantages, old_logprobs=old, mask=mask, objective=PRESETS[name], backend="triton"
         ),
-        launched,
+        launches,
     )
-    assert loss == ["response_statistics_kernel", "logprob_policy_loss_kernel", "sum"]
-
-
-TWO_KERNELS = [
-    "response_statistics_kernel", "computed_rows_kernel", "clone", "token_statistics_kernel",
-    "logprob_policy_loss_kernel", "sum",
-]  # fmt: skip
+    assert loss == [*TERMS, "logprob_loss_kernel", "sum"]
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
@@ -176,65 +189,40 @@ TWO_KERNELS = [
     "options", [{}, {"skip_inactive": False}, {"inplace": True}], ids=["default", "every-row", "inplace"]
 )
 @pytest.mark.parametrize("name", ["gspo", *TOKEN_LEVEL])
-def test_two_kernels_launches(name: str, options: dict[str, Any], layout: str, launched: list[str]) -> None:
-    """Sequence-level ratios and float16 logits: the rows to sweep and the loss between the sweeps are kernels'."""
+def test_five_launches_of_two_sweeps(name: str, options: dict[str, Any], layout: str, launches: list[Launch]) -> None:
+    """Sequence-level ratios and float16 logits: the loss between the sweeps is a kernel's."""
     dtype = torch.float32 if name == "gspo" else torch.float16
-    function = call(PRESETS[name], layout, dtype, **options)
-    # Ids shifted by one are copied, contiguous ones are not.
-    expected = [launch for launch in TWO_KERNELS if launch != "clone" or layout == "padded"]
-    assert counted(function, launched) == expected
+    assert counted(call(PRESETS[name], layout, dtype, **options), launches) == TWO_KERNELS
 
 
-def test_shared_rows_take_one_launch_more(launched: list[str]) -> None:
-    tokens, advantages = torch.zeros(1, 2, dtype=torch.long), torch.ones(1)
-    logits = torch.zeros(1, 2, 262144, dtype=torch.float16)
-    launches = counted(lambda: hf.policy_loss(logits, tokens, advantages, backend="triton"), launched)
-    expected = [name for name in TWO_KERNELS if name != "clone"]
-    expected.insert(expected.index("token_statistics_kernel") + 1, "combine_statistics_kernel")
-    assert launches == expected
-
-
-def test_normalizers_are_made_once(launched: list[str]) -> None:
-    """Both kernels between the caller and the loss weigh tokens; the groups are sorted for one of them."""
-    objective = hf.Objective("sequence", normalization="group_mean_length")
-    launches = counted(call(objective, groups=torch.tensor([0, 0, 1, 1])), launched)
-    assert [name for name in launches if name.endswith("_kernel")] == [
-        name for name in TWO_KERNELS if name.endswith("_kernel")
-    ]
-    assert launches.count("sort") == 1
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_groups_are_sorted_once(level: Any, launches: list[Launch]) -> None:
+    objective = hf.Objective(level, normalization="group_mean_length")
+    names = counted(call(objective, groups=torch.tensor([0, 0, 1, 1])), launches)
+    expected = ONE_KERNEL if level == "token" else TWO_KERNELS
+    assert [name for name in names if name.endswith("_kernel")] == expected[:-1]
+    assert names.count("sort") == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
-def test_two_kernels_backward(entropy_coef: float, dtype: torch.dtype, launched: list[str]) -> None:
+def test_backward_of_two_sweeps(entropy_coef: float, dtype: torch.dtype, launches: list[Launch]) -> None:
     out = call(hf.Objective.preset("gspo", entropy_coef=entropy_coef), dtype=dtype)()
-    launched.clear()
-    with Operators(launched):
-        out.loss.backward()
-    # The seed of ones; its product with the tokens' coefficients, 0 where not computed; the second sweep.
-    operators = ["mul", "scalar_tensor", "where"] * (2 if entropy_coef else 1)
-    assert sorted(launched) == sorted(["ones_like", *operators, "token_gradient_kernel"])
+    # The seed of ones; its product with the tokens' coefficients; the second sweep.
+    products = ["mul"] * (2 if entropy_coef else 1)
+    assert backward_of(out, launches) == ["ones_like", *products, "token_gradient_kernel"]
 
 
-def test_metrics_cost_nothing_until_asked_for(launched: list[str]) -> None:
-    function = call(PRESETS["mhpo_ahpo"])
-    out = function()
-    launched.clear()
-    with Operators(launched):
+def test_metrics_cost_nothing_until_asked_for(launches: list[Launch]) -> None:
+    out = call(PRESETS["mhpo_ahpo"])()
+    launches.clear()
+    with Operators(launches):
         out.metrics()
-    assert len(launched) > 40  # what a call no longer does
+    assert len(launches) > 10
 
 
-def test_tensors_are_not_copied(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_are_not_copied(launches: list[Launch]) -> None:
     """Contiguous or shifted by one, in any dtype, the kernels get the caller's own tensors."""
-    seen: list[Tensor] = []
-    module = importlib.import_module("hpo_fused.kernels.fused_policy_loss")
-
-    class Spy:
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            return lambda *arguments, **options: seen.extend(arguments[2:8])
-
-    monkeypatch.setattr(module, "fused_policy_loss_kernel", Spy())
     ids = torch.zeros(4, 9, dtype=torch.int32)
     mask, old = torch.ones(4, 9, dtype=torch.uint8), torch.zeros(4, 9, dtype=torch.bfloat16)
     logits, advantages, weights = torch.zeros(4, 8, 128), torch.ones(4, dtype=torch.float16), torch.ones(4, 1)
@@ -242,28 +230,33 @@ def test_tensors_are_not_copied(launched: list[str], monkeypatch: pytest.MonkeyP
         logits, ids[:, 1:], advantages, mask=mask[:, 1:], old_logprobs=old[:, :-1], token_weights=weights,
         backend="triton",
     )  # fmt: skip
-    pointers = [None if value is None else value.data_ptr() for value in seen]
-    assert pointers == [
-        value.data_ptr() for value in (ids[:, 1:], mask[:, 1:], advantages, weights, old[:, :-1])
-    ] + [None]  # fmt: skip
+    (terms,) = [launch.arguments for launch in launches if launch.name == "token_terms_kernel"]
+    (loss,) = [launch.arguments for launch in launches if launch.name == "policy_loss_kernel"]
+    given = {
+        "tokens": ids[:, 1:], "mask": mask[:, 1:], "advantages": advantages, "token_weights": weights,
+        "old_logprobs": old[:, :-1],
+    }  # fmt: skip
+    assert {name: terms[name] for name in given} == {name: value.data_ptr() for name, value in given.items()}
+    assert loss["logits"] == logits.data_ptr()
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_python_time(layout: str, launched: list[str]) -> None:
-    """Median of a forward call, its kernels left out: 60 us at most, thrice that on a busy machine (it was 231)."""
-    function = call(PRESETS["mhpo_ahpo"], layout)
-    for _ in range(100):
-        function()
-    medians = []
-    for _ in range(10):
-        times = []
-        for _ in range(200):
-            start = time.thread_time()
-            function()
-            times.append(time.thread_time() - start)
-        medians.append(1e6 * statistics.median(times))
-    print(f"{layout}: {min(medians):.1f} us a call")
-    assert min(medians) <= 3 * MICROSECONDS
+def leaves(value: Any) -> int:
+    """Arguments as Triton's launcher walks them: tuples entry by entry."""
+    return sum(map(leaves, value)) if isinstance(value, tuple) else 1
+
+
+@pytest.mark.parametrize("name", TOKEN_LEVEL)
+def test_arguments_of_the_fused_launch(name: str, launches: list[Launch]) -> None:
+    """Each costs the host time at every launch."""
+    assert kernels is not None
+    call(PRESETS[name])()
+    (arguments,) = [launch.arguments for launch in launches if launch.name == "policy_loss_kernel"]
+    assert sum(map(leaves, arguments.values())) <= 30
+    module = importlib.import_module("hpo_fused.kernels.policy_loss")
+    signature = inspect.signature(module.policy_loss_kernel.kernel.fn)
+    constants = [parameter for parameter in signature.parameters.values() if "constexpr" in str(parameter.annotation)]
+    assert len(signature.parameters) <= 25
+    assert 0 < len(constants) <= 10
 
 
 def _compilations(*arguments: str) -> dict[str, int]:
@@ -273,20 +266,20 @@ def _compilations(*arguments: str) -> dict[str, int]:
         command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
     assert finished.returncode == 0, finished.stderr[-4000:]
-    found: dict[str, int] = json.loads(finished.stdout.splitlines()[-1])
-    return found
+    counts: dict[str, int] = json.loads(finished.stdout.splitlines()[-1])
+    return counts
 
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("compile")
 def test_new_values_do_not_recompile() -> None:
     """New T, N, temperature, epsilon, alpha, kl_coef and alignment of micro-batches: one compilation per kernel."""
-    once = dict.fromkeys(
-        ["computed_rows_kernel", "fused_policy_loss_kernel", "logprob_policy_loss_kernel", "scale_gradient_kernel",
-         "token_gradient_kernel", "combine_statistics_kernel"], 1,
-    )  # fmt: skip
-    # With tokens to check, and without; with rows of its own, and shared.
-    assert _compilations() == {**once, "response_statistics_kernel": 2, "token_statistics_kernel": 2}
+    once = [
+        "logprob_loss_kernel", "policy_loss_kernel", "response_statistics_kernel", "scale_gradient_kernel",
+        "token_gradient_kernel", "token_statistics_kernel",
+    ]  # fmt: skip
+    # By the ratio's level, which decides about active rows.
+    assert _compilations() == {**dict.fromkeys(once, 1), "token_terms_kernel": 2}
 
 
 @pytest.mark.slow

@@ -11,8 +11,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hpo_fused as hf
-from hpo_fused import linear_inputs
-from hpo_fused.linear_inputs import choose_rows
+from hpo_fused.interface import MASKED, SKIPPED
+from hpo_fused.linear import head as linear_head
+from hpo_fused.linear import rows as linear_rows
+from hpo_fused.linear.rows import choose_rows
+
+from .samples import hidden_arguments
 
 BATCH, STEPS, WIDTH, VOCABULARY = 6, 5, 16, 101
 ACTIVE, UNMASKED = 12, 19
@@ -209,6 +213,33 @@ def test_rows_up_to_a_bound_cost_as_active_ones(name: str, device: torch.device)
         assert gemms.rows == (3 if name == "grpo" else 4) * count
 
 
+def test_products_of_log_probabilities(device: torch.device) -> None:
+    """One product of unmasked rows under no_grad, four where differentiated, fewer with a frozen side."""
+    values = requiring(arguments(device))
+
+    def call() -> hf.TokenLogprobs:
+        return hf.linear_token_logprobs(
+            values["base"][:, :-1], values["weight"], values["tokens"], mask=values["mask"],
+            chunk_bytes=5 * VOCABULARY * 4,
+        )  # fmt: skip
+
+    call().logprobs.sum().backward()
+    with Gemms() as gemms, torch.no_grad():
+        quiet = call()
+    assert gemms.rows == UNMASKED
+    with Gemms() as gemms:
+        loud = call()
+        assert gemms.rows == UNMASKED
+        loud.logprobs.sum().backward()
+    assert gemms.rows == 4 * UNMASKED
+    assert not quiet.logprobs.requires_grad
+    assert torch.equal(quiet.logprobs, loud.logprobs)
+    requiring(values, "weight", "bias")
+    with Gemms() as gemms:
+        call().logprobs.sum().backward()
+    assert gemms.rows == 3 * UNMASKED
+
+
 @pytest.mark.parametrize("name", ["grpo", "gspo"])
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("slack", [None, 4])
@@ -238,11 +269,15 @@ def test_masked_and_inactive_rows_are_never_read(
 
 @pytest.mark.parametrize("name", ["grpo", "gspo"])
 @pytest.mark.parametrize("everything", [False, True], ids=["some", "all"])
-def test_nothing_is_copied_whole(name: str, everything: bool, device: torch.device) -> None:
+def test_nothing_is_copied_whole(
+    name: str, everything: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither strided hidden states nor logits: no tensor with more rows than a chunk is made from them.
 
-    In bfloat16, because the torch backend works with a few float32 rows of its own.
+    In bfloat16, because the torch backend works with a few float32 rows of its own, and on a processor that multiplies
+    in it: others widen slices of the weight, whose memory test_linear_gemms.py looks at.
     """
+    monkeypatch.setattr(linear_head, "multiplies_in", lambda *_: True)
     values = requiring(arguments(device, torch.bfloat16), "base", "weight")
     if everything:
         values["mask"] = torch.ones_like(values["mask"])
@@ -300,21 +335,25 @@ def test_stored_gradients_are_handed_over(device: torch.device) -> None:
 SYNCHRONISING = {"_local_scalar_dense", "nonzero", "is_nonzero", "item", "equal", "masked_select", "unique", "_unique2"}
 
 
-@pytest.mark.parametrize("rest", [0, 1])
-def test_choosing_rows_looks_at_values_once(rest: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def chosen(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Targets [5, 7] and which rows are active: every second one; of the others every second is masked."""
+    targets = torch.arange(35, dtype=torch.int32, device=device)
+    active = targets % 2 == 1
+    return torch.where(targets % 4 == 0, MASKED, targets).view(5, 7), active.view(5, 7)
+
+
+@pytest.mark.parametrize("idle", [False, True])
+def test_choosing_rows_looks_at_values_once(idle: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """For all selections together; a bool mask as an index would be a nonzero for each."""
-    chosen = torch.rand(5, 7, device=device) < 0.5
+    targets, active = chosen(device)
     original, looks = Tensor.tolist, []
-    monkeypatch.setattr(Tensor, "tolist", lambda self: looks.append(self.shape) or original(self))
-    with Allocations() as made:
-        rows, *others = choose_rows(chosen, None, *[~chosen] * rest)
-    assert len(looks) == 1
-    assert not SYNCHRONISING & set(made.names)
-    assert torch.equal(rows.positions, chosen.reshape(-1).nonzero().squeeze(1))
-    assert rows.selected is None
-    assert len(others) == rest
-    for other in others:
-        assert torch.equal(other.positions, (~chosen).reshape(-1).nonzero().squeeze(1))
+    with Allocations() as made, monkeypatch.context() as patch:
+        patch.setattr(Tensor, "tolist", lambda self: looks.append("tolist") or original(self))
+        rows, *others = choose_rows(targets, active, None, idle=idle)
+    assert len([*looks, *(name for name in made.names if name in SYNCHRONISING)]) == 1
+    assert rows.exact
+    assert rows.positions.tolist() == rows.targets.tolist() == list(range(1, 35, 2))
+    assert [other.positions.tolist() for other in others] == ([list(range(2, 35, 4))] if idle else [])
 
 
 @pytest.mark.parametrize("count", [20, 35])
@@ -322,21 +361,40 @@ def test_choosing_a_known_number_looks_at_nothing(
     count: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a device whose values cannot be read for nothing."""
-    chosen = (torch.arange(35, device=device) % 2 == 1).view(5, 7)
-    monkeypatch.setattr(linear_inputs, "values_readable", lambda value: False)
+    targets, active = chosen(device)
+    targets = torch.where(active, targets, SKIPPED)
+    monkeypatch.setattr(linear_rows, "values_readable", lambda value: False)
     with Allocations() as made:
-        (rows,) = choose_rows(chosen, count)
+        (rows,) = choose_rows(targets, active, count, idle=False)
     assert not SYNCHRONISING & set(made.names)
     assert len(rows) == count
-    assert rows.selected is not None
-    assert rows.positions[rows.selected].tolist() == list(range(1, 35, 2))
+    assert not rows.exact
+    assert rows.positions[rows.targets >= 0].tolist() == list(range(1, 35, 2))
     assert rows.positions.unique().numel() == count
 
 
 def test_choosing_too_few_is_asserted_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_inputs, "values_readable", lambda value: False)
+    monkeypatch.setattr(linear_rows, "values_readable", lambda value: False)
     with pytest.raises(RuntimeError, match="active_count: expected at least the number of active rows"):
-        choose_rows(torch.ones(2, 3, dtype=torch.bool), 5)
+        choose_rows(torch.ones(2, 3, dtype=torch.int32), torch.ones(2, 3, dtype=torch.bool), 5, idle=False)
+
+
+@pytest.mark.parametrize("function", ["linear_policy_loss", "policy_loss"])
+def test_adaptive_alpha_stays_on_the_device(function: str, device: torch.device) -> None:
+    """masked_fill with a 0-d tensor fetches it to the host on CUDA."""
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.overloadpacket in (aten.masked_fill, aten.masked_fill_):
+                assert not isinstance(args[2], Tensor), "a value that CUDA would synchronise to read"
+            return func(*args, **(kwargs or {}))
+
+    hidden, weight, tokens, advantages, _ = hidden_arguments(device)
+    with Watch():
+        if function == "policy_loss":
+            hf.policy_loss(hidden @ weight.t(), tokens, advantages, objective="ahpo", backend="torch")
+        else:
+            hf.linear_policy_loss(hidden, weight, tokens, advantages, objective="ahpo", backend="torch")
 
 
 @pytest.mark.gpu

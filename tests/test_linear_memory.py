@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import hpo_fused as hf
-from hpo_fused.linear_plan import ChunkPlan
+from hpo_fused.linear.head import GemmDtypes
+from hpo_fused.linear.memory import ChunkPlan
 
 measure = pytest.importorskip("hpo_fused.bench.measure", reason="needs the bench extra")
 
@@ -101,11 +102,10 @@ def test_prediction(name: str, device: torch.device) -> None:
     """
     shape = dict(SHAPES[name])
     rows, width, vocabulary = (shape.pop(key) for key in ("rows", "width", "vocabulary"))
+    compute = shape.get("autocast") or shape.get("dtype", BF16)
+    dtypes = GemmDtypes.of(compute, shape.get("logits_dtype") or compute, device)
     if "chunk_rows" in shape:
-        compute = shape.get("autocast") or shape.get("dtype", BF16)
-        logits = shape.get("logits_dtype") or compute
-        row = vocabulary * (logits.itemsize + (0 if logits == compute else compute.itemsize))
-        shape["chunk_bytes"] = shape.pop("chunk_rows") * row
+        shape["chunk_bytes"] = shape.pop("chunk_rows") * vocabulary * dtypes.bytes_per_logit
     peak = measured(step(rows, width, vocabulary, device, **shape), device)
     for key in ("objective", "clipped"):
         shape.pop(key, None)
@@ -113,6 +113,7 @@ def test_prediction(name: str, device: torch.device) -> None:
     # CUDA's allocator hands out no less than 512 bytes, of which the smallest shape's per-token tensors fill a part.
     assert peak <= memory.peak + (MIB // 8 if device.type == "cuda" else 0), f"{peak} bytes, predicted {memory.peak}"
     slack = 96 if device.type != "cpu" else 26 if name in ("clipped", "small-vocabulary") else 42
+    slack += 24 if dtypes.widened else 0  # three slices, of which the largest is one
     assert memory.peak <= 1.05 * peak + slack * MIB, f"{peak / MIB:.1f} MiB, predicted {memory.peak / MIB:.1f}"
     assert memory.peak <= memory.gradients + memory.accumulator + memory.extra
 
@@ -162,31 +163,44 @@ def test_main_grad_needs_no_accumulator(device: torch.device) -> None:
     assert buffer.any()
 
 
+def test_bias_makes_no_float32_copy_of_the_logits(device: torch.device) -> None:
+    """Such a copy would be twice the chunk of bfloat16 logits, on top of it."""
+    # cuBLASLt, which adds a bias in its epilogue, takes a workspace of 32 MiB: less than a chunk has to be, there.
+    rows, vocabulary, workspace = (1024, 5000, 0) if device.type == "cpu" else (1024, 32768, 33 * MIB)
+    with_bias, without = (measured(step(rows, 32, vocabulary, device, bias=bias), device) for bias in (True, False))
+    assert with_bias <= hf.linear_memory(rows, 32, vocabulary, bias=True, device=device).peak
+    assert with_bias - without <= rows * vocabulary * 2 + workspace
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # the plan
 
 
-@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+LOW = GemmDtypes(BF16, BF16, BF16)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
 @pytest.mark.parametrize("total", [0, 1, 63, 64, 1000, 1024, 1025, 4096, 10000])
 @pytest.mark.parametrize("chunk_rows", [None, 1, 3, 100, 1024, 10**6])
-def test_chunks_cover_the_rows_once(total: int, chunk_rows: int | None, device_type: str) -> None:
+def test_chunks_cover_the_rows_once(total: int, chunk_rows: int | None, kind: str) -> None:
     vocabulary = 50257
     budget = None if chunk_rows is None else chunk_rows * vocabulary * 2 + 5
-    plan = ChunkPlan.of(total, vocabulary, BF16, BF16, device_type, budget)
+    plan = ChunkPlan.of(total, vocabulary, 64, LOW, torch.device(kind), budget)
     slices = plan.slices(total)
     assert [row for part in slices for row in range(part.start, part.stop)] == list(range(total))
     assert len(slices) == plan.chunks
-    largest = chunk_rows if chunk_rows is not None else {"cpu": 1024, "cuda": 4096}[device_type]
+    largest = chunk_rows if chunk_rows is not None else {"cpu": 1024, "cuda": 4096}[kind]
     assert all(0 < part.stop - part.start <= min(plan.rows, largest) for part in slices)
     assert plan.chunks == -(-total // largest)  # no more than there must be
 
 
 def test_default_budget() -> None:
-    """Never more than 896 MiB, whatever the vocabulary."""
+    """Never more than 896 MiB, logits and hidden states, whatever the vocabulary."""
     for vocabulary in (1, 1000, 151936, 262144, 10**9):
         for logits in (BF16, FP32):
-            row = vocabulary * (2 if logits == BF16 else 6)
-            plan = ChunkPlan.of(100_000, vocabulary, BF16, logits, "cuda", None)
+            row = vocabulary * (2 if logits == BF16 else 6) + 4 * 64
+            dtypes = LOW._replace(logits=logits)
+            plan = ChunkPlan.of(100_000, vocabulary, 64, dtypes, torch.device("cuda"), None)
             assert plan.rows * row <= max(896 * MIB, row)
             assert plan.rows == 4096 or plan.rows * row > 0.8 * 896 * MIB
 
@@ -202,3 +216,19 @@ def test_frozen_sides_cost_nothing() -> None:
     assert full.gradients == 2 * 64 * (8192 + 32000)
     assert full.accumulator == 4 * 64 * 32000
     assert hf.linear_memory(8192, 64, 32000, dtype=FP32).accumulator == 0
+
+
+def test_memory_under_another_narrow_autocast(device: torch.device) -> None:
+    """The gradient's dtype is not the GEMMs': a single chunk, too, is summed in float32 and then cast."""
+    memory = hf.linear_memory(64, 512, 150_000, dtype=torch.float16, autocast=torch.bfloat16, device=device)
+    assert memory.accumulator == 4 * 512 * 150_000
+    same = hf.linear_memory(64, 512, 150_000, dtype=torch.bfloat16, autocast=torch.bfloat16, device=device)
+    assert same.accumulator == 0
+    assert hf.linear_memory(0, 512, 150_000, dtype=torch.float16, autocast=torch.bfloat16).accumulator == 0
+
+
+def test_plan_refuses_as_the_call_does() -> None:
+    for chunk_bytes, error in ((True, TypeError), (2.5, TypeError), (21, ValueError)):
+        with pytest.raises(error, match="chunk_bytes"):
+            ChunkPlan.of(8, 11, 4, LOW, torch.device("cpu"), chunk_bytes)
+    assert ChunkPlan.of(8, 11, 4, LOW, torch.device("cpu"), 22) == (1, 8)

@@ -11,7 +11,7 @@ import torch
 
 import hpo_fused as hf
 from hpo_fused import reference
-from hpo_fused.rows import TokenTerms
+from hpo_fused.interface import ADVANTAGE, OLD_LOGPROB, POLICY_WEIGHT, TERMS
 from hpo_fused.surrogate import token_loss
 
 VECTORS = json.loads((Path(__file__).parent / "objectives.json").read_text())
@@ -30,11 +30,17 @@ def preset_vectors(name: str) -> list[torch.Tensor]:
     ]
 
 
+def terms(log_ratio: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    """Of tokens of weight 1 whose log-probability is -1."""
+    values = log_ratio.new_full((TERMS, *log_ratio.shape), torch.nan)
+    values[ADVANTAGE], values[POLICY_WEIGHT], values[OLD_LOGPROB] = advantages, 1.0, -1 - log_ratio
+    return values
+
+
 @pytest.mark.parametrize("name", TABLED)
 def test_shapings_match_the_table(name: str) -> None:
     x, advantage, loss, derivative = preset_vectors(name)
-    logp, one = torch.full_like(x, -1.0), torch.ones_like(x)
-    ours = token_loss(TABLED[name].lower(), TokenTerms(advantage, one, one, logp - x, None), logp, None)
+    ours = token_loss(TABLED[name].lower(off_policy=True), terms(x, advantage), torch.full_like(x, -1.0), None)
     torch.testing.assert_close(ours.losses, loss, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(ours.logprob_coefficients, derivative, rtol=1e-11, atol=1e-14)
 
@@ -82,20 +88,20 @@ def test_mhpo_on_policy_carries_a_quarter_of_the_gradient() -> None:
     # zeta(0) = (ln 2)^1.5 + (ln 2 / 0.8)^2: the published formula's property, stated in the README.
     zeta = math.log(2) ** 1.5 + (math.log(2) / 0.8) ** 2
     assert zeta == pytest.approx(1.32779, abs=5e-6)
+    assert math.exp(-zeta) == pytest.approx(0.26506, abs=5e-6)
     logits = torch.randn(1, 4, 9, dtype=torch.float64).float()
     gradients = {}
     for name in ("grpo", "mhpo"):
         leaf = logits.clone().requires_grad_()
         hf.policy_loss(leaf, torch.arange(4).reshape(1, 4), torch.tensor([1.0]), objective=name).loss.backward()
         gradients[name] = leaf.grad
-    torch.testing.assert_close(gradients["mhpo"], 0.26506 * gradients["grpo"], rtol=2e-5, atol=0)
+    torch.testing.assert_close(gradients["mhpo"], math.exp(-zeta) * gradients["grpo"], rtol=1e-5, atol=0)
 
 
 def test_mhpo_multiplier_peaks_near_a_ratio_of_1_78() -> None:
     x = torch.linspace(-3, 3, 60001, dtype=torch.float64)
-    one = torch.ones_like(x)
-    terms = TokenTerms(one, one, one, -1 - x, None)
-    out = token_loss(hf.Objective.preset("mhpo").lower(), terms, torch.full_like(x, -1.0), None)
+    spec = hf.Objective.preset("mhpo").lower(off_policy=True)
+    out = token_loss(spec, terms(x, torch.ones_like(x)), torch.full_like(x, -1.0), None)
     peak = (-out.logprob_coefficients).max(0)
     assert peak.values.item() == pytest.approx(0.396, abs=5e-4)
     assert x[peak.indices].exp().item() == pytest.approx(1.78, abs=5e-3)

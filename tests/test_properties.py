@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import hpo_fused as hf
 
-from .conftest import BACKENDS, GPU
+from .conftest import BACKENDS
 from .equivalence import Case, check
 
 shapings = st.one_of(
@@ -65,5 +65,5 @@ def cases(draw: st.DrawFn) -> Case:
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(case=cases(), backend=st.sampled_from(BACKENDS), skip_inactive=st.booleans())
-def test_any_combination(case: Case, backend: str, skip_inactive: bool) -> None:
-    check(case, backend, torch.device("cuda" if GPU else "cpu"), skip_inactive=skip_inactive)
+def test_any_combination(case: Case, backend: str, skip_inactive: bool, device: torch.device) -> None:
+    check(case, backend, device, skip_inactive=skip_inactive)

@@ -1,567 +1,756 @@
-"""The suite has to reject wrong code: each mutation below is a mistake somebody has made, ours to catch.
+"""The suites have to reject wrong code: each mutation below is a mistake that somebody has made or could make.
 
-Every mutant replaces one piece of the torch path, some of them of the kernels' too, and must fail at least one case of
-the equivalence table with an assertion (not a crash). A mutant that survives means a hole in the table.
+Every mutant replaces one piece of the package and must fail at least one case of its suites with an assertion (not a
+crash). A mutant that survives means a hole in a table. The cases are those that the tests hold the right code against.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
-from collections.abc import Callable
-from types import ModuleType
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from hpo_fused import autograd, batch, eager, loss_batch, surrogate
+import hpo_fused as hf
+from hpo_fused import ops, surrogate, torch_backend
+from hpo_fused import token_terms as torch_terms
 from hpo_fused.backend import kernels
 from hpo_fused.batch import BatchStatistics, Layout
-from hpo_fused.loss_batch import LossBatch
-from hpo_fused.rows import BatchWeights, LogitTransform, SurrogateSpec, TokenTerms
+from hpo_fused.interface import (
+    ADVANTAGE,
+    ENTROPY_WEIGHT,
+    KL_WEIGHT,
+    MASKED,
+    POLICY_WEIGHT,
+    Batch,
+    LogitTransform,
+    LossSpec,
+    TokenTerms,
+)
+from hpo_fused.linear import autograd as linear_autograd
+from hpo_fused.linear import functions as linear_functions
+from hpo_fused.linear import head as linear_head
+from hpo_fused.linear.head import Head, HeadGradients
+from hpo_fused.linear.memory import ChunkPlan
+from hpo_fused.linear.rows import Rows
+from hpo_fused.torch_backend import operations
 
-from .equivalence import Case, check
-from .test_equivalence import difficult_rows, presets, sequences, shapings, terms
+from . import test_logprob_loss, test_token_terms
+from .equivalence import check
+from .linear_equivalence import LinearCase, check_linear, check_linear_logprobs
+from .test_equivalence import PRESETS, difficult_rows, presets, sequences, shapings, terms
 
-policy_loss = importlib.import_module("hpo_fused.policy_loss")  # the package's attribute is the function
-fused_kernel = None if kernels is None else importlib.import_module("hpo_fused.kernels.fused_policy_loss")
-# The same cases that test_equivalence.py holds the right code against; the most discerning first.
-SUITE = [
-    case for case in difficult_rows() + terms() + sequences() + shapings() + presets() if case.dtype == torch.float32
-]
-MUTANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {}
 Patch = pytest.MonkeyPatch
+Place = tuple[Any, str]  # an object and its attribute
+CPU = torch.device("cpu")
+kernel_terms, kernel_loss = (
+    None if kernels is None else importlib.import_module(f"hpo_fused.kernels.{name}")
+    for name in ("token_terms", "logprob_loss")
+)
+
+# ---------------------------------------------------------------------------------------------------------------
+# the suites
+
+# The most discerning first, and first of all what finds wrong weights: Triton's interpreter takes its time.
+_FIRST = (
+    "uncounted-response", "peaked-float32", "response-packed-True", "group_mean_length-padded-False", "weights",
+    "kl-entropy-transform", "mean_length-padded-True",
+)  # fmt: skip
+LOGITS = sorted(
+    (c for c in difficult_rows() + terms() + sequences() + shapings() + presets() if c.dtype == torch.float32),
+    key=lambda case: _FIRST.index(case.name) if case.name in _FIRST else len(_FIRST),
+)
+# Few cases, each with much in it: all that test_linear_equivalence.py holds the right code against is far more.
+_OBJECTIVE = hf.Objective.preset("mhpo_ahpo", kl_coef=0.04, entropy_coef=0.02)
+_TRANSFORM = {"temperature": 0.7, "softcap": 6.0}
+LINEAR = [
+    LinearCase("token", _OBJECTIVE, torch.bfloat16, bias=True, chunk_rows=3, options=_TRANSFORM),
+    LinearCase("token-float32", PRESETS["mhpo_ahpo"], bias=True, chunk_rows=4),
+    LinearCase("one-chunk", PRESETS["mhpo_ahpo"], torch.bfloat16, bias=True, layout="packed"),
+    LinearCase("sequence", PRESETS["gspo"], torch.bfloat16, bias=True, chunk_rows=3, small_ratios=True),
+    LinearCase("half", PRESETS["mhpo_ahpo"], torch.float16, chunk_rows=4, bias=True),
+    LinearCase("main-grad", PRESETS["mhpo_ahpo"], torch.bfloat16, chunk_rows=3, weight_grad=True),
+    LinearCase("bound", PRESETS["mhpo_ahpo"], torch.bfloat16, chunk_rows=4, slack=12),
+    LinearCase("float32-logits", PRESETS["mhpo_ahpo"], torch.bfloat16, bias=True, logits_dtype=torch.float32),
+]
 
 
-def mutant(function: Callable[[Patch], None]) -> Callable[[Patch], None]:
-    MUTANTS[function.__name__] = function
-    return function
+class Suite(NamedTuple):
+    """Cases, and what is asserted of each on a device."""
+
+    cases: Sequence[Any]
+    check: Callable[[Any, torch.device], None]
+
+    def fails(self, device: torch.device) -> bool:
+        for case in self.cases:
+            try:
+                self.check(case, device)
+            except AssertionError:
+                return True
+        return False
 
 
-def wrap_token_loss(patch: Patch, change: Callable[..., Any]) -> None:
-    """Replace the per-token loss wherever it is used by ``change(original, *arguments)``."""
-    original = surrogate.token_loss
-    for module in (eager, autograd):
-        patch.setattr(module, "token_loss", lambda *arguments: change(original, *arguments))
+SUITES = {
+    "torch": Suite(LOGITS, lambda case, _: check(case, "torch", CPU)),
+    "triton": Suite(LOGITS, lambda case, device: check(case, "triton", device)),
+    "token_terms": Suite(test_token_terms.CASES, lambda case, device: test_token_terms.check(case, "triton", device)),
+    "logprob_loss": Suite(
+        test_logprob_loss.CASES[::-1], lambda case, device: test_logprob_loss.check(*case, "triton", device)
+    ),
+    "linear": Suite(
+        LINEAR, lambda case, _: check_linear(case, "torch", CPU, scale=None if case.dtype == torch.float16 else 0.5)
+    ),
+    "linear_logprobs": Suite(LINEAR[:1], lambda case, _: check_linear_logprobs(case, "torch", CPU)),
+}
+BOTH, OF_LINEAR = ("torch", "triton"), ("linear", "linear_logprobs")
 
 
-def wrap_gradient(patch: Patch, change: Callable[..., None]) -> None:
+class Instead:
+    """A function, method or kernel by which ``change(original, *arguments)`` stands in for the original."""
+
+    def __init__(self, original: Any, change: Callable[..., Any]) -> None:
+        self.original, self.change = original, change
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return self.change(self.original, *arguments, **options)
+
+    def __get__(self, instance: Any, owner: Any) -> Any:
+        return self if instance is None else functools.partial(self, instance)
+
+    def __getitem__(self, grid: Any) -> Instead:
+        return Instead(self.original[grid], self.change)
+
+
+class Mutant(NamedTuple):
+    """What stands in for the original at each of ``places``; ``interpreted``: a device function, so not on a GPU."""
+
+    places: Sequence[Place]
+    change: Callable[..., Any]
+    interpreted: bool
+
+    def apply(self, patch: Patch) -> None:
+        for owner, attribute in self.places:
+            patch.setattr(owner, attribute, Instead(getattr(owner, attribute), self.change))
+
+
+MUTANTS: dict[tuple[str, str], Mutant] = {}  # by suite and name
+
+
+def wrong(
+    name: str, suites: Sequence[str], places: Sequence[Place], change: Callable[..., Any], interpreted: bool = False
+) -> None:
+    """Each of ``suites`` has to reject the mutant."""
+    for suite in suites:
+        MUTANTS[suite, name] = Mutant(places, change, interpreted)
+
+
+def mutant(
+    suites: Sequence[str], *places: Place, interpreted: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The same as a decorator of ``change``."""
+
+    def register(change: Callable[..., Any]) -> Callable[..., Any]:
+        wrong(change.__name__, suites, places, change, interpreted)
+        return change
+
+    return register
+
+
+@pytest.mark.parametrize("suite", ["linear", "linear_logprobs"])
+def test_the_suite_passes(suite: str) -> None:
+    """Or a mutant's failure would say nothing. (The other suites' cases are tests of their own.)"""
+    assert not SUITES[suite].fails(CPU)
+
+
+def _of_backends(attribute: str) -> list[Place]:
+    return [(module, attribute) for module in (torch_backend, kernels) if module is not None]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the objectives' formulas
+
+TORCH = ("torch",)
+CLAMPED, CLIP = [(surrogate, "clamped")], [(surrogate, "_clip")]
+HAZARD, GATE = [(surrogate, "log_fidelity_terms")], [(surrogate, "_soft_gate")]
+wrong("kl_direction_reversed", TORCH, [(surrogate, "k3")], lambda _, d: torch.expm1(-d) + d)
+wrong("log_ratio_not_clamped", TORCH, CLAMPED, lambda _, d, bound: (d, torch.ones_like(d, dtype=torch.bool)))
+wrong("clamp_with_derivative_one", TORCH, CLAMPED, lambda f, d, b: (f(d, b)[0], torch.ones_like(d, dtype=torch.bool)))
+wrong("dual_clip_ignored", TORCH, CLIP, lambda f, *arguments: f(*arguments[:5], torch.inf))
+wrong("delta_ignored", TORCH, CLIP, lambda f, *arguments: f(*arguments[:4], torch.inf, arguments[5]))
+wrong("gate_temperatures_swapped", TORCH, GATE, lambda f, x, a, pos, neg: f(x, a, neg, pos))
+wrong("hazard_of_unbounded_log_ratio", TORCH, HAZARD, lambda f, x, c, *h: (f(x, c, *h)[0], f(x, 1e6, *h)[1]))
+
+
+@mutant(TORCH, (surrogate, "_log_fidelity"))
+def hazard_without_stop_gradient(_: Any, x: Tensor, advantages: Tensor, *parameters: float) -> Any:
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        psi, zeta = surrogate.log_fidelity_terms(leaf, *parameters)
+        value = (psi - zeta).exp() * advantages
+        (derivative,) = torch.autograd.grad(value.sum(), leaf)
+    return value.detach(), derivative
+
+
+@mutant(TORCH, *CLIP)
+def clipped_whatever_the_sign(_: Any, x: Tensor, advantages: Tensor, low: float, high: float, *__: float) -> Any:
+    ratio = x.exp()
+    inside = (ratio >= low) & (ratio <= high)
+    return ratio.clamp(low, high) * advantages, torch.where(inside, ratio * advantages, 0.0)
+
+
+@mutant(TORCH, (surrogate, "_truncated_ratio"))
+def truncated_ratio_differentiated(f: Any, x: Tensor, a: Tensor, logprobs: Tensor, low: float, high: float) -> Any:
+    value, derivative = f(x, a, logprobs, low, high)
+    return value, derivative + torch.where((x.exp() > low) & (x.exp() < high), value, 0.0)
+
+
+@mutant(TORCH, (operations, "token_loss"))
+def kl_gradient_dropped(f: Any, spec: LossSpec, *rest: Any) -> Any:
+    without = f(spec._replace(kl=False), *rest)
+    return f(spec, *rest)._replace(logprob_coefficients=without.logprob_coefficients)
+
+
+@mutant(TORCH, (operations, "token_loss"))
+def entropy_gradient_dropped(f: Any, *arguments: Any) -> Any:
+    right = f(*arguments)
+    h = right.entropy_coefficients
+    return right._replace(entropy_coefficients=None if h is None else torch.zeros_like(h))
+
+
+@mutant(TORCH, (Layout, "response_mean"))
+def sequence_mean_over_padding(_: Any, layout: Layout, value: Tensor) -> Tensor:
+    quotient = layout.of_each_row(layout.response_sum(value) / layout.mask.shape[1])
+    return torch.where(layout.mask, quotient, 0.0)
+
+
+@mutant(TORCH, (operations, "token_loss"))
+def sequence_gradient_not_shared(
+    f: Any, spec: Any, values: Any, logprobs: Tensor, entropy: Any, mean: Any = None
+) -> Any:
+    calls: list[int] = []
+
+    def once(value: Tensor) -> Tensor:  # forward through the mean, backward as if each token had its own ratio
+        calls.append(1)
+        return mean(value) if len(calls) == 1 else value
+
+    return f(spec, values, logprobs, entropy, None if mean is None else once)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the terms of every token: what a backend is told about the batch, what it makes of that
+
+TERMS = _of_backends("token_terms")
+TOTALS = [(torch_terms, "totals_of_batch")]
+
+
+def _told(name: str, suites: Sequence[str], change: Callable[[Batch], dict[str, Any]]) -> None:
+    """A mutant whose backends get a batch with other fields."""
+    wrong(name, suites, TERMS, lambda f, batch, *rest: f(batch._replace(**change(batch)), *rest))
+
+
+def _made(name: str, term: int, change: Callable[[TokenTerms, Batch], Tensor]) -> None:
+    """A mutant with other values of a term."""
+
+    def instead(f: Any, batch: Batch, *rest: Any) -> TokenTerms:
+        terms: TokenTerms = f(batch, *rest)
+        values = terms.values.clone()
+        values[term] = change(terms, batch)
+        return terms._replace(values=values)
+
+    wrong(name, BOTH, TERMS, instead)
+
+
+_told("statistics_ignored", BOTH, lambda batch: {"totals": None})
+_told(
+    "responses_of_the_call_alone", BOTH,
+    lambda batch: {"totals": batch.totals and (batch.responses, *batch.totals[1:])},
+)  # fmt: skip
+_told("gradient_average_forgotten", BOTH, lambda batch: {"gradient_average": 1.0})
+_told(
+    "adaptive_weight_fixed_at_its_bound", BOTH,
+    lambda batch: {"weighting": "fixed" if batch.weighting == "adaptive" else batch.weighting},
+)  # fmt: skip
+_told(
+    "token_mean_for_response_mean", BOTH,
+    lambda batch: {"normalization": "mean_length" if batch.normalization == "response" else batch.normalization},
+)  # fmt: skip
+_told("caller_weights_dropped", (*BOTH, "logprob_loss"), lambda batch: {"token_weights": None})
+_told(
+    "caller_weights_transposed", BOTH,
+    lambda batch: {"token_weights": None if batch.token_weights is None else batch.token_weights.roll(1, -1)},
+)  # fmt: skip
+_made("kl_not_normalised", KL_WEIGHT, lambda terms, batch: batch.kl_coef * (terms.values[KL_WEIGHT] != 0))
+_made("entropy_bonus_as_penalty", ENTROPY_WEIGHT, lambda terms, batch: -terms.values[ENTROPY_WEIGHT])
+
+
+def _weighted(terms: TokenTerms, batch: Batch, term: int) -> Tensor:
+    if batch.token_weights is None:
+        return terms.values[term]
+    layout = Layout.of_terms(terms)
+    weights = layout.rows(batch.token_weights, batch.weight_per_token)
+    return torch.where(layout.mask, terms.values[term] * weights, 0.0)
+
+
+_made("caller_weights_on_the_kl_term", KL_WEIGHT, lambda terms, batch: _weighted(terms, batch, KL_WEIGHT))
+_made("caller_weights_on_the_entropy", ENTROPY_WEIGHT, lambda terms, batch: _weighted(terms, batch, ENTROPY_WEIGHT))
+
+
+@mutant(BOTH, *TERMS)
+def hysteretic_weight_on_positives(f: Any, batch: Batch, *rest: Any) -> TokenTerms:
+    right, flipped = f(batch, *rest), f(batch._replace(advantages=-batch.advantages), *rest)
+    values = right.values.clone()
+    values[POLICY_WEIGHT] = flipped.values[POLICY_WEIGHT]
+    return right._replace(values=values)  # type: ignore[no-any-return]
+
+
+@mutant(BOTH, *TERMS, (ops, "check_token_ids"), *_of_backends("policy_loss"))
+def mask_ignored(f: Any, first: Any, *rest: Any) -> Any:
+    if isinstance(first, Batch):
+        assert first.tokens is not None
+        return f(first._replace(mask=None, tokens=first.tokens.clamp(min=0)), *rest)
+    return None if len(rest) == 2 else f(torch.nan_to_num(first), *rest)  # no check of ids; garbage made plausible
+
+
+@mutant(TORCH, *TOTALS)
+def alpha_counted_per_token(f: Any, batch: Batch, lengths: Tensor, signs: Tensor) -> Any:
+    positive, negative = lengths[signs > 0].sum(), lengths[signs < 0].sum()
+    return batch.totals or (batch.responses, lengths.sum(), positive, negative)
+
+
+@mutant(TORCH, *TOTALS)
+def zero_advantage_counted_negative(f: Any, batch: Batch, lengths: Tensor, signs: Tensor) -> Any:
+    return batch.totals or (*f(batch, lengths, signs)[:3], (signs <= 0).sum())
+
+
+@mutant(TORCH, (Layout, "lengths"))
+def padded_length_as_response_length(f: Any, layout: Layout) -> Tensor:
+    return torch.full_like(f(layout), layout.mask.shape[1])
+
+
+@mutant(BOTH, (BatchStatistics, "group_normalizer"))
+def group_normaliser_without_group_count(f: Any, statistics: BatchStatistics, groups: Tensor) -> Tensor:
+    assert statistics.group_ids is not None
+    return f(statistics, groups) / len(set(statistics.group_ids.tolist()))  # type: ignore[no-any-return]
+
+
+@mutant(("triton",), (kernel_terms, "response_statistics_kernel"))
+def padded_lengths(launch: Any, statistics: Tensor, *rest: Any, **options: Any) -> None:
+    launch(statistics, *rest, **options)
+    statistics[0].fill_(rest[4])  # T
+
+
+@mutant(("triton",), (kernel_terms, "response_statistics_kernel"))
+def zero_counts_as_negative(launch: Any, statistics: Tensor, *rest: Any, **options: Any) -> None:
+    launch(statistics, *rest, **options)
+    statistics[1].masked_fill_(statistics[1] == 0, -1)
+
+
+@mutant(("triton",), (kernel_terms, "response_statistics_kernel"))
+def signs_of_masked_responses_count(
+    launch: Any, statistics: Tensor, mask: Any, advantages: Tensor, *rest: Any, **options: Any
+) -> None:
+    launch(statistics, mask, advantages, *rest, **options)
+    if not options["PER_TOKEN"]:
+        statistics[1].copy_(advantages.sign())
+
+
+WEIGHTS = (kernel_terms, "_policy_terms")  # (unmasked, advantage, policy weight, penalty weight)
+
+
+@mutant(("triton",), WEIGHTS, interpreted=True)
+def hysteretic_weight_of_the_other_sign(f: Any, *arguments: Any) -> Any:
+    unmasked, advantage, policy, penalty = f(*arguments)
+    alpha, tl = arguments[5], kernel_terms.tl  # type: ignore[union-attr]
+    policy = tl.where(advantage < 0, policy / alpha, tl.where(advantage > 0, policy * alpha, policy))
+    return unmasked, advantage, policy, penalty
+
+
+@mutant(("triton",), WEIGHTS, interpreted=True)
+def penalties_weighted_too(f: Any, *arguments: Any) -> Any:
+    unmasked, advantage, policy, _ = f(*arguments)
+    return unmasked, advantage, policy, policy
+
+
+@mutant(("token_terms",), WEIGHTS, interpreted=True)
+def weights_ignored(f: Any, *arguments: Any) -> Any:
+    unmasked, advantage, _, penalty = f(*arguments)
+    return unmasked, advantage, penalty, penalty
+
+
+@mutant(("token_terms",), WEIGHTS, interpreted=True)
+def mask_ignored_by_the_terms(f: Any, *arguments: Any) -> Any:
+    return arguments[2], *f(*arguments)[1:]
+
+
+@mutant(("token_terms",), (kernel_terms, "response_range"), (torch, "empty"), interpreted=True)
+def first_block_only(f: Any, *arguments: Any, **options: Any) -> Any:
+    if options:  # torch.empty: what is not written must not look right by chance
+        return torch.ones(*arguments, **options)
+    first, last = f(*arguments)
+    return first, kernel_terms.tl.minimum(last, first + 1024)  # type: ignore[union-attr]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the loss of log-probabilities, in the kernels
+
+
+@mutant(("logprob_loss",), (kernels, "logprob_loss"))
+def mean_over_padding(f: Any, logprobs: Tensor, entropy: Any, terms: TokenTerms, spec: LossSpec) -> Any:
+    lengths = torch.full_like(terms.lengths, terms.targets.shape[1])
+    return f(logprobs, entropy, terms._replace(response_statistics=torch.stack((lengths, terms.signs))), spec)
+
+
+@mutant(("logprob_loss",), (kernel_loss, "token_loss"), interpreted=True)
+def gradient_a_thousandth_off(f: Any, *arguments: Any) -> Any:
+    loss, c, h = f(*arguments)
+    return loss, c * 1.001, h
+
+
+@mutant(("logprob_loss",), (kernel_loss, "token_loss"), interpreted=True)
+def entropy_gradient_lost(f: Any, *arguments: Any) -> Any:
+    loss, c, h = f(*arguments)
+    return loss, c, h * 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the gradient of the logits
+
+
+def spoils_gradient(*suites: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Let ``change(out, logits, tokens, transform)`` spoil every gradient that either backend writes."""
-    for module in (eager, kernels):
-        if module is not None:
-            _wrap_gradient_of(module, patch, change)
 
+    def register(change: Callable[..., None]) -> Callable[..., None]:
+        def instead(f: Any, logits: Tensor, targets: Tensor, *rest: Any) -> None:
+            before, out = logits.detach().clone(), rest[-1]
+            f(logits, targets, *rest)
+            (transform,) = (argument for argument in rest if isinstance(argument, LogitTransform))
+            if out is not None:
+                change(out, before, targets.clamp(min=0).long(), transform)
 
-def _wrap_gradient_of(module: ModuleType, patch: Patch, change: Callable[..., None]) -> None:
-    fused, two_kernel = module.fused_policy_loss, module.token_gradient
+        wrong(change.__name__, suites, [*_of_backends("policy_loss"), *_of_backends("token_gradient")], instead)
+        return change
 
-    def spoiled_fused(
-        logits: Tensor,
-        tokens: Tensor,
-        compute: Tensor,
-        terms: TokenTerms,
-        transform: LogitTransform,
-        spec: SurrogateSpec,
-        **options: Any,
-    ) -> Any:
-        result = fused(logits, tokens, compute, terms, transform, spec, **options)
-        if options["out"] is not None:
-            change(options["out"], logits, tokens, transform)
-        return result
+    return register
 
-    def spoiled_two_kernel(
-        logits: Tensor, tokens: Tensor, statistics: Any, c: Any, h: Any, transform: LogitTransform, out: Tensor
-    ) -> None:
-        two_kernel(logits, tokens, statistics, c, h, transform, out)
-        change(out, logits, tokens, transform)
 
-    patch.setattr(module, "fused_policy_loss", spoiled_fused)
-    patch.setattr(module, "token_gradient", spoiled_two_kernel)
-    if module is eager:  # whose policy_loss is its fused_policy_loss
-        return
-    whole = module.policy_loss
+@spoils_gradient(*BOTH, *OF_LINEAR)
+def temperature_missing_from_the_gradient(out: Tensor, logits: Tensor, tokens: Tensor, transform: Any) -> None:
+    out.mul_(transform.temperature)
 
-    def spoiled_policy_loss(logits: Tensor, batch: LossBatch, transform: LogitTransform, *rest: Any, **kw: Any) -> Any:
-        result = whole(logits, batch, transform, *rest, **kw)
-        assert batch.tokens is not None
-        if kw["out"] is not None:
-            change(kw["out"], logits, batch.tokens.long().reshape(logits.shape[:-1]), transform)
-        return result
 
-    patch.setattr(module, "policy_loss", spoiled_policy_loss)
+@spoils_gradient(*BOTH)
+def softcap_derivative_missing(out: Tensor, logits: Tensor, tokens: Tensor, transform: Any) -> None:
+    if transform.softcap is not None:
+        slope = 1 - torch.tanh(logits.nan_to_num() / transform.softcap).square()
+        out.div_(slope.clamp(min=1e-6).to(out.dtype))
 
 
-def wrap_prepare(patch: Patch, change: Callable[..., Any]) -> None:
-    """Replace the weights' computation by ``change(original, objective, layout, advantages, **keywords)``."""
-    original = batch.prepare
-    patch.setattr(loss_batch, "prepare", lambda *args, **kw: change(original, *args, **kw))
+@spoils_gradient(*BOTH)
+def target_column_off_by_one(out: Tensor, logits: Tensor, tokens: Tensor, transform: Any) -> None:
+    column = tokens.unsqueeze(-1)
+    neighbour = (column + 1) % logits.shape[-1]
+    ours, other = out.gather(-1, column), out.gather(-1, neighbour)
+    out.scatter_(-1, neighbour, ours)
+    out.scatter_(-1, column, other)
 
 
-def wrap_weights(patch: Patch, change: Callable[[LossBatch, BatchWeights], BatchWeights]) -> None:
-    """Replace what the kernels are told about normalisation and weighting."""
-    original = LossBatch.weights
-    patch.setattr(LossBatch, "weights", lambda batch: change(batch, original(batch)))
+@spoils_gradient(*BOTH)
+def gradient_zero(out: Tensor, logits: Tensor, tokens: Tensor, transform: Any) -> None:
+    out.zero_()
 
 
-def wrap_response_statistics(patch: Patch, change: Callable[[Tensor, Tensor, Any, int], None]) -> None:
-    """Let ``change(lengths, signs, inputs, T)`` spoil what the kernels found out about each response."""
-    original = fused_kernel.response_statistics
+@spoils_gradient(*BOTH)
+def target_column_forgotten(out: Tensor, logits: Tensor, tokens: Tensor, transform: Any) -> None:
+    out.scatter_(-1, tokens.unsqueeze(-1), 0.0)
 
-    def spoiled(inputs: Any, weights: BatchWeights, rows: int, T: int, V: int) -> Tensor:
-        statistics = original(inputs, weights, rows, T, V)
-        B = weights.responses
-        change(statistics[2 : 2 + B], statistics[2 + B : 2 + 2 * B], inputs, T)
-        return statistics
 
-    patch.setattr(fused_kernel, "response_statistics", spoiled)
-
-
-@mutant
-def hazard_without_stop_gradient(patch: Patch) -> None:
-    def shape(x: Tensor, advantages: Tensor, *parameters: float) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            psi, zeta = surrogate.log_fidelity_terms(leaf, *parameters)
-            value = (psi - zeta).exp() * advantages
-            (derivative,) = torch.autograd.grad(value.sum(), leaf)
-        return value.detach(), derivative
-
-    patch.setattr(surrogate, "_log_fidelity", shape)
-
-
-@mutant
-def hazard_of_unbounded_log_ratio(patch: Patch) -> None:
-    original = surrogate.log_fidelity_terms
-    patch.setattr(surrogate, "log_fidelity_terms", lambda x, c, *h: (original(x, c, *h)[0], original(x, 1e6, *h)[1]))
-
-
-@mutant
-def alpha_counted_per_token(patch: Patch) -> None:
-    def count(cls: Any, layout: Layout, advantages: Tensor, groups: Any, gradient_average: float = 1.0) -> Any:
-        lengths = layout.lengths()
-        return cls(
-            layout.responses,
-            lengths.sum(),
-            ((advantages > 0) & layout.mask).sum(),
-            ((advantages < 0) & layout.mask).sum(),
-            groups,
-            None if groups is None else lengths,
-        )
-
-    patch.setattr(BatchStatistics, "_of_layout", classmethod(count))
-
-
-@mutant
-def zero_advantage_counted_negative(patch: Patch) -> None:
-    original = BatchStatistics._of_layout.__func__
-
-    def count(cls: Any, layout: Layout, advantages: Tensor, *rest: Any) -> Any:
-        right = original(cls, layout, advantages, *rest)
-        return dataclasses.replace(right, negative=(layout.response_sum(advantages) <= 0).sum())
-
-    patch.setattr(BatchStatistics, "_of_layout", classmethod(count))
-
-
-@mutant
-def local_normaliser(patch: Patch) -> None:
-    wrap_prepare(patch, lambda original, *args, **kw: original(*args, **{**kw, "statistics": None}))
-
-
-@mutant
-def gradient_average_forgotten(patch: Patch) -> None:
-    def change(original: Any, *args: Any, statistics: Any, **kw: Any) -> Any:
-        if statistics is not None:
-            statistics = dataclasses.replace(statistics, gradient_average=1.0)
-        return original(*args, statistics=statistics, **kw)
-
-    wrap_prepare(patch, change)
-
-
-@mutant
-def hysteretic_weight_on_positives(patch: Patch) -> None:
-    def change(original: Any, objective: Any, layout: Layout, advantages: Tensor, **kw: Any) -> Any:
-        right, flipped = (original(objective, layout, sign * advantages, **kw) for sign in (1, -1))
-        terms = right.terms._replace(policy_weights=flipped.terms.policy_weights)
-        return right._replace(terms=terms)
-
-    wrap_prepare(patch, change)
-
-
-@mutant
-def padded_length_as_response_length(patch: Patch) -> None:
-    original = Layout.lengths
-    patch.setattr(Layout, "lengths", lambda layout: torch.full_like(original(layout), layout.mask.shape[1]))
-
-
-@mutant
-def group_normaliser_without_group_count(patch: Patch) -> None:
-    original = BatchStatistics.group_normalizer
-    patch.setattr(
-        BatchStatistics,
-        "group_normalizer",
-        lambda self, groups: original(self, groups) / len(set(self.group_ids.tolist())),
-    )
-
-
-@mutant
-def caller_weights_on_penalties(patch: Patch) -> None:
-    def change(original: Any, objective: Any, layout: Layout, *args: Any, token_weights: Any, **kw: Any) -> Any:
-        right = original(objective, layout, *args, token_weights=token_weights, **kw)
-        if token_weights is None:
-            return right
-        weights = layout.per_response_or_token("", token_weights)
-        penalty = torch.where(layout.mask, right.terms.penalty_weights * weights, 0.0)
-        return right._replace(terms=right.terms._replace(penalty_weights=penalty))
-
-    wrap_prepare(patch, change)
-
-
-@mutant
-def mask_ignored(patch: Patch) -> None:
-    original = batch.as_mask
-    patch.setattr(batch, "as_mask", lambda mask, shape, device: original(None, shape, device))
-    for module in (policy_loss, eager):
-        patch.setattr(module, "check_token_ids", lambda *_: None)
-    fill = eager.fused_policy_loss
-
-    def survive(logits: Tensor, tokens: Tensor, *args: Any, **kw: Any) -> Any:  # garbage made plausible
-        clean = torch.nan_to_num(logits)
-        return fill(clean, tokens.clamp(0, logits.shape[-1] - 1), *args, **kw)
-
-    patch.setattr(eager, "fused_policy_loss", survive)
-
-
-@mutant
-def kl_not_normalised(patch: Patch) -> None:
-    def change(original: Any, spec: SurrogateSpec, terms: TokenTerms, *rest: Any) -> Any:
-        return original(spec, terms._replace(penalty_weights=(terms.penalty_weights != 0).float()), *rest)
-
-    wrap_token_loss(patch, change)
-
-
-@mutant
-def kl_direction_reversed(patch: Patch) -> None:
-    patch.setattr(surrogate, "k3", lambda d: torch.expm1(-d) + d)
-
-
-@mutant
-def kl_gradient_dropped(patch: Patch) -> None:
-    def change(original: Any, spec: SurrogateSpec, terms: TokenTerms, *rest: Any) -> Any:
-        right, without = original(spec, terms, *rest), original(spec._replace(kl_coef=0.0), terms, *rest)
-        return right._replace(logprob_coefficients=without.logprob_coefficients)
-
-    wrap_token_loss(patch, change)
-
-
-@mutant
-def entropy_bonus_as_penalty(patch: Patch) -> None:
-    def change(original: Any, spec: SurrogateSpec, *rest: Any) -> Any:
-        return original(spec._replace(entropy_coef=-spec.entropy_coef), *rest)
-
-    wrap_token_loss(patch, change)
-
-
-@mutant
-def entropy_gradient_dropped(patch: Patch) -> None:
-    def change(original: Any, *arguments: Any) -> Any:
-        right = original(*arguments)
-        h = right.entropy_coefficients
-        return right._replace(entropy_coefficients=None if h is None else torch.zeros_like(h))
-
-    wrap_token_loss(patch, change)
-
-
-@mutant
-def log_ratio_not_clamped(patch: Patch) -> None:
-    patch.setattr(surrogate, "clamped", lambda d, bound: (d, torch.ones_like(d, dtype=torch.bool)))
-
-
-@mutant
-def clamp_with_derivative_one(patch: Patch) -> None:
-    patch.setattr(surrogate, "clamped", lambda d, b: (d.clamp(-b, b), torch.ones_like(d, dtype=torch.bool)))
-
-
-@mutant
-def clipped_whatever_the_sign(patch: Patch) -> None:
-    def shape(x: Tensor, advantages: Tensor, low: float, high: float, *_: float) -> tuple[Tensor, Tensor]:
-        ratio = x.exp()
-        inside = (ratio >= low) & (ratio <= high)
-        return ratio.clamp(low, high) * advantages, torch.where(inside, ratio * advantages, 0.0)
-
-    patch.setattr(surrogate, "_clip", shape)
-
-
-@mutant
-def dual_clip_ignored(patch: Patch) -> None:
-    original = surrogate._clip
-    patch.setattr(surrogate, "_clip", lambda x, a, low, high, delta, dual: original(x, a, low, high, delta, torch.inf))
-
-
-@mutant
-def delta_ignored(patch: Patch) -> None:
-    original = surrogate._clip
-    patch.setattr(surrogate, "_clip", lambda x, a, low, high, delta, dual: original(x, a, low, high, torch.inf, dual))
-
-
-@mutant
-def gate_temperatures_swapped(patch: Patch) -> None:
-    original = surrogate._soft_gate
-    patch.setattr(surrogate, "_soft_gate", lambda x, a, pos, neg: original(x, a, neg, pos))
-
-
-@mutant
-def truncated_ratio_differentiated(patch: Patch) -> None:
-    original = surrogate._truncated_ratio
-
-    def shape(x: Tensor, a: Tensor, logprobs: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-        value, derivative = original(x, a, logprobs, low, high)
-        return value, derivative + torch.where((x.exp() > low) & (x.exp() < high), value, 0.0)
-
-    patch.setattr(surrogate, "_truncated_ratio", shape)
-
-
-@mutant
-def sequence_mean_over_padding(patch: Patch) -> None:
-    def mean(layout: Layout, value: Tensor) -> Tensor:
-        divisor = layout.rows(layout.response_sum(value) / layout.mask.shape[1])
-        return torch.where(layout.mask, divisor, 0.0)
-
-    patch.setattr(Layout, "response_mean", mean)
-
-
-@mutant
-def sequence_gradient_not_shared(patch: Patch) -> None:
-    def change(original: Any, spec: Any, terms: Any, logprobs: Tensor, entropy: Any, mean: Any = None) -> Any:
-        if mean is None:
-            return original(spec, terms, logprobs, entropy)
-        calls: list[int] = []
-
-        def once(
-            value: Tensor,
-        ) -> Tensor:  # forward through the mean, backward as if each token had its own ratio
-            calls.append(1)
-            return mean(value) if len(calls) == 1 else value
-
-        return original(spec, terms, logprobs, entropy, once)
-
-    wrap_token_loss(patch, change)
-
-
-@mutant
-def temperature_missing_from_the_gradient(patch: Patch) -> None:
-    wrap_gradient(patch, lambda out, logits, tokens, transform: out.mul_(transform.temperature))
-
-
-@mutant
-def softcap_derivative_missing(patch: Patch) -> None:
-    def spoil(out: Tensor, logits: Tensor, tokens: Tensor, transform: LogitTransform) -> None:
-        if transform.softcap is not None:
-            slope = 1 - torch.tanh(logits.nan_to_num() / transform.softcap).square()
-            out.div_(slope.clamp(min=1e-6).to(out.dtype))
-
-    wrap_gradient(patch, spoil)
-
-
-@mutant
-def target_column_off_by_one(patch: Patch) -> None:
-    def spoil(out: Tensor, logits: Tensor, tokens: Tensor, transform: LogitTransform) -> None:
-        column = tokens.clamp(min=0).unsqueeze(-1)
-        neighbour = (column + 1) % logits.shape[-1]
-        ours, other = out.gather(-1, column), out.gather(-1, neighbour)
-        out.scatter_(-1, neighbour, ours)
-        out.scatter_(-1, column, other)
-
-    wrap_gradient(patch, spoil)
-
-
-@mutant
-def gradient_zero(patch: Patch) -> None:
-    wrap_gradient(patch, lambda out, logits, tokens, transform: out.zero_())
-
-
-@mutant
-def target_column_forgotten(patch: Patch) -> None:
-    wrap_gradient(
-        patch, lambda out, logits, tokens, transform: out.scatter_(-1, tokens.clamp(min=0).unsqueeze(-1), 0.0)
-    )
-
-
-@mutant
-def one_small_row_wrong(patch: Patch) -> None:
+@spoils_gradient(*BOTH)
+def one_small_row_wrong(out: Tensor, logits: Tensor, tokens: Tensor, transform: Any) -> None:
     """Ten percent off in the row with the smallest gradient: an absolute tolerance would let it pass."""
-
-    def spoil(out: Tensor, logits: Tensor, tokens: Tensor, transform: LogitTransform) -> None:
-        size = out.abs().amax(-1)
-        row = torch.where(size > 0, size, torch.inf).argmin()
-        out[row // out.shape[1], row % out.shape[1]] *= 1.1  # by place: the gradient's rows may lie apart
-
-    wrap_gradient(patch, spoil)
+    size = out.abs().amax(-1)
+    row = torch.where(size > 0, size, torch.inf).argmin()
+    out[row // out.shape[1], row % out.shape[1]] *= 1.1  # by place: the gradient's rows may lie apart
 
 
-@mutant
-def log_probability_by_subtraction(patch: Patch) -> None:
+@spoils_gradient(*BOTH)
+def log_probability_by_subtraction(out: Tensor, logits: Tensor, tokens: Tensor, transform: Any) -> None:
     """1 - p of the sampled token computed from p: no digit left where p is close to 1."""
-
-    def spoil(out: Tensor, logits: Tensor, tokens: Tensor, transform: LogitTransform) -> None:
-        column = tokens.clamp(min=0).unsqueeze(-1)
-        z = logits.nan_to_num() / transform.temperature
-        if transform.softcap is not None:
-            return
+    if transform.softcap is None:
+        column, z = tokens.unsqueeze(-1), logits.nan_to_num() / transform.temperature
         p = z.softmax(-1).gather(-1, column)
         exact = -torch.expm1(z.double().log_softmax(-1).gather(-1, column)).clamp(max=0)
         out.scatter_(-1, column, (out.gather(-1, column) * ((1 - p) / exact.clamp(min=1e-300))).to(out.dtype))
 
-    wrap_gradient(patch, spoil)
+
+@spoils_gradient("linear")
+def gradient_of_the_logits_truncated(out: Tensor, logits: Tensor, tokens: Tensor, transform: Any) -> None:
+    """Towards zero instead of to the nearest: half a unit more than a rounding may be off."""
+    if out.dtype == torch.bfloat16:
+        bits = out.view(torch.int16)
+        bits.copy_(torch.where((bits & 1 == 1) & (out != 0), bits - 1, bits))
 
 
-# Mistakes in what a backend writes, whichever it is: the kernels' results have to be held as tightly.
-OF_ANY_BACKEND = [
-    "temperature_missing_from_the_gradient",
-    "softcap_derivative_missing",
-    "target_column_off_by_one",
-    "gradient_zero",
-    "target_column_forgotten",
-    "one_small_row_wrong",
-    "log_probability_by_subtraction",
-]
+# ---------------------------------------------------------------------------------------------------------------
+# the linear path's chunks and GEMMs
 
-# Mistakes in the token weights, which the kernels make themselves.
-OF_THE_KERNELS: dict[str, Callable[[Patch], None]] = {}
-
-
-def kernel_mutant(function: Callable[[Patch], None]) -> Callable[[Patch], None]:
-    OF_THE_KERNELS[function.__name__] = function
-    return function
-
-
-@kernel_mutant
-def statistics_ignored(patch: Patch) -> None:
-    wrap_weights(patch, lambda batch, right: right._replace(own_counts=True))
-
-
-@kernel_mutant
-def responses_of_the_call_alone(patch: Patch) -> None:
-    def change(batch: LossBatch, right: BatchWeights) -> BatchWeights:
-        numbers = (float(right.responses), *right.numbers[1:])
-        return right._replace(numbers=numbers, counts=(None, *right.counts[1:]))
-
-    wrap_weights(patch, change)
-
-
-@kernel_mutant
-def average_of_gradients_forgotten(patch: Patch) -> None:
-    wrap_weights(patch, lambda _, right: right._replace(numbers=(*right.numbers[:4], 1.0, *right.numbers[5:])))
+LINEAR_LOSS = ("linear",)
+ACCUMULATE = [(linear_head, "_accumulate")]  # (total, gradient, x, *, fresh)
+MADE, ADD, FINISH = ((HeadGradients, name) for name in ("__init__", "add", "finish"))
+SCALE = [(torch_backend, "scale_gradient")]
+wrong(
+    "chunks_overwrite_each_other", LINEAR_LOSS, ACCUMULATE,
+    lambda f, total, gradient, x, *, fresh: f(total, gradient, x, fresh=True),
+)  # fmt: skip
+wrong(
+    "last_chunk_dropped", LINEAR_LOSS, [(ChunkPlan, "slices")],
+    lambda f, plan, total: f(plan, total)[: max(plan.chunks - 1, 1)],
+)  # fmt: skip
+wrong(
+    "terms_not_gathered", LINEAR_LOSS, [(Rows, "gather")],
+    lambda _, rows, x: x.view(len(x), -1)[:, : len(rows)].nan_to_num().contiguous().unsqueeze(1),
+)  # fmt: skip
+wrong(
+    "filling_rows_not_cleared", LINEAR_LOSS, [(Rows, "hidden")],
+    lambda f, rows, hidden: f(dataclasses.replace(rows, exact=True), hidden),
+)  # fmt: skip
+wrong(
+    "bias_forgotten_in_the_logits", LINEAR_LOSS, [(Head, "__init__")],
+    lambda f, head, weight, bias, *rest: f(head, weight, None, *rest),
+)  # fmt: skip
+wrong("hidden_gradient_not_scaled", LINEAR_LOSS, SCALE, lambda f, g, factor: None if g.shape[0] > 1 else f(g, factor))
+wrong(
+    "weight_gradient_not_scaled", LINEAR_LOSS, SCALE,
+    lambda f, g, factor: f(g, factor) if g.shape[0] > 1 or g.shape[1] == 1 else None,
+)  # fmt: skip
 
 
-@kernel_mutant
-def adaptive_weight_fixed_at_its_bound(patch: Patch) -> None:
-    def change(batch: LossBatch, right: BatchWeights) -> BatchWeights:
-        return right._replace(weighting="fixed") if right.weighting == "adaptive" else right
-
-    wrap_weights(patch, change)
+@mutant(LINEAR_LOSS, *ACCUMULATE)
+def weight_gradient_accumulated_in_bfloat16(f: Any, total: Tensor, *rest: Any, **options: Any) -> None:
+    f(total, *rest, **options)
+    total.copy_(total.to(torch.bfloat16))
 
 
-@kernel_mutant
-def token_mean_for_response_mean(patch: Patch) -> None:
-    def change(batch: LossBatch, right: BatchWeights) -> BatchWeights:
-        return right._replace(normalization="mean_length") if right.normalization == "response" else right
-
-    wrap_weights(patch, change)
-
-
-@kernel_mutant
-def caller_weights_dropped(patch: Patch) -> None:
-    original = LossBatch.inputs
-    patch.setattr(LossBatch, "inputs", lambda batch: original(batch)._replace(token_weights=None))
+@mutant(LINEAR_LOSS, *ACCUMULATE)
+def weight_gradient_rounded_once_more(f: Any, total: Tensor, *rest: Any, **options: Any) -> None:
+    """A float32 sum cut to 10 bits after the point, as TF32 has them."""
+    f(total, *rest, **options)
+    if total.dtype == torch.float32:
+        total.copy_((total.view(torch.int32) & -(1 << 13)).view(torch.float32))
 
 
-@kernel_mutant
-def caller_weights_transposed(patch: Patch) -> None:
-    original = LossBatch.inputs
-
-    def change(batch: LossBatch) -> Any:
-        right = original(batch)
-        weights = right.token_weights
-        return right if weights is None else right._replace(token_weights=weights.roll(1, -1))
-
-    patch.setattr(LossBatch, "inputs", change)
+@mutant(LINEAR_LOSS, *ACCUMULATE)
+def first_chunk_added_to_what_was_there(f: Any, total: Tensor, gradient: Tensor, x: Tensor, *, fresh: bool) -> None:
+    if fresh:
+        total.fill_(1e-3)  # memory that was not cleared
+    f(total, gradient, x, fresh=False)
 
 
-@kernel_mutant
-def padded_lengths(patch: Patch) -> None:
-    wrap_response_statistics(patch, lambda lengths, signs, inputs, T: lengths.fill_(T))
+@mutant(LINEAR_LOSS, MADE)
+def main_grad_overwritten(f: Any, gradients: HeadGradients, *arguments: Any) -> None:
+    f(gradients, *arguments)
+    if gradients.into is not None:
+        gradients.into.zero_()
 
 
-@kernel_mutant
-def zero_counts_as_negative(patch: Patch) -> None:
-    wrap_response_statistics(patch, lambda lengths, signs, inputs, T: signs.masked_fill_(signs == 0, -1))
+@mutant(LINEAR_LOSS, MADE)
+def other_rows_not_cleared(f: Any, gradients: HeadGradients, *arguments: Any) -> None:
+    f(gradients, *arguments)
+    if gradients.hidden is not None:
+        gradients.hidden.fill_(1e-6)
 
 
-@kernel_mutant
-def signs_of_masked_responses_count(patch: Patch) -> None:
-    def change(lengths: Tensor, signs: Tensor, inputs: Any, T: int) -> None:
-        if not inputs.advantage_per_token:
-            signs.copy_(inputs.advantages.sign())
+class Seen(NamedTuple):
+    """The rows that a HeadGradients is made for, and the chunks of them that it was given before."""
 
-    wrap_response_statistics(patch, change)
+    rows: Rows
+    chunks: list[tuple[Rows, Tensor]]
 
-
-@kernel_mutant
-def hysteretic_weight_of_the_other_sign(patch: Patch) -> None:
-    original = fused_kernel.row_weights
-
-    def change(row: Any, inside: Any, T: Any, B: Any, factor: Any, alpha: Any, *rest: Any) -> Any:
-        unmasked, advantage, policy, penalty = original(row, inside, T, B, factor, alpha, *rest)
-        tl = fused_kernel.tl
-        policy = tl.where(advantage < 0, policy / alpha, tl.where(advantage > 0, policy * alpha, policy))
-        return unmasked, advantage, policy, penalty
-
-    patch.setattr(fused_kernel, "row_weights", change)
+    @property
+    def count(self) -> int:
+        return sum(len(rows) for rows, _ in self.chunks)
 
 
-@kernel_mutant
-def penalties_weighted_too(patch: Patch) -> None:
-    original = fused_kernel.row_weights
+def adds(*suites: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """``change(add, gradients, seen, rows, x, gradient)`` stands in for the addition of a chunk's contributions."""
 
-    def change(*arguments: Any) -> Any:
-        unmasked, advantage, policy, _ = original(*arguments)
-        return unmasked, advantage, policy, policy
+    def register(change: Callable[..., None]) -> Callable[..., None]:
+        def instead(f: Any, gradients: Any, *arguments: Any) -> None:
+            if len(arguments) > 3:  # __init__(inputs, head, rows, ...)
+                f(gradients, *arguments)
+                gradients.seen = Seen(arguments[2], [])
+            else:
+                change(f, gradients, gradients.seen, *arguments)
+                gradients.seen.chunks.append(arguments[:2])
 
-    patch.setattr(fused_kernel, "row_weights", change)
+        wrong(change.__name__, suites, [MADE, ADD], instead)
+        return change
 
-
-def failing_case(backend: str, device: torch.device) -> Case | None:
-    for case in SUITE:
-        try:
-            check(case, backend, device)
-        except AssertionError:
-            return case
-    return None
+    return register
 
 
-def test_there_are_enough() -> None:
-    assert len(MUTANTS) >= 10
+def hidden_rows(gradients: HeadGradients) -> Tensor:
+    assert gradients.hidden is not None
+    return gradients.hidden.view(-1, gradients.hidden.shape[-1])
 
 
-@pytest.mark.parametrize("name", MUTANTS)
-def test_rejected(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    MUTANTS[name](monkeypatch)
-    assert failing_case("torch", torch.device("cpu")) is not None, f"no case of the suite notices {name}"
+@adds(*OF_LINEAR)
+def last_chunk_dropped_from_the_gradients(f: Any, gradients: Any, seen: Seen, rows: Rows, *rest: Tensor) -> None:
+    if not seen.chunks or seen.count + len(rows) < len(seen.rows):
+        f(gradients, rows, *rest)
 
 
-@pytest.mark.skipif(kernels is None, reason="needs Triton")
-@pytest.mark.parametrize("name", OF_ANY_BACKEND)
-def test_rejected_in_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    MUTANTS[name](monkeypatch)
-    assert failing_case("triton", device) is not None, f"no case of the suite notices {name}"
+@adds(*OF_LINEAR)
+def rows_scattered_in_order(f: Any, gradients: Any, seen: Seen, rows: Rows, *rest: Tensor) -> None:
+    f(gradients, dataclasses.replace(rows, positions=slice(seen.count, seen.count + len(rows))), *rest)
 
 
-@pytest.mark.skipif(kernels is None, reason="needs Triton")
-@pytest.mark.parametrize("name", OF_THE_KERNELS)
-def test_wrong_weights_are_rejected_in_the_kernels(name: str, monkeypatch: Patch, device: torch.device) -> None:
-    if device.type != "cpu" and name in ("hysteretic_weight_of_the_other_sign", "penalties_weighted_too"):
+@adds("linear")
+def rows_scattered_to_the_first_chunk(f: Any, gradients: Any, seen: Seen, rows: Rows, *rest: Tensor) -> None:
+    first = (seen.chunks or [(rows, rest[0])])[0][0].positions
+    f(gradients, dataclasses.replace(rows, positions=first if isinstance(first, slice) else first[: len(rows)]), *rest)
+
+
+@adds("linear")
+def hidden_of_the_chunk_before(f: Any, gradients: Any, seen: Seen, rows: Rows, x: Tensor, gradient: Tensor) -> None:
+    before = seen.chunks[-1][1][: len(x)] if seen.chunks else x
+    f(gradients, rows, before if before.shape == x.shape else x, gradient)
+
+
+@adds("linear")
+def bias_gradient_summed_in_low_precision(f: Any, gradients: Any, seen: Seen, *rest: Any) -> None:
+    f(gradients, *rest)
+    if gradients.bias is not None:
+        gradients.bias.copy_(gradients.bias.to(torch.bfloat16))
+
+
+@adds("linear")
+def hidden_gradient_rounded_between(
+    f: Any, gradients: Any, seen: Seen, rows: Rows, x: Tensor, gradient: Tensor
+) -> None:
+    """The vocabulary in two halves whose products are rounded before they are added."""
+    f(gradients, rows, x, gradient)
+    if gradients.hidden is not None:
+        operands, half = gradients.head.dtypes.operands, gradient.shape[1] // 2
+        g, weight = (value.to(operands).float() for value in (gradient, gradients.head.weight))
+        first, second = (g[:, part] @ weight[part] for part in (slice(half), slice(half, None)))
+        product = first.to(operands) + second.to(operands)
+        hidden_rows(gradients)[rows.positions] = product.to(gradients.hidden.dtype)
+
+
+@adds("linear")
+def one_row_wrong(f: Any, gradients: Any, seen: Seen, rows: Rows, x: Tensor, gradient: Tensor) -> None:
+    """One percent off in the row with the smallest gradient of the first chunk."""
+    f(gradients, rows, x, gradient)
+    if gradients.hidden is not None and not seen.chunks:
+        size, flat = gradient.abs().amax(-1).float(), hidden_rows(gradients)
+        flat[torch.arange(len(flat))[rows.positions][torch.where(size > 0, size, torch.inf).argmin()]] *= 1.01
+
+
+@mutant(OF_LINEAR, FINISH)
+def bias_gradient_forgotten(f: Any, gradients: HeadGradients) -> Any:
+    hidden, weight, bias = f(gradients)
+    return hidden, weight, None if bias is None else torch.zeros_like(bias)
+
+
+@mutant(LINEAR_LOSS, FINISH)
+def slightly_off(f: Any, gradients: HeadGradients) -> Any:
+    """By 5e-5, in float32 only, where nothing is rounded that far."""
+    if gradients.hidden is not None and gradients.hidden.dtype == torch.float32:
+        gradients.hidden.mul_(1 + 5e-5)
+    return f(gradients)
+
+
+@mutant(OF_LINEAR, (Rows, "at"))
+def tokens_not_gathered(f: Any, positions: Tensor, targets: Tensor, **options: Any) -> Rows:
+    rows = f(positions, targets, **options)
+    return dataclasses.replace(rows, targets=targets.view(-1)[: len(rows)].clamp(min=0))
+
+
+@mutant(LINEAR_LOSS, (Rows, "at"))
+def filling_rows_computed(f: Any, positions: Tensor, targets: Tensor, **options: Any) -> Rows:
+    """As if they had a target: their terms and hidden states are what a mask hides."""
+    rows = f(positions, targets, **options)
+    return dataclasses.replace(rows, targets=rows.targets.clamp(min=0))
+
+
+@mutant(OF_LINEAR, (Rows, "scatter"))
+def results_not_scattered(_: Any, rows: Rows, entries: Tensor, whole: Tensor) -> None:
+    whole.view(len(whole), -1)[:, : len(rows)] = entries.squeeze(1)
+
+
+@mutant(LINEAR_LOSS, (Rows, "hidden"))
+def view_taken_for_contiguous(_: Any, rows: Rows, hidden: Tensor) -> Tensor:
+    """hidden[:, :-1] read as if its steps lay side by side."""
+    flat = hidden.as_strided((hidden.shape[:2].numel(), hidden.shape[-1]), (hidden.stride(1), 1))
+    return flat[rows.positions].nan_to_num(0.1, 0.1, 0.1)
+
+
+@mutant(LINEAR_LOSS, (Head, "logits"))
+def bias_added_after_the_rounding(f: Any, head: Head, x: Tensor, out: Tensor) -> None:
+    bias, head.bias = head.bias, None
+    f(head, x, out)
+    head.bias = bias
+    if bias is not None:
+        out.add_(bias)
+
+
+@mutant(LINEAR_LOSS, (Head, "logits"))
+def float32_logits_of_a_rounded_product(f: Any, head: Head, x: Tensor, out: Tensor) -> None:
+    f(head, x, out)
+    out.copy_(out.to(head.dtypes.operands))
+
+
+@mutant(LINEAR_LOSS, (linear_functions, "choose_rows"))
+def idle_rows_computed(f: Any, targets: Tensor, active: Tensor, count: Any, *, idle: bool) -> Any:
+    """All unmasked rows enter the GEMMs: nothing is wrong but the cost, and NaN in rows that nobody may read."""
+    return f(targets, targets != MASKED, None, idle=idle)
+
+
+@mutant(LINEAR_LOSS, (torch_backend, "token_terms"))
+def idle_rows_given_gradient(f: Any, batch: Batch, spec: LossSpec, vocabulary: int | None, _: bool) -> TokenTerms:
+    """A floor under the advantage: every unmasked row learns something."""
+    right = f(batch, spec, vocabulary, False)
+    values = right.values.clone()
+    values[ADVANTAGE] = torch.where(values[ADVANTAGE] == 0, 1e-4, values[ADVANTAGE])
+    return right._replace(values=values, active=right.targets != MASKED)  # type: ignore[no-any-return]
+
+
+@mutant(LINEAR_LOSS, (torch_backend, "token_gradient"))
+def loss_scale_after_the_rounding(
+    f: Any, logits: Tensor, targets: Tensor, statistics: Any, c: Tensor, h: Any, *rest: Any
+) -> None:
+    """float16: coefficients without the scaler's factor, the factor on the rounded gradient."""
+    f(logits, targets, statistics, c / 256, None if h is None else h / 256, *rest)
+    rest[-1].mul_(256)
+
+
+@mutant(OF_LINEAR, (linear_autograd._TokenStatistics, "backward"))
+def logits_of_backward_differ(f: Any, *arguments: Any) -> Any:
+    """Made again with another sum, a bit may differ: not what the row's statistics belong to."""
+
+    def off(logits: Any, head: Head, x: Tensor, out: Tensor) -> None:
+        logits(head, x, out)
+        out[0, 0] *= 1.01
+
+    with pytest.MonkeyPatch.context() as inner:
+        Mutant([(Head, "logits")], off, False).apply(inner)
+        return f(*arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("suite", "name"), [pytest.param(*key, id="-".join(key)) for key in MUTANTS])
+def test_rejected(suite: str, name: str, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    if suite in ("triton", "token_terms", "logprob_loss") and kernels is None:
+        pytest.skip("needs Triton")
+    mutated = MUTANTS[suite, name]
+    if mutated.interpreted and (kernels is None or not kernels.interpreting()):
         pytest.skip("replaces a device function: only in the interpreter")
-    OF_THE_KERNELS[name](monkeypatch)
-    assert failing_case("triton", device) is not None, f"no case of the suite notices {name}"
+    mutated.apply(monkeypatch)
+    assert SUITES[suite].fails(device), f"no case of the suite notices {name}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +10,6 @@ from torch import Tensor
 
 import hpo_fused as hf
 from hpo_fused import reference
-from hpo_fused.backend import kernels
 
 from .equivalence import worst
 
@@ -97,59 +94,3 @@ def test_matches_the_oracle(
     layout: str, level: str, normalization: str, shaping: str, full: bool, backend: str, device: torch.device
 ) -> None:
     check(layout, level, normalization, shaping, full, backend, device)
-
-
-def _failing(device: torch.device) -> bool:
-    for case in CASES[::-1]:
-        try:
-            check(*case, "triton", device)
-        except AssertionError:
-            return True
-    return False
-
-
-def _replaced(name: str, change: Callable[..., Any]) -> Callable[[pytest.MonkeyPatch], None]:
-    """Replace a function of the kernel's module by ``change(original, *arguments)``."""
-
-    def apply(patch: pytest.MonkeyPatch) -> None:
-        module = importlib.import_module("hpo_fused.kernels.logprob_policy_loss")
-        original = getattr(module, name)
-        patch.setattr(module, name, lambda *arguments: change(original, *arguments))
-
-    return apply
-
-
-def _padding_counted(original: Any, inputs: Any, weights: Any, rows: int, T: int, V: int) -> Tensor:
-    statistics = original(inputs, weights, rows, T, V)
-    statistics[2 : 2 + weights.responses] = T
-    return statistics
-
-
-def _gradient_off(original: Any, *arguments: Any) -> Any:
-    loss, c, h = original(*arguments)
-    return loss, c * 1.001, h
-
-
-def _entropy_gradient_lost(original: Any, *arguments: Any) -> Any:
-    loss, c, h = original(*arguments)
-    return loss, c, h * 0
-
-
-def _penalty_as_policy(original: Any, *arguments: Any) -> Any:
-    unmasked, advantage, _, penalty = original(*arguments)
-    return unmasked, advantage, penalty, penalty
-
-
-MUTANTS = {
-    "mean_over_padding": _replaced("response_statistics", _padding_counted),
-    "gradient_a_thousandth_off": _replaced("token_loss", _gradient_off),
-    "entropy_gradient_lost": _replaced("token_loss", _entropy_gradient_lost),
-    "caller_weights_lost": _replaced("row_weights", _penalty_as_policy),
-}
-
-
-@pytest.mark.skipif(kernels is None or not kernels.interpreting(), reason="replaces device functions: interpreter only")
-@pytest.mark.parametrize("name", MUTANTS)
-def test_rejected(name: str, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    MUTANTS[name](monkeypatch)
-    assert _failing(device)

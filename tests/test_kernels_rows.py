@@ -14,15 +14,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpo_fused.rows import LogitTransform, RowStatistics, SurrogateSpec, TokenTerms
+from hpo_fused.interface import SKIPPED, LogitTransform, LossSpec
+
+from .equivalence import LOGPROB_LIMIT
+from .samples import room_for_statistics, values_of
 
 kernels = pytest.importorskip("hpo_fused.kernels", reason="needs Triton")
-from hpo_fused.kernels import fused_policy_loss, scale_gradient, token_gradient, token_statistics  # noqa: E402
-from hpo_fused.kernels.launch import launch_configuration  # noqa: E402
+from hpo_fused.kernels import policy_loss, scale_gradient, token_gradient, token_statistics  # noqa: E402
 
 CANARY = 12345.0
 PLAIN = LogitTransform()
-CLIP = SurrogateSpec("clip", (0.8, 1.2, float("inf"), float("inf")), 20.0, 0.0, 0.0)
+CLIP = LossSpec("clip", (0.8, 1.2, float("inf"), float("inf")), 20.0, False, False, False, False)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -96,21 +98,34 @@ def watched(*buffers: Rows) -> Iterator[None]:
     assert counted[0] >= sum(rows.row_bytes // rows.itemsize for rows in buffers), "nothing was watched"
 
 
-def per_token(device: torch.device, count: int = 3) -> tuple[Tensor, Tensor, TokenTerms]:
-    ones = torch.ones(1, count, device=device)
-    terms = TokenTerms(torch.tensor([[1.0, -0.5, 2.0]], device=device)[:, :count], ones, ones, None, None)
-    return torch.zeros(1, count, dtype=torch.int64, device=device), ones.bool(), terms
+def per_token(device: torch.device, count: int = 3) -> tuple[Tensor, Tensor]:
+    """Targets, all 0, and advantages."""
+    advantages = torch.tensor([[1.0, -0.5, 2.0]], device=device)[:, :count]
+    return torch.zeros(1, count, dtype=torch.int32, device=device), advantages
 
 
-def expected_gradient(exact: Tensor, tokens: Tensor, c: Tensor) -> Tensor:
+def statistics_of(logits: Tensor, targets: Tensor, *, entropy: bool = False) -> Any:
+    statistics = room_for_statistics(targets, entropy=entropy)
+    token_statistics(logits, targets, PLAIN, statistics)
+    return statistics
+
+
+def loss_of(logits: Tensor, targets: Tensor, advantages: Tensor, out: Tensor, *, entropy: bool = True) -> Tensor:
+    results = torch.full((3 if entropy else 2, *targets.shape), 7.0, device=targets.device)
+    policy_loss(logits, targets, values_of(advantages), CLIP, PLAIN, results, out)
+    return results
+
+
+def expected_gradient(exact: Tensor, targets: Tensor, c: Tensor) -> Tensor:
     """c (delta - p) in float64."""
-    one = torch.zeros_like(exact).scatter_(-1, tokens.cpu()[..., None].to(exact.device), 1.0)
+    one = torch.zeros_like(exact).scatter_(-1, targets.long()[..., None], 1.0)
     return c.double()[..., None] * (one - exact.softmax(-1))
 
 
-def close(found: Tensor, expected: Tensor) -> None:
-    tolerance = 2.0**-7 if found.dtype == torch.bfloat16 else 2.0**-9 if found.dtype == torch.float16 else 1e-5
-    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=1e-7)
+def close(gradient: Tensor, expected: Tensor) -> None:
+    """Two roundings to the gradient's dtype (a wrong entry is off by far more), or what a row's arithmetic adds."""
+    tolerance = max(torch.finfo(gradient.dtype).eps, 1e-5)
+    torch.testing.assert_close(gradient.double(), expected, rtol=tolerance, atol=1e-7)
 
 
 # Where `out` starts: None is in place, "same" as the logits do, a number so many elements further.
@@ -128,9 +143,9 @@ def test_nothing_beside_the_rows_is_touched(
     V: int, offset: int, dtype: torch.dtype, out_at: str | int | None, device: torch.device
 ) -> None:
     """Every kernel, on three rows whose starts differ."""
-    tokens, compute, terms = per_token(device)
-    tokens[0, 1], tokens[0, 2] = V - 1, V // 2
-    c = -terms.advantages
+    targets, advantages = per_token(device)
+    targets[0, 1], targets[0, 2] = V - 1, V // 2
+    c = -advantages
 
     def rows() -> tuple[Rows, Rows, Tensor]:
         logits = Rows(V, dtype, offset, device)
@@ -141,26 +156,26 @@ def test_nothing_beside_the_rows_is_touched(
 
     logits, out, exact = rows()
     with watched(logits, out):
-        statistics = token_statistics(logits.view, tokens, compute, PLAIN, entropy=False)
-        token_gradient(logits.view, tokens, RowStatistics(*statistics), c, None, PLAIN, out.view)
-    target = exact.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-    torch.testing.assert_close(statistics.logprobs.double(), target, rtol=0, atol=4e-6)
-    close(out.view, expected_gradient(exact, tokens, c))
+        statistics = statistics_of(logits.view, targets)
+        token_gradient(logits.view, targets, statistics, c, None, PLAIN, out.view)
+    target = exact.log_softmax(-1).gather(-1, targets.long()[..., None])[..., 0]
+    torch.testing.assert_close(statistics.logprobs.double(), target, rtol=0, atol=LOGPROB_LIMIT)
+    close(out.view, expected_gradient(exact, targets, c))
     assert (logits.canaries() == CANARY).all()
     assert (out.canaries() == CANARY).all()
 
     logits, out, exact = rows()
     with watched(logits, out):
-        fused_policy_loss(logits.view, tokens, compute, terms, PLAIN, CLIP, entropy=True, out=out.view)
+        loss_of(logits.view, targets, advantages, out.view)
         scale_gradient(out.view, torch.tensor(2.0, device=device))
-    close(out.view, 2 * expected_gradient(exact, tokens, c))
+    close(out.view, 2 * expected_gradient(exact, targets, c))
     assert (logits.canaries() == CANARY).all()
     assert (out.canaries() == CANARY).all()
 
     logits, out, _ = rows()  # rows without a gradient: zeros, and no reading of the logits
     with watched(out):
-        fused_policy_loss(logits.view, tokens, ~compute, terms, PLAIN, CLIP, entropy=True, out=out.view)
-        token_gradient(logits.view, tokens, statistics, torch.zeros_like(c), None, PLAIN, out.view)
+        loss_of(logits.view, torch.full_like(targets, SKIPPED), advantages, out.view)
+        token_gradient(logits.view, targets, statistics, torch.zeros_like(c), None, PLAIN, out.view)
     assert not out.view.any()
     assert (out.canaries() == CANARY).all()
 
@@ -168,35 +183,31 @@ def test_nothing_beside_the_rows_is_touched(
 @pytest.mark.parametrize("V", [1, 2, 7, 8, 9, 15, 16, 17])
 @pytest.mark.parametrize("offset", range(8))
 def test_rows_shorter_than_their_edges(V: int, offset: int, device: torch.device) -> None:
-    tokens, compute, terms = per_token(device)
-    tokens[0, 1] = V - 1
+    targets, advantages = per_token(device)
+    targets[0, 1] = V - 1
     logits, out = Rows(V, torch.bfloat16, offset, device), Rows(V, torch.bfloat16, (offset + 3) % 8, device)
     exact = logits.fill(1)
     with watched(logits, out):
-        fused_policy_loss(logits.view, tokens, compute, terms, PLAIN, CLIP, entropy=True, out=out.view)
-    close(out.view, expected_gradient(exact, tokens, -terms.advantages))
+        loss_of(logits.view, targets, advantages, out.view)
+    close(out.view, expected_gradient(exact, targets, -advantages))
     assert (out.canaries() == CANARY).all()
 
 
 @pytest.mark.parametrize("offset", [0, 5])
 def test_whole_steps_of_odd_rows(offset: int, device: torch.device) -> None:
-    """50257 entries: whole steps, a masked one and an edge, shared by two programs or not."""
+    """50257 entries: whole steps, a masked one and an edge."""
     V, count = 50257, 2
-    tokens, compute, _ = per_token(device, count)
-    tokens[0, 1] = V - 1
+    targets, _ = per_token(device, count)
+    targets[0, 1] = V - 1
     c = torch.tensor([[0.5, -1.0]], device=device)
     logits = Rows(V, torch.bfloat16, offset, device, count=count)
     out = Rows(V, torch.bfloat16, offset, device, count=count)
     exact = logits.fill(2)
     with watched(logits, out):
-        statistics = token_statistics(logits.view, tokens, compute, PLAIN, entropy=True)
-        token_gradient(logits.view, tokens, statistics, c, None, PLAIN, out.view)
-    close(out.view, expected_gradient(exact, tokens, c))
+        statistics = statistics_of(logits.view, targets, entropy=True)
+        token_gradient(logits.view, targets, statistics, c, None, PLAIN, out.view)
+    close(out.view, expected_gradient(exact, targets, c))
     assert (out.canaries() == CANARY).all()
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# many rows
 
 
 def test_offsets_beyond_31_bits(device: torch.device) -> None:
@@ -208,29 +219,12 @@ def test_offsets_beyond_31_bits(device: torch.device) -> None:
     logits = base.as_strided((2, 2, V), (far // 2, far, 1))
     generator = torch.Generator().manual_seed(3)
     logits.copy_(3 * torch.randn(2, 2, V, generator=generator))
-    tokens, compute = torch.tensor([[0, 1], [2, V - 1]]), torch.ones(2, 2, dtype=torch.bool)
-    ones = torch.ones(2, 2)
-    statistics = token_statistics(logits, tokens, compute, PLAIN, entropy=False)
+    targets, ones = torch.tensor([[0, 1], [2, V - 1]], dtype=torch.int32), torch.ones(2, 2)
+    statistics = statistics_of(logits, targets)
     exact = logits.double()
-    target = exact.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-    torch.testing.assert_close(statistics.logprobs.double(), target, rtol=0, atol=4e-6)
-    fused_policy_loss(
-        logits, tokens, compute, TokenTerms(ones, ones, ones, None, None), PLAIN, CLIP, entropy=False, out=logits
-    )
-    close(logits, expected_gradient(exact, tokens, -ones))
+    target = exact.log_softmax(-1).gather(-1, targets.long()[..., None])[..., 0]
+    torch.testing.assert_close(statistics.logprobs.double(), target, rtol=0, atol=LOGPROB_LIMIT)
+    loss_of(logits, targets, ones, logits, entropy=False)
+    close(logits, expected_gradient(exact, targets, -ones))
     scale_gradient(logits, torch.tensor(3.0))
-    close(logits, 3 * expected_gradient(exact, tokens, -ones))
-
-
-def test_more_rows_than_a_grid_dimension_holds(device: torch.device) -> None:
-    """Rows over one storage of a few: the grid has one dimension, and programs stride over rows."""
-    assert launch_configuration(torch.empty(1, 1, 3, device=device)).grid(2**31 - 1)[1:] == ()
-    N, V = 70_000 if device.type != "cpu" else 500, 3  # the interpreter takes a millisecond for a row
-    logits = torch.tensor([0.5, -1.0, 2.0, 0.25], dtype=torch.float32, device=device).as_strided((1, N, V), (0, 0, 1))
-    tokens = torch.zeros(1, N, dtype=torch.int64, device=device)
-    compute = torch.zeros(1, N, dtype=torch.bool, device=device)
-    compute[0, [0, 65_535 % N, 65_536 % N, N - 1]] = True
-    statistics = token_statistics(logits, tokens, compute, PLAIN, entropy=False)
-    assert torch.equal(statistics.logprobs.isfinite(), compute)
-    expected = logits[0, 0].double().log_softmax(-1)[0].item()
-    assert statistics.logprobs[compute].sub(expected).abs().max() < 1e-6
+    close(logits, 3 * expected_gradient(exact, targets, -ones))

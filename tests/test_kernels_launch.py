@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 launch = pytest.importorskip("hpo_fused.kernels.launch", reason="needs Triton")
 
@@ -25,11 +26,11 @@ QWEN, GEMMA, GPT2 = 151936, 262144, 50257
     ("gpu", "itemsize", "V", "expected"),
     [
         ("A100", 2, QWEN, (1024, 4, 108)),
-        ("A100", 2, GEMMA, (1024, 4, 68)),
+        ("A100", 2, GEMMA, (1024, 4, 108)),
         ("H100", 2, QWEN, (1024, 4, 132)),
-        ("H100", 2, GEMMA, (1024, 4, 85)),
+        ("H100", 2, GEMMA, (1024, 4, 132)),
         ("H100", 2, GPT2, (512, 4, 264)),
-        ("H100", 4, QWEN, (1024, 4, 80)),  # 73 would fit: below 0.6 of the SMs arithmetic binds
+        ("H100", 4, QWEN, (1024, 4, 132)),
         ("B200", 2, GEMMA, (1024, 4, 148)),
         ("B200", 2, QWEN, (512, 4, 296)),
         ("RTX 5090", 2, QWEN, (1024, 2, 170)),
@@ -45,20 +46,20 @@ def test_table(gpu: str, itemsize: int, V: int, expected: tuple[int, int, int]) 
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("V", [997, 32000, GPT2, 128256, QWEN, GEMMA, 1 << 20])
-def test_rows_in_flight_fit_the_cache_or_the_processors_bind(gpu: str, itemsize: int, V: int) -> None:
+def test_rows_in_flight_fit_the_cache_or_are_one_to_a_processor(gpu: str, itemsize: int, V: int) -> None:
     machine = GPUS[gpu]
     parameters = launch.default_parameters(machine, itemsize, V)
-    rows, row_bytes = parameters.rows_in_flight, V * itemsize
-    fewest = math.ceil(launch.BUSY_PROCESSORS * machine.processors)
-    assert rows >= fewest
-    assert rows * row_bytes <= launch.USABLE_CACHE * machine.cache_bytes or rows == fewest
-    configuration = launch.configure(machine, itemsize, parameters)
+    assert parameters.rows >= machine.processors
+    fits = parameters.rows * V * itemsize <= launch.USABLE_CACHE * machine.cache_bytes
+    assert fits or parameters.rows == machine.processors
+    configuration = launch.configure(machine, parameters)
     assert configuration.lanes == configuration.num_warps * machine.warp_size == parameters.threads
-    resident = parameters.threads * math.ceil(rows / machine.processors)
+    resident = parameters.threads * math.ceil(parameters.rows / machine.processors)
     assert configuration.options.get("maxnreg", 64) * resident <= 65536
 
 
-def test_bound_by_arithmetic_keeps_every_processor() -> None:
+def test_variants() -> None:
+    """Narrow ones hold fewer loads; without a second read the cache is no concern."""
     assert launch.default_parameters(GPUS["H100"], 2, GEMMA, narrow=True) == (1024, 2, 132)
     assert launch.default_parameters(GPUS["H100"], 2, GEMMA, reread=False) == (512, 4, 264)
 
@@ -77,13 +78,51 @@ def test_unknown_architecture_gets_what_is_safe() -> None:
     assert not machine.known
     for narrow in (False, True):
         parameters = launch.default_parameters(machine, 2, QWEN, narrow=narrow)
-        assert parameters.unroll == 2 - narrow  # at most what is safe on every architecture
-        assert parameters.rows_in_flight == 142
-        assert launch.configure(machine, 2, parameters).options == {}  # no cap on registers: nothing need spill
+        assert parameters.loads == 2 - narrow  # at most what is safe on every architecture
+        assert parameters.rows == 142
+        assert "maxnreg" not in launch.configure(machine, parameters).options  # no cap: nothing need spill
     wave32 = launch.Machine("gfx1201", 64, 64 * MB, 32)
-    configuration = launch.configure(wave32, 2, launch.default_parameters(wave32, 2, 32000))
+    configuration = launch.configure(wave32, launch.default_parameters(wave32, 2, 32000))
     assert configuration.num_warps * 32 == configuration.lanes
-    assert configuration.options == {"allow_flush_denorm": True}
+    assert configuration.options["allow_flush_denorm"] is True
+
+
+def test_override(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is not there, parameters that are not the table's; both end with the context."""
+    monkeypatch.setattr(launch, "INTERPRETED", SimpleNamespace(value=False))
+    logits = torch.empty(1, 1, QWEN, dtype=torch.bfloat16, device="meta")
+    chosen = launch.LaunchParameters(512, 8, 264)
+    assert not launch.serves(logits)
+    with launch.override(machine=GPUS["B200"]):
+        assert launch.serves(logits)
+        assert launch.launch_configuration(logits).rows == 296
+        with launch.override(machine=GPUS["H100"], parameters=chosen):
+            configuration = launch.launch_configuration(logits)
+        assert (configuration.lanes, configuration.unroll, configuration.rows) == chosen
+        assert configuration.options["maxnreg"] == 64
+        assert (configuration.grid(100), configuration.grid(8192)) == ((100,), (264,))
+        assert launch.launch_configuration(logits).rows == 296
+    assert not launch.serves(logits)
+    # Of a real device: the parameters alone.
+    monkeypatch.setattr(launch, "machine", lambda index: GPUS["A100"])
+    with launch.override(parameters=chosen):
+        assert launch.launch_configuration(logits).options["maxnreg"] == 42
+        assert not launch.serves(logits)
+
+
+@pytest.mark.parametrize("wrong", [(96, 4, 1), (2048, 4, 1), (512, 3, 1), (512, 16, 1), (512, 4, 0)])
+def test_override_refuses_what_no_launch_can_have(wrong: tuple[int, int, int]) -> None:
+    with (
+        pytest.raises(ValueError, match=r"parameters: expected threads 32 to 1024 and loads 1 to 8.*got "),
+        launch.override(parameters=launch.LaunchParameters(*wrong)),
+    ):
+        pass
+
+
+def test_origin(monkeypatch: pytest.MonkeyPatch) -> None:
+    for machine, words in ((GPUS["H100"], "table entry for sm_90"), (launch.Machine("sm_89", 1, MB, 32), "sm_89")):
+        monkeypatch.setattr(launch, "machine", lambda index, machine=machine: machine)
+        assert words in launch.origin(0)
 
 
 @pytest.mark.parametrize(
@@ -97,9 +136,9 @@ def test_unknown_architecture_gets_what_is_safe() -> None:
 def test_machine_of_a_device(
     monkeypatch: pytest.MonkeyPatch, hip: str | None, properties: dict[str, Any], expected: tuple[Any, ...]
 ) -> None:
-    found = SimpleNamespace(multi_processor_count=132, **properties)
+    device = SimpleNamespace(multi_processor_count=132, **properties)
     monkeypatch.setattr(launch.torch.version, "hip", hip)
-    monkeypatch.setattr(launch.torch.cuda, "get_device_properties", lambda _: found)
+    monkeypatch.setattr(launch.torch.cuda, "get_device_properties", lambda _: device)
     launch.machine.cache_clear()
     try:
         assert tuple(launch.machine(0)) == expected
