@@ -10,7 +10,8 @@
 #                    there is no GPU; the index of CPU builds has a small one.
 #   GPU              nvidia, amd or none: overrides what was detected
 #   BENCH_ARGS       the benchmark's arguments (speed --quick)
-#   EVIDENCE_ARGS    further arguments to `hpo-fused-bench all` (--budget 480)
+#   EVIDENCE_ARGS    further arguments to `hpo-fused-bench all`, such as --budget 900
+#   TRITON_VERSIONS  what `make versions` tries (3.4.0 3.6.0 3.7.1 3.9.0)
 #   PYTEST_BENCHMARK_ARGS   further arguments to `make pytest-benchmark`, such as --bench-shape qwen3
 #   PYTEST_WORKERS   test processes (one for each core)
 #   PYTEST_ARGS      further arguments to pytest
@@ -21,6 +22,7 @@ BENCH_ARGS ?= speed --quick
 EVIDENCE_ARGS ?=
 PYTEST_ARGS ?=
 PYTEST_BENCHMARK_ARGS ?=
+TRITON_VERSIONS ?= 3.4.0 3.6.0 3.7.1 3.9.0
 
 ifndef PYTEST_WORKERS
 PYTEST_WORKERS := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
@@ -65,7 +67,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help bench evidence pytest-benchmark test lint types sanitize clean distclean
+.PHONY: help bench evidence pytest-benchmark test lint types versions sanitize clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -96,9 +98,28 @@ types: $(STAMP) ## types alone
 	@ln -s "$(CURDIR)"/hpo_fused/* "$(CURDIR)/kernels" "$(CURDIR)/bench" $(TYPED)/hpo_fused/
 	cd $(TYPED) && ../bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p hpo_fused
 
+# Each Triton in a folder of its own, found before the one that PyTorch brought. The sample has both paths of the
+# kernels, the terms of a batch, float16 and rows that start anywhere. Triton 3.4's interpreter does not know NumPy 2.4.
+SAMPLE := tests/test_token_terms.py tests/test_equivalence.py \
+	-k 'test_token_terms or triton and (mhpo_ahpo or gspo or softcap or V17)'
+versions: $(STAMP) ## machine code, and a sample of the suite in the interpreter, with other Tritons
+	@failed=; for version in $(TRITON_VERSIONS); do \
+		folder="$(CURDIR)/$(VENV)/triton-$$version"; log="$$folder.log"; verdict=passed; : >"$$log"; \
+		case $$version in 3.4.*) more='numpy<2.4';; *) more=;; esac; \
+		{ [ -d "$$folder" ] || { rm -rf "$$folder.partial" && \
+			$(PIP) install -q --no-deps --target "$$folder.partial" triton==$$version $$more && \
+			mv "$$folder.partial" "$$folder"; }; } && export PYTHONPATH="$$folder" && \
+		$(BIN)/hpo-fused-bench compile --check >"$$log" 2>&1 && \
+		TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= HIP_VISIBLE_DEVICES= OMP_NUM_THREADS=1 \
+			$(BIN)/pytest -q -n $(PYTEST_WORKERS) $(SAMPLE) >>"$$log" 2>&1 || { verdict=FAILED; failed=1; }; \
+		unset PYTHONPATH; \
+		if [ $$verdict = FAILED ]; then tail -n 60 "$$log"; else tail -n 1 "$$log"; fi; \
+		echo "Triton $$version: $$verdict"; \
+	done; [ -z "$$failed" ]
+
 # Allocations of their own size, not PyTorch's pooled ones, so that memcheck sees what lies beside a tensor. racecheck
 # looks at shared memory, which the reductions between the sweeps use.
-SANITIZED := tests/test_odd_rows.py tests/test_row_sharing.py tests/test_logprob_kernel.py tests/test_layouts.py
+SANITIZED := tests/test_kernels_rows.py tests/test_token_terms.py tests/test_logprob_loss.py
 sanitize: $(STAMP) ## compute-sanitizer on the small-shape kernel tests (NVIDIA GPU and CUDA toolkit)
 	@command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not on the PATH; it comes with the CUDA toolkit" >&2; exit 2; }
 	for tool in memcheck racecheck; do \

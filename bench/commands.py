@@ -305,13 +305,10 @@ def all_(
 
 
 def write_report(result: Result, folder: Path) -> list[str]:
-    """Write result.json, report.md and, where matplotlib is installed, pictures; the names of the pictures."""
+    """Write result.json, report.md and pictures; the names of the pictures."""
     folder.mkdir(parents=True, exist_ok=True)
     result.write(folder / "result.json")
-    try:
-        drawn = pictures.draw(result, folder)
-    except ModuleNotFoundError:
-        drawn = []
+    drawn = pictures.draw(result, folder)
     (folder / "report.md").write_text(report.markdown(result, drawn), encoding="utf-8")
     return drawn
 
@@ -396,10 +393,8 @@ def compile_(
     out.print(f"{len(found.kernels)} kernels compiled, {said}.", style="bold")
     if output is not None:
         Result("compile", environment(torch.device("cpu")), kernels=found.as_dicts(), notes=found.broken).write(output)
-    if not found.kernels:
-        raise typer.Exit(2)
-    if check and found.broken:
-        raise typer.Exit(1)
+    if not found.kernels or (check and found.broken):
+        raise typer.Exit(1 if found.kernels else 2)
 
 
 @app.command()

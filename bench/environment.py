@@ -47,8 +47,7 @@ def git_commit() -> str | None:
     top = _output(["git", "-C", str(here), "rev-parse", "--show-toplevel"])
     if top is None or Path(top).resolve() != here.parent:
         return None
-    commit = _output(["git", "-C", str(here), "rev-parse", "HEAD"])
-    return commit and commit + "+" * bool(_output(["git", "-C", str(here), "status", "--porcelain"]))
+    return _output(["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"])
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -74,12 +73,10 @@ def environment(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found |= {
-            "gpu": properties.name,
-            "gpu_memory_bytes": properties.total_memory,
+            "gpu": properties.name, "gpu_memory_bytes": properties.total_memory,
             "gpu_architecture": getattr(properties, "gcnArchName", None) or f"sm_{properties.major}{properties.minor}",
-            "cuda": torch.version.cuda,
-            "hip": torch.version.hip,
-        }
+            "cuda": torch.version.cuda, "hip": torch.version.hip,
+        }  # fmt: skip
         # By UUID: an index would not survive CUDA_VISIBLE_DEVICES' renumbering.
         gpu = f"GPU-{properties.uuid}" if hasattr(properties, "uuid") else str(device.index or 0)
         found[NVIDIA_SMI] = _output(["nvidia-smi", f"--query-gpu={NVIDIA_SMI}", "--format=csv,noheader", f"--id={gpu}"])

@@ -169,20 +169,6 @@ def peak_extra_bytes(run: Run, device: torch.device) -> int | None:
     return peak
 
 
-def cpu_seconds() -> tuple[float, float] | None:
-    """Seconds of all CPUs so far, and of these the ones that other processes took; None where there is no /proc/stat.
-
-    The share of others decides whether times on a CPU can be believed.
-    """
-    try:
-        with open("/proc/stat", encoding="ascii") as lines:
-            ticks = [int(word) for word in lines.readline().split()[1:9]]  # user ... idle iowait ... steal
-        scale, own = os.sysconf("SC_CLK_TCK"), os.times()
-    except (OSError, ValueError, AttributeError):
-        return None
-    return sum(ticks) / scale, (sum(ticks) - ticks[3] - ticks[4]) / scale - own.user - own.system
-
-
 def available_bytes() -> int | None:
     """Main memory that can still be had, or None where the system does not say."""
     try:

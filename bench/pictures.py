@@ -62,11 +62,7 @@ def _memory(peaks: dict[tuple[str, str], dict[int, int]]) -> Any:
 
 
 def draw(result: Result, folder: Path) -> list[str]:
-    """Write time.png and memory.png to ``folder`` as far as there is something to draw; their names.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed.
-    """
+    """Write time.png and memory.png to ``folder`` as far as there is something to draw; their names."""
     timed = [row for row in result.rows if row.over_limit is not None and not row.limit]
     peaks = against_tokens(result.rows)
     figures = {"time.png": timed and _times(timed), "memory.png": peaks and _memory(peaks)}

@@ -13,8 +13,6 @@ from .results import Result, Row, against_tokens
 from .tables import NOTHING, Table, error, mib, number
 from .truth import OWN_GRADIENT_LIMIT, OWN_LOGPROB_LIMIT, ROWS
 
-BUSY = 0.1  # share of the CPUs in use by others from which a warning is printed
-
 
 def rate(row: Row) -> tuple[float | None, str]:
     """The speed that a row reached, of the work that nobody can avoid, and its unit."""
@@ -108,9 +106,6 @@ def remarks(result: Result) -> list[str]:
     lines += dict.fromkeys(
         f"{row.provider} leaves out: {row.leaves_out}" for row in result.rows if row.status == "ok" and row.leaves_out
     )
-    busy = max((row.others_cpu or 0.0 for row in result.rows), default=0.0)
-    if busy >= BUSY:
-        lines.append(f"Other processes used up to {busy:.0%} of the CPUs meanwhile: do not trust these times.")
     if result.interrupted:
         lines.append("Interrupted: rows or rounds are missing.")
     return [*result.notes, *lines]

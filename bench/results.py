@@ -32,7 +32,6 @@ class Row:
         gradient_bytes: the gradients' own size.
         first_call_s: seconds of the first call, with whatever compilation it takes.
         repeats: a second call gave the same loss and gradients, bit for bit; None if there was none.
-        others_cpu: share of the CPUs that other processes took while the case was timed; None on a GPU.
         errors: against float64; None for a limit, and where the first call gave no result.
         version: the implementation that ran; "" where it did not come to that.
         leaves_out: work of this package's functions that the provider does not do.
@@ -54,7 +53,6 @@ class Row:
     gradient_bytes: int = 0
     first_call_s: float | None = None
     repeats: bool | None = None
-    others_cpu: float | None = None
     errors: Errors | None = None
     version: str = ""
     leaves_out: str = ""

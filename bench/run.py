@@ -261,14 +261,9 @@ def _time(
         alive = {name: task for name, task in tasks.items() if rows[name].status == "ok"}
         if cuda_graph:
             alive = dict(_captured(rows, alive))
-        begun = measure.cpu_seconds() if settings.device.type == "cpu" else None
         for outcome in measure.rounds(alive, clock, settings.repeats, settings.budget):
             for name, seconds in record_failures(rows, outcome).items():
                 samples[name].append(seconds)
-            if begun is not None and (now := measure.cpu_seconds()) is not None:
-                passed, others = (b - a for a, b in zip(begun, now, strict=True))
-                for row in rows.values():
-                    row.others_cpu = min(max(others / passed, 0.0), 1.0) if passed > 0 else None
     finally:
         if collecting:
             gc.enable()

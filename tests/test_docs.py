@@ -1,9 +1,10 @@
-"""Examples in docstrings and documents run and say what they claim."""
+"""Examples in docstrings and documents run and say what they claim, and what documents name exists."""
 
 from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,76 +16,109 @@ import hpo_fused as hf
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PACKAGE = Path(hf.__file__).parent
-MODULES = [
-    ".".join(("hpo_fused", *path.relative_to(PACKAGE).with_suffix("").parts))
-    for path in sorted(PACKAGE.rglob("*.py"))
-    if ">>> " in path.read_text(encoding="utf-8")
-]
+DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+WITH_EXAMPLES = sorted(
+    str(path.relative_to(ROOT)) for path in (ROOT / "hpo_fused").rglob("*.py") if ">>> " in path.read_text("utf-8")
+)
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_docstring_examples(name: str) -> None:
-    result = doctest.testmod(importlib.import_module(name))
+def blocks(document: str) -> list[str]:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("file", WITH_EXAMPLES)
+def test_docstring_examples(file: str) -> None:
+    module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
+    result = doctest.testmod(module, extraglobs={"torch": torch})
     assert result.attempted > 0
     assert result.failed == 0
 
 
 def test_every_public_function_has_an_example() -> None:
-    for name in hf.__all__:
-        value = getattr(hf, name)
-        assert not hasattr(value, "__code__") or ">>> " in (value.__doc__ or ""), name
-
-
-def python_blocks(text: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-
-
-def scope() -> dict[str, Any]:
-    """What the documents' examples take as given; the same for each."""
-    generator = torch.Generator().manual_seed(0)
-    torch.manual_seed(0)
-    head, hidden = torch.nn.Linear(8, 50, bias=False), torch.randn(4, 6, 8, generator=generator)
-    return {
-        "hf": hf, "torch": torch, "hidden": hidden, "lm_head": head, "logits": head(hidden), "temperature": 0.9,
-        "tokens": torch.randint(50, (4, 6), generator=generator), "advantages": torch.tensor([1.0, -1.0, 0.5, -0.5]),
-        "old_logprobs": -4 + 0.5 * torch.randn(4, 6, generator=generator),
-        "mask": torch.arange(6) < torch.tensor([6, 3, 5, 1])[:, None],
-    }  # fmt: skip
+    for name in ("policy_loss", "logprob_policy_loss", "token_logprobs", "linear_policy_loss", "linear_token_logprobs"):
+        assert ">>> " in getattr(hf, name).__doc__, name
 
 
 def test_readme_code_runs_and_agrees() -> None:
-    """A trainer's lines before and after: whatever assigns ``loss`` is the same loss."""
+    """The trainer's lines before and after, and those without logits, are the same loss: what the README says."""
+    generator = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(8, 50, bias=False)
+    hidden = torch.randn(4, 6, 8, generator=generator)
+    scope: dict[str, Any] = {
+        "hf": hf,
+        "torch": torch,
+        "hidden": hidden,
+        "lm_head": head,
+        "tokens": torch.randint(50, (4, 6), generator=generator),
+        "advantages": torch.tensor([1.0, -1.0, 0.5, -0.5]),
+        "old_logprobs": -4 + 0.5 * torch.randn(4, 6, generator=generator),
+        "mask": torch.arange(6) < torch.tensor([6, 3, 5, 1])[:, None],
+        "temperature": 0.9,
+    }
+    before, after, without_logits, own = blocks("README.md")
     results = []
-    for code in python_blocks(README):
-        variables = scope()
+    for code in (before, after, f"{without_logits}\nloss, logprobs, entropy = out.loss, out.logprobs, out.entropy"):
+        variables = dict(scope, logits=head(hidden))
         exec(code, variables)
-        if "loss" in variables:
-            (gradient,) = torch.autograd.grad(variables["loss"], variables["lm_head"].weight)
-            logprobs = torch.where(variables["mask"], variables["logprobs"].detach(), 0.0)
-            results.append((variables["loss"].detach(), logprobs, gradient))
-    assert len(results) >= 2
-    for other in results[1:]:
-        for plain, ours in zip(results[0], other, strict=True):
-            torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+        (gradient,) = torch.autograd.grad(variables["loss"], head.weight)
+        tokens = (variables[name].detach() * scope["mask"] for name in ("logprobs", "entropy"))
+        results.append((variables["loss"].detach(), *tokens, gradient))
+    assert results[0][-1].norm() > 0.01
+    for ours in results[1:]:
+        torch.testing.assert_close(ours, results[0], rtol=1e-5, atol=1e-6)
+    exec(own, scope)
+    assert scope["objective"].shaping == hf.Clip(0.2, 0.28, dual=3.0)
 
 
 def test_example_of_the_linear_path_runs() -> None:
-    (code,) = python_blocks((ROOT / "docs" / "linear.md").read_text(encoding="utf-8"))
-    variables = scope() | {"lm_head": torch.nn.Linear(8, 50)}
-    exec(code, variables)
-    assert variables["lm_head"].weight.grad.isfinite().all()
-    assert variables["lm_head"].bias.grad.isfinite().all()
+    (code,) = blocks("docs/linear.md")
+    head = torch.nn.Linear(8, 50)
+    scope = {
+        "hf": hf, "torch": torch, "lm_head": head, "hidden": torch.randn(4, 6, 8),
+        "tokens": torch.randint(50, (4, 6)), "mask": torch.ones(4, 6), "advantages": torch.tensor([1.0, -1.0, 0, 0.5]),
+    }  # fmt: skip
+    exec(code, scope)
+    for parameter in head.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.isfinite().all()
 
 
 def test_readme_names_every_preset() -> None:
-    rows = re.findall(r"^\| `(\w+)`", README, flags=re.MULTILINE)
-    assert rows == list(hf.Objective.presets())
+    section = README.partition("## Objectives")[2].partition("## ")[0]
+    assert re.findall(r"^\| `(\w+)`", section, flags=re.MULTILINE) == list(hf.Objective.presets())
 
 
-@pytest.mark.parametrize("document", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
-def test_documents_are_linked_and_link_to_what_exists(document: str) -> None:
-    assert f"docs/{document}" in README
-    text = (ROOT / "docs" / document).read_text(encoding="utf-8")
+def test_readme_shows_the_committed_result() -> None:
+    found = re.search(r"<!-- cpu (\S+) -->\n\| logits \| (.*?) \|\n.*?\n(.*?)\n<!-- end", README, flags=re.DOTALL)
+    assert found is not None
+    name, heading, body = found.groups()
+    measured = {
+        (row["case"]["shape"]["name"], row["provider"]): f"{row['over_ours']:#.3g}"
+        for row in json.loads((ROOT / name).read_text(encoding="utf-8"))["rows"]
+        if row["over_ours"] and row["case"]["operation"] == "policy_loss" and not row["case"]["inactive"]
+    }
+    for line in body.splitlines():
+        shape, *shown = line.strip("| ").split(" | ")
+        assert shown == [measured.get((shape, provider), "–") for provider in heading.split(" | ")]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_what_a_document_names_exists(document: str) -> None:
+    """Links, paths of the checkout, targets of make and commands of the benchmark."""
+    text = (ROOT / document).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
-        assert (ROOT / "docs" / target).exists(), target
+        assert (ROOT / document).parent.joinpath(target).exists(), target
+    for path in re.findall(r"\b(?:kernels|hpo_fused|bench|tests|docs)/[\w./-]*\w", text):
+        assert (ROOT / path).exists(), path
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    for target in re.findall(r"(?:`|^)make ([\w-]+)", text, flags=re.MULTILINE):
+        assert target in targets, target
+    commands = pytest.importorskip("hpo_fused.bench.commands", reason="needs the bench extra").app.registered_commands
+    known = [command.name or command.callback.__name__ for command in commands]
+    for command in re.findall(r"hpo-fused-bench (\w+)", text):
+        assert command in known, command
+
+
+def test_every_document_is_reached_from_the_readme() -> None:
+    assert [document for document in DOCUMENTS[1:] if f"({document})" not in README] == []

@@ -15,6 +15,7 @@ from hpo_fused.bench.providers import LIMITS, create, defaults
 
 DEVICE = pytest.StashKey[torch.device]()
 CPU_TOKENS, GPU_TOKENS = 64, 8192
+OPTIONS = ("op", "shape", "tokens", "dtype", "mode", "provider")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -50,9 +51,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if not {"case", "provider"} <= {*metafunc.fixturenames}:
         return
     config, device = metafunc.config, metafunc.config.stash[DEVICE]
-    asked = {
-        name: config.getoption(f"--bench-{name}") for name in ("op", "shape", "tokens", "dtype", "mode", "provider")
-    }
+    asked = {name: config.getoption(f"--bench-{name}") for name in OPTIONS}
     tokens = GPU_TOKENS if device.type == "cuda" else CPU_TOKENS
     operations = ("policy_loss", "linear_policy_loss", "token_logprobs")
     pairs: list[tuple[Case, str]] = []

@@ -158,7 +158,8 @@ class CompiledSweeps(Sweeps):
     def _pieces(self, *selections: SelectedRows) -> Iterator[tuple[int, tuple[SelectedRows, ...]]]:
         """First row and selections of all rows where they lie side by side, else of pieces that can be staged."""
         count = len(selections[0])
-        if count > 1 and all(selection.contiguous() is not None for selection in selections):
+        in_place = all(selection.contiguous() is not None for selection in selections)
+        if count <= self.buffer_rows or in_place:
             yield 0, selections
             return
         for first in range(0, count, self.buffer_rows):
