@@ -286,4 +286,4 @@ def test_new_values_do_not_recompile() -> None:
 @pytest.mark.xdist_group("compile")
 def test_recompilations_are_seen() -> None:
     """The count itself: without do_not_specialize every kernel compiles several times."""
-    assert min(_compilations("--specialized").values()) >= 5
+    assert min(_compilations("--specialized").values()) >= 2
