@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import hpo_fused as hf
-from hpo_fused.linear.arguments import gathered
 
 from .ranks import run_ranks
 from .samples import hidden_arguments, leaves
@@ -380,16 +379,3 @@ def test_between_compiled_graphs(name: str, device: torch.device) -> None:
 def test_sharded_heads() -> None:
     """Two processes with a share of the batch and of the head each: see ranks.py."""
     run_ranks("sharded_heads")
-
-
-def test_strided_shards_are_refused() -> None:
-    """FSDP2 over tensor parallelism: a Shard(0) by comparison (PyTorch 2.8), whose gradient is scattered wrongly."""
-    pytest.importorskip("torch.distributed.tensor")
-    from torch.distributed.tensor.placement_types import _StridedShard
-
-    class DTensor:
-        placements = (_StridedShard(0, split_factor=2),)
-        full_tensor = None
-
-    with pytest.raises(ValueError, match=r"weight: expected .* placements Replicate\(\) and Shard\(0\)"):
-        gathered("weight", DTensor())  # type: ignore[arg-type]
