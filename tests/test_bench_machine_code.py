@@ -31,7 +31,7 @@ SASS = """
         /*0050*/                   FADD R10, R10, R9 ;
         /*0060*/                   FADD R11, R10, R9 ;
         /*0070*/                   ISETP.GE.AND P0, PT, R0, R1, PT ;
-        /*0080*/              @P0  BRA 0x10 ;
+        /*0080*/              @P0  BRA 0x10    &wr=0x2 ?trans6;
         /*0090*/                   LDG.E.128 R4, [R2.64] ;
         /*00a0*/                   STG.E.64 [R2.64], R4 ;
         /*00b0*/              @P1  BRA.U 0x90 ;

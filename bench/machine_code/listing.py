@@ -73,7 +73,7 @@ def parse_sass(text: str) -> tuple[list[Instruction], int, int]:
     """The same of cuobjdump's output."""
     code = []
     for address, body in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", text, re.MULTILINE):
-        jump = re.search(r"\bBRA(?:\.\S+)?\s.*?\b0x([0-9a-f]+)$", body)
+        jump = re.search(r"\bBRA(?:\.\S+)?\s.*?\b0x([0-9a-f]+)(?:\s|$)", body)
         if not body.startswith("NOP"):
             code.append(Instruction(int(address, 16), body, int(jump.group(1), 16) if jump else None))
     usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
