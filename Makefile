@@ -81,10 +81,10 @@ evidence: $(PEERS_STAMP) ## the whole evidence for this machine: a report with p
 pytest-benchmark: $(STAMP) ## the benchmark's cases and providers under pytest-benchmark, small by default
 	$(BIN)/pytest bench/suite $(PYTEST_BENCHMARK_ARGS)
 
-# One thread in each test process: workers that each take every core slow each other down. loadgroup keeps tests
+# One thread in each test process: workers that each take every core slow each other down. loadfile keeps tests
 # that share an expensive fixture in one process.
 test: lint $(PEERS_STAMP) ## lint, types and tests
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(STAMP) ## style, formatting and types
 	$(BIN)/ruff check .

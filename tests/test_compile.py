@@ -12,11 +12,10 @@ from hpo_fused.bench.machine_code.report import Report, ReportFailed, run_report
 
 pytest.importorskip("triton")
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("compile")]
+pytestmark = pytest.mark.slow
 
 
-# Of the session: other tests of this group would end a module in between.
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def report() -> Report:
     """Calls that end in "KL and entropy": with softcap and without, fused and by several kernels, on both vendors."""
     return run_report(["sm_90", "gfx942"], only="KL and entropy")

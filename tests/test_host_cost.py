@@ -271,7 +271,6 @@ def _compilations(*arguments: str) -> dict[str, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("compile")
 def test_new_values_do_not_recompile() -> None:
     """New T, N, temperature, epsilon, alpha, kl_coef and alignment of micro-batches: one compilation per kernel."""
     once = [
@@ -283,7 +282,6 @@ def test_new_values_do_not_recompile() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("compile")
 def test_recompilations_are_seen() -> None:
     """The count itself: without do_not_specialize every kernel compiles several times."""
     assert min(_compilations("--specialized").values()) >= 2

@@ -22,9 +22,6 @@ from typing import Any, NamedTuple
 
 import pytest
 
-# One pytest-xdist worker runs them all: each worker would otherwise build a wheel of its own.
-pytestmark = pytest.mark.xdist_group("packaging")
-
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 # Folder of the checkout -> folder of the wheel.
