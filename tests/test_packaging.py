@@ -191,7 +191,7 @@ def test_metadata(metadata: Distribution, source: Path) -> None:
 
 def test_command_loads(installed: Path, tmp_path: Path) -> None:
     """An entry point that names a missing module or function is found out by the first user who runs it."""
-    found = isolated(
+    result = isolated(
         """
         import json
         from importlib.metadata import distributions
@@ -203,7 +203,7 @@ def test_command_loads(installed: Path, tmp_path: Path) -> None:
         installed,
         tmp_path,
     )
-    assert found == {"hpo-fused-bench": True}
+    assert result == {"hpo-fused-bench": True}
 
 
 def test_only_pytorch_is_required(metadata: Distribution) -> None:
@@ -216,7 +216,7 @@ def test_only_pytorch_is_required(metadata: Distribution) -> None:
 
 def test_wheel_imports_without_the_checkout(installed: Path, tmp_path: Path) -> None:
     """All three packages come from the wheel; neither folder's own name is importable from it."""
-    found = isolated(
+    result = isolated(
         """
         import importlib, json
         from importlib.machinery import PathFinder
@@ -237,12 +237,12 @@ def test_wheel_imports_without_the_checkout(installed: Path, tmp_path: Path) -> 
         name: str(installed.joinpath(*name.split("."), "__init__.py"))
         for name in ("hpo_fused", "hpo_fused.bench", "hpo_fused.kernels")
     }
-    assert found == {"origins": expected, "leaked": []}
+    assert result == {"origins": expected, "leaked": []}
 
 
 def test_loss_runs_where_triton_cannot_be_imported(installed: Path, tmp_path: Path) -> None:
     """CPU wheels of PyTorch bring no Triton, macOS and Windows have none: the torch backend needs none."""
-    found = isolated(
+    result = isolated(
         """
         import json
         import os
@@ -292,12 +292,12 @@ def test_loss_runs_where_triton_cannot_be_imported(installed: Path, tmp_path: Pa
         installed,
         tmp_path,
     )
-    assert found["from"] == str(installed / "hpo_fused" / "__init__.py")
-    assert found["finite"]
-    assert found["rows"] == [[True, True, True]]
-    assert not found["triton"], "the probe did not hide Triton"
-    assert found["refusal"] is not None, 'backend="triton" was accepted without Triton'
-    assert "triton" in found["refusal"].lower()
+    assert result["from"] == str(installed / "hpo_fused" / "__init__.py")
+    assert result["finite"]
+    assert result["rows"] == [[True, True, True]]
+    assert not result["triton"], "the probe did not hide Triton"
+    assert result["refusal"] is not None, 'backend="triton" was accepted without Triton'
+    assert "triton" in result["refusal"].lower()
 
 
 def test_editable_install_exposes_kernels_only_inside_hpo_fused(editable: Editable, tmp_path: Path) -> None:
@@ -309,9 +309,9 @@ def test_editable_install_exposes_kernels_only_inside_hpo_fused(editable: Editab
         inside = {name: find_spec(f"hpo_fused.{name}").origin for name in ("kernels", "bench")}
         print(json.dumps({"inside": inside, "outside": [n for n in ("kernels", "bench") if find_spec(n)]}))
     """
-    found = answer(run(editable.python, "-c", textwrap.dedent(code), cwd=tmp_path))
+    result = answer(run(editable.python, "-c", textwrap.dedent(code), cwd=tmp_path))
     inside = {name: str(editable.checkout / name / "__init__.py") for name in ("kernels", "bench")}
-    assert found == {"inside": inside, "outside": []}
+    assert result == {"inside": inside, "outside": []}
 
 
 PROBE = """
