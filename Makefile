@@ -105,7 +105,7 @@ SAMPLE := tests/test_token_terms.py tests/test_equivalence.py \
 versions: $(STAMP) ## machine code, and a sample of the suite in the interpreter, with other Tritons
 	@failed=; for version in $(TRITON_VERSIONS); do \
 		folder="$(CURDIR)/$(VENV)/triton-$$version"; log="$$folder.log"; verdict=passed; : >"$$log"; \
-		case $$version in 3.4.*) more='numpy<2.4';; *) more=;; esac; \
+		case $$version in 3.[456].*) more='numpy<2.4';; *) more=;; esac; \
 		{ [ -d "$$folder" ] || { rm -rf "$$folder.partial" && \
 			$(PIP) install -q --no-deps --target "$$folder.partial" triton==$$version $$more && \
 			mv "$$folder.partial" "$$folder"; }; } && export PYTHONPATH="$$folder" && \
