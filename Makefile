@@ -99,7 +99,8 @@ types: $(STAMP) ## types alone
 	cd $(TYPED) && ../bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p hpo_fused
 
 # Each Triton in a folder of its own, found before the one that PyTorch brought. The sample has both paths of the
-# kernels, the terms of a batch, float16 and rows that start anywhere. Triton 3.4's interpreter does not know NumPy 2.4.
+# kernels, the terms of a batch, float16 and rows that start anywhere. Before Triton 3.7 the interpreter does not know
+# NumPy 2.4.
 SAMPLE := tests/test_token_terms.py tests/test_equivalence.py \
 	-k 'test_token_terms or triton and (mhpo_ahpo or gspo or softcap or V17)'
 versions: $(STAMP) ## machine code, and a sample of the suite in the interpreter, with other Tritons
