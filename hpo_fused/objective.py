@@ -348,7 +348,7 @@ class Objective:
         """
         return dict(_PRESETS)
 
-    def lower(self, *, off_policy: bool) -> LossSpec:
+    def lower(self, *, off_policy: bool = True) -> LossSpec:
         """The plain values that a backend needs; ``off_policy``: old log-probabilities are given."""
         kind, parameters = self.shaping.lower()
         return LossSpec(
