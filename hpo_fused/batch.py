@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Layout(NamedTuple):
-    """Where the responses lie among the rows.
+    """The rows of each response, and which rows are masked.
 
     Padded input keeps its [B, T]; packed input becomes [1, N] with the response of each row beside it.
     """

@@ -1,4 +1,4 @@
-"""Input checks: one sentence per refusal, naming the argument, what was expected and what came."""
+"""Input checks: one sentence per refusal, naming the argument, the expectation and the value."""
 
 from __future__ import annotations
 

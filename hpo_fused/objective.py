@@ -1,4 +1,4 @@
-"""What to optimise: ratio level, shaping, weighting, normalisation, KL and entropy terms, and named presets.
+"""Objectives: ratio level, shaping, weighting, normalisation, KL and entropy terms, and named presets.
 
 Everything here is a frozen, hashable description; no tensor is touched. The formulas that the classes name stand
 in ``surrogate.py`` (torch), ``kernels/surrogate.py`` (device) and ``reference.py`` (float64 oracle).

@@ -48,7 +48,7 @@ def policy_loss_kernel(
     ENTROPY_BONUS: tl.constexpr,
     ENTROPY: tl.constexpr,  # results has entropies
     ALIGNED_OUT: tl.constexpr,  # see sweeps.row_gradient
-    LANES: tl.constexpr,
+    LANES: tl.constexpr,  # this and UNROLL: how a row is cut, see row_tiles.py
     UNROLL: tl.constexpr,
 ):
     """A row per iteration of persistent programs: 1. statistics; 2. loss and coefficients; 3. gradient."""

@@ -37,7 +37,7 @@ def token_gradient_kernel(
     out_stride_b,
     out_stride_t,
     ALIGNED_OUT: tl.constexpr,  # see sweeps.row_gradient
-    LANES: tl.constexpr,
+    LANES: tl.constexpr,  # this and UNROLL: how a row is cut, see row_tiles.py
     UNROLL: tl.constexpr,
 ):
     """The second sweep of every row whose coefficients are not both 0; zeros in the others, which are not read."""

@@ -31,7 +31,7 @@ def token_statistics_kernel(
     V,
     stride_b,
     stride_t,
-    LANES: tl.constexpr,
+    LANES: tl.constexpr,  # this and UNROLL: how a row is cut, see row_tiles.py
     UNROLL: tl.constexpr,
 ):
     """The first sweep of every row whose target is an id; NaN in the others, which are not read."""
