@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Layout(NamedTuple):
-    """Where the responses lie among the rows.
+    """The rows of each response, and which rows are masked.
 
     Padded input keeps its [B, T]; packed input becomes [1, N] with the response of each row beside it.
     """
@@ -28,21 +28,24 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, mask: Tensor, responses: int, cu_seqlens: Tensor | None) -> Layout:
-        """The layout of a bool mask [B, T], packed [1, N], and checked boundaries."""
-        if cu_seqlens is None:
-            return cls(mask, None, responses)
-        rows, boundaries = mask.shape[1], cu_seqlens.to(torch.int64)
-        if not values_readable(boundaries):
-            message = f"cu_seqlens: expected boundaries that rise from 0 to N = {rows}"
-            torch._assert_async(_rises(boundaries, rows), message)
-        position = torch.arange(rows, device=mask.device)
-        response = torch.searchsorted(boundaries[1:], position, right=True).clamp(max=max(responses - 1, 0))
-        return cls(mask, response, responses)
+        """The layout of a bool mask [B, T], packed [1, N], and its boundaries, asserted where they were not read."""
+        if cu_seqlens is not None and not values_readable(cu_seqlens):
+            message = f"cu_seqlens: expected boundaries that rise from 0 to N = {mask.shape[1]}"
+            torch._assert_async(_rises(cu_seqlens, mask.shape[1]), message)
+        return cls._of(mask, responses, cu_seqlens)
 
     @classmethod
     def of_terms(cls, terms: TokenTerms) -> Layout:
         """The layout of a call whose terms are known."""
-        return cls.of(terms.targets != MASKED, terms.response_statistics.shape[1], terms.cu_seqlens)
+        return cls._of(terms.targets != MASKED, terms.response_statistics.shape[1], terms.cu_seqlens)
+
+    @classmethod
+    def _of(cls, mask: Tensor, responses: int, cu_seqlens: Tensor | None) -> Layout:
+        if cu_seqlens is None:
+            return cls(mask, None, responses)
+        position = torch.arange(mask.shape[1], device=mask.device)
+        response = torch.searchsorted(cu_seqlens.to(torch.int64)[1:], position, right=True)
+        return cls(mask, response.clamp(max=max(responses - 1, 0)), responses)
 
     def of_each_row(self, value: Tensor) -> Tensor:
         """A per-response tensor [B] as one entry per row: [B, T] or [1, N], by broadcasting or gathering."""
@@ -110,7 +113,7 @@ def check_per_response(
     checked = check_tensor(name, value, shapes, "number", device)
     if packed:
         return checked, checked.shape[0] != responses
-    if checked.dim() == 2 and checked.shape[1] == shape[1] and checked.stride(1) != 0:
+    if checked.dim() == 2 and checked.shape[1] == shape[1] and (checked.stride(1) != 0 or shape[1] == 0):
         return checked, True
     return (checked if checked.dim() == 1 else checked[:, 0]), False
 
@@ -148,10 +151,8 @@ def _rises(boundaries: Tensor, rows: int) -> Tensor:
 
 
 def check_groups(groups: object, responses: int, device: torch.device) -> Tensor | None:
-    """``groups`` as int64 [B]; TypeError or ValueError unless it is None or an integer tensor [B]."""
-    if groups is None:
-        return None
-    return check_tensor("groups", groups, [(responses,)], "integer", device).to(torch.int64)
+    """``groups`` itself; TypeError or ValueError unless it is None or an integer tensor [B]."""
+    return None if groups is None else check_tensor("groups", groups, [(responses,)], "integer", device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,7 +269,7 @@ class BatchStatistics:
             lengths.sum(),
             (signs > 0).sum(),
             (signs < 0).sum(),
-            groups,
+            None if groups is None else groups.to(torch.int64),
             None if groups is None else lengths,
             gradient_average,
         )
@@ -302,6 +303,7 @@ class BatchStatistics:
         """
         assert self.group_ids is not None and self.group_lengths is not None
         ids, order = self.group_ids.sort()
+        groups = groups.to(torch.int64)
         total = torch.cat([ids.new_zeros(1), self.group_lengths[order].cumsum(0)])
         first, last = torch.searchsorted(ids, groups), torch.searchsorted(ids, groups, right=True)
         known = (last > first).all()

@@ -1,4 +1,4 @@
-"""Input checks: one sentence per refusal, naming the argument, what was expected and what came."""
+"""Input checks: one sentence per refusal, naming the argument, the expectation and the value."""
 
 from __future__ import annotations
 
@@ -122,20 +122,20 @@ def values_readable(value: Tensor) -> bool:
     return value.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def check_token_ids(tokens: Tensor, mask: Tensor | None, vocabulary: int) -> None:
-    """Refuse ids outside [0, V) at unmasked positions, computed or not; the kernels only keep within the row.
+def check_token_ids(tokens: Tensor, mask: Tensor | None, vocabulary: int) -> Tensor:
+    """Which ids lie in [0, V), bool; refuses others at unmasked positions, computed or not.
 
     Raises:
         ValueError: on the CPU. Elsewhere a device-side assert, as PyTorch's own indexing does, without waiting for it;
             nothing is checked while torch.compile traces CPU tensors.
     """
     tokens = tokens.to(torch.int64)  # V may lie outside a narrower type
-    valid = (tokens >= 0) & (tokens < vocabulary)
-    if mask is not None:
-        valid = valid | (mask == 0)
+    inside = (tokens >= 0) & (tokens < vocabulary)
+    valid = inside if mask is None else inside | (mask == 0)
     message = f"tokens: expected ids in [0, {vocabulary}) at unmasked positions"
     if values_readable(tokens):
         if not bool(valid.all()):
             raise ValueError(f"{message}, got {int(tokens[~valid][0])}")
     elif tokens.device.type != "cpu":
         torch._assert_async(valid.all(), message)
+    return inside

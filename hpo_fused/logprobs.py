@@ -10,7 +10,7 @@ from torch import Tensor
 from . import autograd
 from .backend import Backend, backend_for
 from .batch import as_mask, check_mask
-from .checks import check_logits, check_tensor, check_token_ids, check_transform
+from .checks import check_logits, check_tensor, check_transform
 from .token_terms import token_targets
 
 
@@ -64,7 +64,6 @@ def token_logprobs(
     tokens = check_tensor("tokens", tokens, [tuple(shape)], "integer", logits.device)
     if mask is not None:
         mask = check_mask(mask, shape, logits.device)
-    check_token_ids(tokens, mask, logits.shape[-1])
     rows = logits if logits.dim() == 3 else logits.unsqueeze(0)
     row_mask = as_mask(mask, rows.shape[:2], logits.device)
     logprobs, entropies = autograd.token_statistics(

@@ -206,7 +206,7 @@ def logprob_policy_loss(
     skip_inactive: bool = True,
     backend: Backend = "auto",
 ) -> PolicyLossOutput:
-    """The same loss from log-probabilities, for trainers that compute those themselves.
+    """Policy loss from log-probabilities, for trainers that compute those themselves.
 
     Args:
         logprobs: floating [B, T], or packed [N] with ``cu_seqlens``: log-probability of each sampled token.

@@ -1,4 +1,4 @@
-"""Diagnostics of a loss call, computed from what the call kept."""
+"""Diagnostics of a loss call, computed from its terms and results."""
 
 from __future__ import annotations
 

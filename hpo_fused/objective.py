@@ -1,4 +1,4 @@
-"""What to optimise: ratio level, shaping, weighting, normalisation, KL and entropy terms, and named presets.
+"""Objectives: ratio level, shaping, weighting, normalisation, KL and entropy terms, and named presets.
 
 Everything here is a frozen, hashable description; no tensor is touched. The formulas that the classes name stand
 in ``surrogate.py`` (torch), ``kernels/surrogate.py`` (device) and ``reference.py`` (float64 oracle).
@@ -348,7 +348,7 @@ class Objective:
         """
         return dict(_PRESETS)
 
-    def lower(self, *, off_policy: bool) -> LossSpec:
+    def lower(self, *, off_policy: bool = True) -> LossSpec:
         """The plain values that a backend needs; ``off_policy``: old log-probabilities are given."""
         kind, parameters = self.shaping.lower()
         return LossSpec(

@@ -30,8 +30,8 @@ def token_terms(batch: Batch, spec: LossSpec, vocabulary: int | None, skip_inact
     """
     if traced(batch.advantages):
         backend = "torch"
-    # On a GPU the kernels assert it themselves, on their way.
-    if batch.tokens is not None and vocabulary is not None and (backend == "torch" or values_readable(batch.tokens)):
+    # The torch twin checks on its way, and so do the kernels on a GPU; in the interpreter an assertion would not do.
+    if backend != "torch" and batch.tokens is not None and vocabulary is not None and values_readable(batch.tokens):
         check_token_ids(batch.tokens, batch.mask, vocabulary)
     terms: TokenTerms = implementation(backend).token_terms(batch, spec, vocabulary, skip_inactive)
     return terms

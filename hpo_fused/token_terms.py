@@ -20,7 +20,7 @@ from .batch import (
     check_mask,
     check_per_response,
 )
-from .checks import check_tensor, described
+from .checks import check_tensor, check_token_ids, described
 from .interface import (
     ADVANTAGE,
     ENTROPY_WEIGHT,
@@ -78,7 +78,8 @@ def check_batch(
         if not isinstance(statistics, BatchStatistics):
             raise TypeError(f"statistics: expected a BatchStatistics or None, got {described(statistics)}")
         statistics.check_device(device)
-    groups = check_groups(groups, responses, device)
+    if statistics is None or objective.normalization == "group_mean_length":  # else nobody asks
+        groups = check_groups(groups, responses, device)
     if objective.kl_coef != 0 and ref_logprobs is None:
         raise ValueError(
             f"ref_logprobs: expected reference log-probabilities for kl_coef={objective.kl_coef}, got None"
@@ -150,7 +151,7 @@ def _at_least_one(count: Count) -> Count:
 
 
 def _normalizer(batch: Batch, layout: Layout, lengths: Tensor, responses: Count, tokens: Count) -> float | Tensor:
-    """1 / n_i of DESIGN's table of length normalisations: a number, a 0-d tensor or one entry per row."""
+    """1 / n_i, see ``Objective.normalization``: a number, a 0-d tensor or one entry per row."""
     if batch.normalization == "response":
         return layout.of_each_row((_at_least_one(responses) * lengths.clamp(min=1)).to(torch.float32))
     if batch.normalization == "mean_length":
@@ -164,10 +165,13 @@ def token_terms(batch: Batch, spec: LossSpec, vocabulary: int | None, skip_inact
     """The terms of every token, in some thirty small operations.
 
     Args:
-        batch: the call's arguments; its token ids are checked already.
+        batch: the call's arguments.
         spec: the lowered objective.
         vocabulary: V; None: the batch has no tokens.
         skip_inactive: whether no sweep is to compute rows without a learning signal.
+
+    Raises:
+        ValueError: a token id outside [0, V) at an unmasked position; see :func:`token_targets`.
     """
     device = batch.advantages.device
     layout = Layout.of(as_mask(batch.mask, batch.rows, device), batch.responses, batch.cu_seqlens)
@@ -213,12 +217,14 @@ def token_terms(batch: Batch, spec: LossSpec, vocabulary: int | None, skip_inact
 def token_targets(tokens: Tensor | None, mask: Tensor, vocabulary: int | None) -> Tensor:
     """The sampled ids of unmasked rows as int32 of ``mask``'s shape, MASKED elsewhere; 0 stands for ids not given.
 
-    An id outside [0, V), which only a traced call gets this far with, becomes one that indexing refuses on a CPU;
-    elsewhere an assertion is under way, and no kernel is to read outside the row meanwhile.
+    Raises:
+        ValueError: an unmasked id outside [0, V), where values can be read; elsewhere an assertion on the device. While
+            that is under way, no kernel is to read outside the row: the row is skipped. Traced on a CPU nothing is
+            asserted: the id becomes V, which indexing refuses and which gives NaN in the kernels.
     """
     if tokens is None or vocabulary is None:
         return torch.where(mask, 0, MASKED).to(torch.int32)
     ids = tokens.reshape(mask.shape).to(torch.int64)
-    refused = vocabulary if tokens.device.type == "cpu" else SKIPPED
-    ids = torch.where((ids >= 0) & (ids < vocabulary), ids, refused)
+    inside = check_token_ids(ids, mask, vocabulary)
+    ids = torch.where(inside, ids, vocabulary if tokens.device.type == "cpu" else SKIPPED)
     return torch.where(mask, ids, MASKED).to(torch.int32)

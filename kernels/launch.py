@@ -178,7 +178,7 @@ def serves(tensor: Tensor) -> bool:
 
 
 def origin(device_index: int) -> str:
-    """Where a device's launch parameters come from, in a line."""
+    """The origin of a device's launch parameters, in a line."""
     architecture = machine(device_index).architecture
     if machine(device_index).known:
         return f"table entry for {architecture}"
@@ -187,7 +187,7 @@ def origin(device_index: int) -> str:
 
 @functools.cache
 def _interpreted(itemsize: int, V: int) -> LaunchConfiguration:
-    """One Python step per operation: few, large tiles, and few programs."""
+    """The interpreter's launch: a Python step per operation, so few, large tiles, and few programs."""
     vec = VECTOR_BYTES // itemsize
     lanes = 64
     while lanes < 4096 and lanes * vec < V:

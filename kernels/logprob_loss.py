@@ -1,8 +1,8 @@
 """Kernel and launcher: log-probabilities to the loss and its gradient coefficients, one program per response.
 
 Token-level ratios take one walk over the response. Sequence-level ones take three: for the mean log-ratio x; for the
-surrogate s(x, A) of every token's weight, whose mean derivative each token receives (DESIGN's x is the mean, and the
-mean's adjoint is a mean); for the penalties and the results.
+surrogate s(x, A) of every token's weight, whose mean derivative each token receives (x is a mean, and a mean's
+adjoint is a mean); for the penalties and the results.
 """
 
 from __future__ import annotations

@@ -63,8 +63,11 @@ def multiply_subtract(a, b, c):
 
 @triton.jit
 def to_float32(x):
-    """Exact widening. For bfloat16 by a shift: compilers make it one shift or mask per element, while their own
-    conversion takes two for every second element, and the interpreter's decodes every field in NumPy."""
+    """Exact widening to float32.
+
+    For bfloat16 by a shift: compilers make it one shift or mask per element, while their own conversion takes two for
+    every second element, and the interpreter's decodes every field in NumPy.
+    """
     if x.dtype == tl.bfloat16:
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:

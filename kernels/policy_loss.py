@@ -48,7 +48,7 @@ def policy_loss_kernel(
     ENTROPY_BONUS: tl.constexpr,
     ENTROPY: tl.constexpr,  # results has entropies
     ALIGNED_OUT: tl.constexpr,  # see sweeps.row_gradient
-    LANES: tl.constexpr,
+    LANES: tl.constexpr,  # this and UNROLL: how a row is cut, see row_tiles.py
     UNROLL: tl.constexpr,
 ):
     """A row per iteration of persistent programs: 1. statistics; 2. loss and coefficients; 3. gradient."""
@@ -58,20 +58,21 @@ def policy_loss_kernel(
     for row in range(tl.program_id(0), N, tl.num_programs(0)):
         y = tl.load(targets + row)
         unknown = tl.full((), float("nan"), tl.float32)
-        loss = tl.full((), 0.0, tl.float32)
-        c, h = loss, loss
+        c = tl.full((), 0.0, tl.float32)
+        h = c
+        loss = tl.where(y < V, c, unknown)
         maximum, others, z_y = unknown, unknown, unknown
-        logprob = tl.where(y == MASKED, loss, unknown)
+        logprob = tl.where(y == MASKED, c, unknown)
         entropy = logprob
         start = logits + row_offset(row, T, stride_b, stride_t)
-        if y >= 0:
+        if (y >= 0) & (y < V):
             lanes = lane_statistics(start, V, y, transform, LANES, VEC, UNROLL, ENTROPY, FIRST_READ)
             # Asked for here, the row's terms arrive while the lanes meet, and occupy no register before. In place, the
             # lanes' barriers also give every thread its copy of z_y before any thread overwrites it.
             z_y = to_float32(tl.load(start + y))
             advantage = tl.load(values + ADVANTAGE * N + row)
             policy_weight = tl.load(values + POLICY_WEIGHT * N + row)
-            kl_weight, entropy_weight, old_logprob, ref_logprob = loss, loss, loss, loss
+            kl_weight, entropy_weight, old_logprob, ref_logprob = c, c, c, c
             if OFF_POLICY:
                 old_logprob = tl.load(values + OLD_LOGPROB * N + row)
             if KL:
@@ -118,7 +119,7 @@ def policy_loss(
         transform: temperature and softcap.
         results: contiguous float32 [2, B, T], or [3, B, T] where entropies are wanted; written in every row: LOSS,
             LOGPROB, ENTROPY, all 0 where masked; loss 0 and NaN where skipped.
-        out: where the gradient goes, [B, T, V], any floating dtype, or ``logits`` itself; None: one sweep, no gradient.
+        out: where the gradient goes, [B, T, V] of logits' dtype, or ``logits`` itself; None: one sweep, no gradient.
     """
     B, T, V = logits.shape
     if B * T == 0:

@@ -1,8 +1,8 @@
 """How a row of V elements is cut: whole 16-byte groups in tiles and steps, and the edge beside them.
 
-    row           | head | group | group | ...                                 ... | group | rest |
+    row           | lead | group | group | ...                                 ... | group | tail |
                   ^      ^ first 16-byte boundary                                          ^ last whole group ends
-    edge          the fewer than 2 * VEC elements of head and rest, one element per lane
+    edge          the fewer than 2 * VEC elements of lead and tail, one element per lane
     tile          [LANES, VEC]: one group of VEC elements (16 bytes) for each lane
     step          UNROLL tiles, whose loads are all issued before any is used; the last step is masked
 
@@ -19,15 +19,15 @@ def frame(row, V, VEC: tl.constexpr):
     """Elements before the first 16-byte boundary of a row, and whole groups from there on."""
     itemsize: tl.constexpr = row.dtype.element_ty.primitive_bitwidth // 8
     misalignment = ((-row.to(tl.int64)) & (VEC * itemsize - 1)).to(tl.int32)
-    head = tl.minimum(misalignment // itemsize, V)
-    return head, (V - head) // VEC
+    lead = tl.minimum(misalignment // itemsize, V)
+    return lead, (V - lead) // VEC
 
 
 @triton.jit
-def edge_columns(head, groups, LANES: tl.constexpr, VEC: tl.constexpr):
+def edge_columns(lead, groups, LANES: tl.constexpr, VEC: tl.constexpr):
     """[LANES]: the column of each lane's edge element; only the first V - groups * VEC lanes have one."""
     lane = tl.arange(0, LANES)
-    return tl.where(lane < head, lane, lane + groups * VEC)
+    return tl.where(lane < lead, lane, lane + groups * VEC)
 
 
 @triton.jit
@@ -61,16 +61,16 @@ def without_target(
 @triton.jit
 def load_step(
     body, step, groups,
-    LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr, MASKED: tl.constexpr, POLICY: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr, PARTIAL: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
-    """The step's tiles as a tuple, all loads issued before any is used; -inf beyond the row where ``MASKED``."""
+    """The step's tiles as a tuple, all loads issued before any is used; -inf beyond the row where ``PARTIAL``."""
     tiles = ()
     for i in tl.static_range(UNROLL):
         base, offsets = tile_offsets(step, i, LANES, VEC, UNROLL)
-        if MASKED:
+        if PARTIAL:
             mask = group_mask(step, i, groups, LANES, UNROLL)
-            tile = tl.load(body + base + offsets, mask=mask, other=float("-inf"), eviction_policy=POLICY)
+            tile = tl.load(body + base + offsets, mask=mask, other=float("-inf"), eviction_policy=EVICTION)
         else:
-            tile = tl.load(body + base + offsets, eviction_policy=POLICY)
+            tile = tl.load(body + base + offsets, eviction_policy=EVICTION)
         tiles = tiles + (tile,)  # type: ignore[assignment]
     return tiles

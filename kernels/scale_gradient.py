@@ -19,7 +19,7 @@ def scale_gradient_kernel(
     V,
     stride_b,
     stride_t,
-    LANES: tl.constexpr,
+    LANES: tl.constexpr,  # this and UNROLL: how a row is cut, see row_tiles.py
     UNROLL: tl.constexpr,
 ):
     """``gradient`` *= ``factor``, a row per iteration of persistent programs."""

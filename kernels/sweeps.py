@@ -87,7 +87,7 @@ def _target_terms(z_y, maximum, others, transform):
 @triton.jit
 def lane_statistics(
     row, V, y, transform,
-    LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr, ENTROPY: tl.constexpr, POLICY: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr, ENTROPY: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
     """First sweep, before the lanes meet: each lane's maximum, sum and moment over its share, without the token y.
 
@@ -99,25 +99,25 @@ def lane_statistics(
         y: the sampled token.
         transform: constants of the logits' transform.
         ENTROPY: whether the moment is wanted; it is 0 otherwise.
-        POLICY: eviction policy of the loads.
+        EVICTION: eviction policy of the loads.
     """
     scale = transform[0]
-    head, groups = frame(row, V, VEC)
+    lead, groups = frame(row, V, VEC)
     moment = tl.zeros([LANES], tl.float32)
     peak, total = tl.full([LANES], LOWEST, tl.float32), moment
     edge = V - groups * VEC
     if edge > 0:
-        columns = edge_columns(head, groups, LANES, VEC)
+        columns = edge_columns(lead, groups, LANES, VEC)
         mask = tl.arange(0, LANES) < edge
         v, _ = softcapped(tl.load(row + columns, mask=mask, other=float("-inf")), transform)
         v = tl.where(mask & (columns != y), v, float("-inf"))
         peak, total, moment = _absorb(peak, total, moment, (v[:, None],), scale, 1, ENTROPY, True)
 
-    body = tl.multiple_of(row + head, 16)
+    body = tl.multiple_of(row + lead, 16)
     steps = groups // (LANES * UNROLL)
-    y_element = y - head
+    y_element = y - lead
     for step in range(0, steps):
-        raw = load_step(body, step, groups, LANES, VEC, UNROLL, False, POLICY)
+        raw = load_step(body, step, groups, LANES, VEC, UNROLL, False, EVICTION)
         tiles = ()
         for i in tl.static_range(UNROLL):
             v, _ = softcapped(raw[i], transform)
@@ -130,7 +130,7 @@ def lane_statistics(
             tiles = without_y
         peak, total, moment = _absorb(peak, total, moment, tiles, scale, UNROLL, ENTROPY)
     if steps * (LANES * UNROLL) < groups:
-        raw = load_step(body, steps, groups, LANES, VEC, UNROLL, True, POLICY)
+        raw = load_step(body, steps, groups, LANES, VEC, UNROLL, True, EVICTION)
         for i in tl.static_range(UNROLL):
             if (steps * UNROLL + i) * LANES < groups:  # a tile beyond the row costs its (masked) load and this branch
                 v, _ = softcapped(raw[i], transform)
@@ -176,7 +176,7 @@ def row_statistics(lanes, z_y, transform, ENTROPY: tl.constexpr):
 
 @triton.jit
 def _gradient(raw, transform, peak, constant, slope, ENTROPY_BONUS: tl.constexpr):
-    """dloss/dz of raw logits but the sampled token's: exp2(u) (constant - slope u), times the softcap's slope."""
+    """dloss/dz of raw logits but the sampled token's: exp2(u) (constant - slope u), times the softcap's derivative."""
     v, derivative = softcapped(raw, transform)
     u = multiply_subtract(v, transform[0], peak)
     if ENTROPY_BONUS:
@@ -211,9 +211,9 @@ def row_gradient(
         ENTROPY_BONUS: whether h can differ from 0.
         ALIGNED_OUT: whether ``out`` is as far from a 16-byte boundary as ``row``.
     """
-    head, groups = frame(row, V, VEC)
-    body = tl.multiple_of(row + head, 16)
-    out_body = out + head
+    lead, groups = frame(row, V, VEC)
+    body = tl.multiple_of(row + lead, 16)
+    out_body = out + lead
     if ALIGNED_OUT:  # the rows' alignment; otherwise the compiler itself finds narrower, coalesced stores
         out_body = tl.multiple_of(out_body, 16)
     dtype: tl.constexpr = out.dtype.element_ty
@@ -249,7 +249,7 @@ def row_gradient(
             tl.store(out_body + base + offsets, round_to(g, dtype), eviction_policy="evict_first")
     edge = V - groups * VEC
     if edge > 0:
-        columns = edge_columns(head, groups, LANES, VEC)
+        columns = edge_columns(lead, groups, LANES, VEC)
         mask = tl.arange(0, LANES) < edge
         raw = tl.load(row + columns, mask=mask, other=float("-inf"))
         g = _gradient(raw, transform, peak, constant, slope, ENTROPY_BONUS)
@@ -261,15 +261,15 @@ def row_gradient(
 @triton.jit
 def zero_row(out, V, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr):
     """Zeros in a row of V elements: the gradient of a row without gradient coefficients."""
-    head, groups = frame(out, V, VEC)
-    body = tl.multiple_of(out + head, 16)
+    lead, groups = frame(out, V, VEC)
+    body = tl.multiple_of(out + lead, 16)
     zeros = tl.zeros([LANES, VEC], out.dtype.element_ty)
     for step in range(tl.cdiv(groups, LANES * UNROLL)):
         for i in tl.static_range(UNROLL):
             base, offsets = tile_offsets(step, i, LANES, VEC, UNROLL)
             mask = group_mask(step, i, groups, LANES, UNROLL)
             tl.store(body + base + offsets, zeros, mask=mask, eviction_policy="evict_first")
-    columns = edge_columns(head, groups, LANES, VEC)
+    columns = edge_columns(lead, groups, LANES, VEC)
     mask = tl.arange(0, LANES) < V - groups * VEC
     tl.store(out + columns, tl.zeros([LANES], out.dtype.element_ty), mask=mask)
 
@@ -277,8 +277,8 @@ def zero_row(out, V, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexp
 @triton.jit
 def scale_row(row, V, factor, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr):
     """A row of V elements times ``factor`` in place: float32 products, rounded once."""
-    head, groups = frame(row, V, VEC)
-    body = tl.multiple_of(row + head, 16)
+    lead, groups = frame(row, V, VEC)
+    body = tl.multiple_of(row + lead, 16)
     dtype: tl.constexpr = row.dtype.element_ty
     for step in range(tl.cdiv(groups, LANES * UNROLL)):
         raw = load_step(body, step, groups, LANES, VEC, UNROLL, True, "evict_first")
@@ -287,7 +287,7 @@ def scale_row(row, V, factor, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl
             mask = group_mask(step, i, groups, LANES, UNROLL)
             product = round_to(to_float32(raw[i]) * factor, dtype)
             tl.store(body + base + offsets, product, mask=mask, eviction_policy="evict_first")
-    columns = edge_columns(head, groups, LANES, VEC)
+    columns = edge_columns(lead, groups, LANES, VEC)
     mask = tl.arange(0, LANES) < V - groups * VEC
     edge = tl.load(row + columns, mask=mask, other=0.0)
     tl.store(row + columns, round_to(to_float32(edge) * factor, dtype), mask=mask)

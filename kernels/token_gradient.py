@@ -13,12 +13,19 @@ from .numerics import to_float32
 from .sweeps import row_gradient, row_offset, zero_row
 
 
-@triton.jit(do_not_specialize=["N", "T", "V", "stride_b", "stride_t", "out_stride_b", "out_stride_t"])
+@triton.jit(
+    do_not_specialize=[
+        "targets", "maxima", "others", "entropies", "logprob_coefficients", "entropy_coefficients", "N", "T", "V",
+        "stride_b", "stride_t", "out_stride_b", "out_stride_t",
+    ]
+)  # fmt: skip
 def token_gradient_kernel(
     logits,  # [B, T, V], unit stride on V
     out,  # [B, T, V], unit stride on V; may be logits
     targets,  # int32 [B, T]
-    statistics,  # SoftmaxStatistics of [B, T]
+    maxima,  # this to entropies: fields of SoftmaxStatistics
+    others,
+    entropies,
     logprob_coefficients,  # float32 [B, T]
     entropy_coefficients,  # float32 [B, T] or None
     transform,  # of launch.transform_constants
@@ -30,7 +37,7 @@ def token_gradient_kernel(
     out_stride_b,
     out_stride_t,
     ALIGNED_OUT: tl.constexpr,  # see sweeps.row_gradient
-    LANES: tl.constexpr,
+    LANES: tl.constexpr,  # this and UNROLL: how a row is cut, see row_tiles.py
     UNROLL: tl.constexpr,
 ):
     """The second sweep of every row whose coefficients are not both 0; zeros in the others, which are not read."""
@@ -42,16 +49,16 @@ def token_gradient_kernel(
         entropy = h
         if entropy_coefficients is not None:
             h = tl.load(entropy_coefficients + row)
-            entropy = tl.load(statistics.entropy + row)
+            entropy = tl.load(entropies + row)
         destination = out + row_offset(row, T, out_stride_b, out_stride_t)
-        if (y >= 0) & ((c != 0) | (h != 0)):  # NaN differs from 0: an undefined row gets a NaN gradient
+        if (y >= 0) & (y < V) & ((c != 0) | (h != 0)):  # NaN differs from 0: an undefined row gets a NaN gradient
             start = logits + row_offset(row, T, stride_b, stride_t)
             z_y = to_float32(tl.load(start + y))
-            maximum = tl.load(statistics.maximum + row)
-            others = tl.load(statistics.others + row)
+            maximum = tl.load(maxima + row)
+            total = tl.load(others + row)
             tl.debug_barrier()  # in place: every thread has its copy of z_y before any overwrites it
             row_gradient(
-                start, destination, V, y, z_y, maximum, others, entropy, c, h, transform,
+                start, destination, V, y, z_y, maximum, total, entropy, c, h, transform,
                 LANES, VEC, UNROLL, entropy_coefficients is not None, ALIGNED_OUT,
             )  # fmt: skip
         else:
@@ -76,7 +83,7 @@ def token_gradient(
         logprob_coefficients: dloss/dlogp, contiguous float32 [B, T].
         entropy_coefficients: dloss/dH, likewise; None: zeros.
         transform: temperature and softcap.
-        out: [B, T, V], any floating dtype; may be ``logits``. Written in every row.
+        out: [B, T, V] of logits' dtype; may be ``logits``. Written in every row.
     """
     B, T, V = logits.shape
     if B * T == 0:
@@ -87,7 +94,7 @@ def token_gradient(
     launch = launch_configuration(logits, reread=False, narrow=transform.softcap is not None or not aligned)
     with on_device_of(logits):
         token_gradient_kernel[launch.grid(B * T)](
-            logits, out, targets, statistics, logprob_coefficients, entropy_coefficients,
+            logits, out, targets, *statistics[1:], logprob_coefficients, entropy_coefficients,
             transform_constants(*transform), B * T, T, V,
             logits.stride(0), logits.stride(1), out.stride(0), out.stride(1),
             ALIGNED_OUT=aligned, LANES=launch.lanes, UNROLL=launch.unroll,

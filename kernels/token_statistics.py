@@ -13,37 +13,44 @@ from .numerics import to_float32
 from .sweeps import lane_statistics, row_offset, row_statistics
 
 
-@triton.jit(do_not_specialize=["N", "T", "V", "stride_b", "stride_t"])
+@triton.jit(
+    do_not_specialize=[
+        "targets", "logprobs", "maxima", "others", "entropies", "N", "T", "V", "stride_b", "stride_t",
+    ]
+)  # fmt: skip
 def token_statistics_kernel(
     logits,  # [B, T, V], unit stride on V
     targets,  # int32 [B, T]
-    statistics,  # SoftmaxStatistics of [B, T]
+    logprobs,  # this to entropies: fields of SoftmaxStatistics
+    maxima,
+    others,
+    entropies,
     transform,  # of launch.transform_constants
     N,  # B * T
     T,
     V,
     stride_b,
     stride_t,
-    LANES: tl.constexpr,
+    LANES: tl.constexpr,  # this and UNROLL: how a row is cut, see row_tiles.py
     UNROLL: tl.constexpr,
 ):
     """The first sweep of every row whose target is an id; NaN in the others, which are not read."""
     VEC: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth  # elements in 16 bytes
-    ENTROPY: tl.constexpr = statistics.entropy is not None
+    ENTROPY: tl.constexpr = entropies is not None
     for row in range(tl.program_id(0), N, tl.num_programs(0)):
         logprob = tl.full((), float("nan"), tl.float32)
-        maximum, others, entropy = logprob, logprob, logprob
+        maximum, total, entropy = logprob, logprob, logprob
         y = tl.load(targets + row)
-        if y >= 0:
+        if (y >= 0) & (y < V):
             start = logits + row_offset(row, T, stride_b, stride_t)
             lanes = lane_statistics(start, V, y, transform, LANES, VEC, UNROLL, ENTROPY, "evict_first")
             z_y = to_float32(tl.load(start + y))
-            logprob, maximum, others, entropy = row_statistics(lanes, z_y, transform, ENTROPY)
-        tl.store(statistics.logprobs + row, logprob)
-        tl.store(statistics.maximum + row, maximum)
-        tl.store(statistics.others + row, others)
+            logprob, maximum, total, entropy = row_statistics(lanes, z_y, transform, ENTROPY)
+        tl.store(logprobs + row, logprob)
+        tl.store(maxima + row, maximum)
+        tl.store(others + row, total)
         if ENTROPY:
-            tl.store(statistics.entropy + row, entropy)
+            tl.store(entropies + row, entropy)
 
 
 def token_statistics(logits: Tensor, targets: Tensor, transform: LogitTransform, statistics: SoftmaxStatistics) -> None:
@@ -61,7 +68,7 @@ def token_statistics(logits: Tensor, targets: Tensor, transform: LogitTransform,
     launch = launch_configuration(logits, reread=False, narrow=transform.softcap is not None)
     with on_device_of(logits):
         token_statistics_kernel[launch.grid(B * T)](
-            logits, targets, statistics, transform_constants(*transform), B * T, T, V,
+            logits, targets, *statistics, transform_constants(*transform), B * T, T, V,
             logits.stride(0), logits.stride(1),
             LANES=launch.lanes, UNROLL=launch.unroll, num_warps=launch.num_warps, **launch.options,
         )  # fmt: skip

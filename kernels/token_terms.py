@@ -130,7 +130,7 @@ def _total(pointer, number):
 
 @triton.jit
 def _shared_factors(
-    response_statistics, totals, factors, B,
+    response_statistics, responses, tokens, positive, negative, factors, B,
     NORMALIZATION: tl.constexpr, WEIGHTING: tl.constexpr, GIVEN_TOTALS: tl.constexpr,
 ):  # fmt: skip
     """(factor, alpha): the part of the normalisation that all tokens share, and the weight of negative advantages.
@@ -139,8 +139,6 @@ def _shared_factors(
     is left.
     """
     factor = factors[0] + tl.full((), 0.0, tl.float32)
-    tokens = tl.full((), 0.0, tl.float32)
-    positive, negative = tokens, tokens
     if not GIVEN_TOTALS:
         lengths = tl.zeros([RESPONSES_BLOCK], tl.int32)
         above, below = lengths, lengths
@@ -150,18 +148,18 @@ def _shared_factors(
             sign = tl.load(response_statistics + B + response, mask=response < B, other=0)
             above += (sign > 0).to(tl.int32)
             below += (sign < 0).to(tl.int32)
-        tokens = tl.sum(lengths).to(tl.float32)
-        positive, negative = tl.sum(above).to(tl.float32), tl.sum(below).to(tl.float32)
+        token_count = tl.sum(lengths).to(tl.float32)
+        above_count, below_count = tl.sum(above).to(tl.float32), tl.sum(below).to(tl.float32)
     else:
-        if totals[0] is not None and (NORMALIZATION == "response" or NORMALIZATION == "constant"):
-            factor = factor / tl.maximum(tl.load(totals[0]).to(tl.float32), 1.0)
-        tokens = _total(totals[1], factors[4])
-        positive, negative = _total(totals[2], factors[5]), _total(totals[3], factors[6])
+        if responses is not None and (NORMALIZATION == "response" or NORMALIZATION == "constant"):
+            factor = factor / tl.maximum(tl.load(responses).to(tl.float32), 1.0)
+        token_count = _total(tokens, factors[4])
+        above_count, below_count = _total(positive, factors[5]), _total(negative, factors[6])
     if NORMALIZATION == "mean_length":
-        factor = factor / tl.maximum(tokens, 1.0)
+        factor = factor / tl.maximum(token_count, 1.0)
     alpha = tl.full((), 1.0, tl.float32)
     if WEIGHTING == "adaptive":  # arXiv 2605.30201: clip(N+ / N-, alpha_min, 1), our 1 where N- is 0
-        quotient = tl.where(negative == 0, 1.0, positive / tl.maximum(negative, 1.0))
+        quotient = tl.where(below_count == 0, 1.0, above_count / tl.maximum(below_count, 1.0))
         alpha = tl.minimum(tl.maximum(quotient, factors[1]), 1.0)
     elif WEIGHTING == "fixed":
         alpha = alpha * factors[1]
@@ -198,7 +196,8 @@ def _policy_terms(
     debug=True,
     do_not_specialize=[
         "values", "targets", "active", "response_statistics", "tokens", "mask", "advantages", "token_weights",
-        "old_logprobs", "ref_logprobs", "cu_seqlens", "normalizers", "N", "T", "B", "V", "tokens_stride",
+        "old_logprobs", "ref_logprobs", "cu_seqlens", "normalizers", "total_responses", "total_tokens",
+        "total_positive", "total_negative", "N", "T", "B", "V", "tokens_stride",
         "mask_stride", "advantages_stride", "weights_stride", "old_stride", "ref_stride",
     ],
 )  # fmt: skip
@@ -215,8 +214,11 @@ def token_terms_kernel(
     ref_logprobs,
     cu_seqlens,
     normalizers,
-    totals,  # pointers to S, tokens, N+ and N- of the optimiser batch, None where a number is on the host; or None: own
-    factors,  # factor, alpha, kl_coef, entropy_coef; with totals then tokens, N+ and N-
+    total_responses,  # this to total_negative: pointers to given totals of the optimiser batch, None where a number is
+    total_tokens,  # on the host
+    total_positive,
+    total_negative,
+    factors,  # factor, alpha, kl_coef, entropy_coef; with given totals then tokens, N+ and N-
     N,  # rows in all
     T,
     B,  # responses
@@ -229,7 +231,7 @@ def token_terms_kernel(
     ref_stride,
     NORMALIZATION: tl.constexpr,  # this to WEIGHT_PER_TOKEN: fields of Batch
     WEIGHTING: tl.constexpr,
-    GIVEN_TOTALS: tl.constexpr,  # Triton 3.6 cannot ask whether a tuple is None
+    GIVEN_TOTALS: tl.constexpr,  # else they are this call's
     ADVANTAGE_PER_TOKEN: tl.constexpr,
     WEIGHT_PER_TOKEN: tl.constexpr,
     KL: tl.constexpr,
@@ -240,7 +242,10 @@ def token_terms_kernel(
     """The terms of each token of a response: 1. shared factors; 2. its tokens with a signal; 3. the terms."""
     response = tl.program_id(0)
     PACKED: tl.constexpr = cu_seqlens is not None
-    penalty, alpha = _shared_factors(response_statistics, totals, factors, B, NORMALIZATION, WEIGHTING, GIVEN_TOTALS)
+    penalty, alpha = _shared_factors(
+        response_statistics, total_responses, total_tokens, total_positive, total_negative, factors, B,
+        NORMALIZATION, WEIGHTING, GIVEN_TOTALS,
+    )  # fmt: skip
     if NORMALIZATION == "response":
         penalty = penalty / tl.maximum(tl.load(response_statistics + response), 1).to(tl.float32)
     elif NORMALIZATION == "given":
@@ -326,18 +331,18 @@ def token_terms(batch: Batch, spec: LossSpec, vocabulary: int | None, skip_inact
         )  # fmt: skip
         token_terms_kernel[(responses,)](
             values, targets, active, response_statistics, tokens, mask, advantages, weights, old, ref, cu_seqlens,
-            batch.normalizers, totals, factors, rows, T, responses, vocabulary or 0,
+            batch.normalizers, *totals, factors, rows, T, responses, vocabulary or 0,
             0 if tokens is None else tokens.stride(0), mask_stride, advantages.stride(0),
             0 if weights is None else weights.stride(0), 0 if old is None else old.stride(0),
             0 if ref is None else ref.stride(0), NORMALIZATION=batch.normalization, WEIGHTING=batch.weighting,
-            GIVEN_TOTALS=totals is not None, ADVANTAGE_PER_TOKEN=batch.advantage_per_token,
+            GIVEN_TOTALS=batch.totals is not None, ADVANTAGE_PER_TOKEN=batch.advantage_per_token,
             WEIGHT_PER_TOKEN=batch.weight_per_token, KL=spec.kl, ENTROPY_BONUS=spec.entropy_bonus,
             SEQUENCE=spec.sequence_level, SKIP=skip_inactive, **launch,
         )  # fmt: skip
     return terms
 
 
-def _given_totals(batch: Batch) -> tuple[tuple[torch.Tensor | None, ...] | None, tuple[float, ...]]:
+def _given_totals(batch: Batch) -> tuple[tuple[torch.Tensor | None, ...], tuple[float, ...]]:
     """The kernel's ``totals`` and ``factors``."""
     responses = batch.responses if batch.totals is None else batch.totals[0]
     factor = batch.gradient_average / batch.max_length
@@ -345,7 +350,7 @@ def _given_totals(batch: Batch) -> tuple[tuple[torch.Tensor | None, ...] | None,
         factor /= max(responses, 1)
     factors = (factor, batch.alpha, batch.kl_coef, batch.entropy_coef)
     if batch.totals is None:
-        return None, factors
+        return (None,) * 4, factors
     pointers = tuple(total if isinstance(total, torch.Tensor) else None for total in batch.totals)
     given = (0.0 if isinstance(total, torch.Tensor) else float(total) for total in batch.totals[1:])
     return pointers, (*factors, *given)

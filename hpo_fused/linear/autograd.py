@@ -144,8 +144,9 @@ def policy_loss(
                 gradients.add(chunk, x, logits[0])
             del x, logits
         sums = gradients.finish()
-        for others in idle:
-            _sweep(inputs, others, settings, results[LOGPROB:], entropy=entropy)
+        for selection in idle:
+            if len(selection):
+                _sweep(inputs, selection, settings, results[LOGPROB:], entropy=entropy)
     if not any(needed):
         return results[LOSS].sum(), results
     loss = _PolicyLoss.apply(*inputs, sums, results[LOSS], settings.backend)  # type: ignore[no-untyped-call]

@@ -12,7 +12,7 @@ from hpo_fused import ops
 from hpo_fused.autograd import logprob_loss
 from hpo_fused.backend import Backend, backend_for
 from hpo_fused.batch import BatchStatistics, as_mask, check_mask
-from hpo_fused.checks import check_tensor, check_token_ids, check_transform
+from hpo_fused.checks import check_tensor, check_transform
 from hpo_fused.logprobs import TokenLogprobs
 from hpo_fused.losses import PolicyLossOutput, policy_output
 from hpo_fused.objective import Objective, resolve_objective
@@ -154,7 +154,6 @@ def linear_token_logprobs(
     if mask is not None:
         mask = check_mask(mask, shape, device)
     into = check_weight_grad(weight_grad, weight)
-    check_token_ids(tokens, mask, vocabulary)
     settings = Settings(dtypes, transform, chunk_bytes, backend_for(hidden, backend))
     row_mask = as_mask(mask, inputs[0].shape[:2], device)
     targets = token_targets(tokens, row_mask, vocabulary)

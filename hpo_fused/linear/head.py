@@ -85,7 +85,7 @@ _float32_gemms: dict[tuple[torch.device, torch.dtype], Float32Gemms] = {}
 
 
 def float32_gemms(device: torch.device, dtype: torch.dtype) -> Float32Gemms:
-    """Asked once for each device, by trying: CUDA has both (PyTorch 2.8 only the first), the CPU has neither."""
+    """Float32 results of a device's GEMMs, tried once: CUDA has both (PyTorch 2.8 the first), the CPU neither."""
     if (device, dtype) in _float32_gemms:
         return _float32_gemms[device, dtype]
     ones = torch.ones(16, 16, dtype=dtype, device=device)

@@ -111,7 +111,7 @@ def linear_memory(
     bias: bool = False, hidden_requires_grad: bool = True, weight_requires_grad: bool = True,
     device: str | torch.device = "cuda",
 ) -> LinearMemory:  # fmt: skip
-    """What :func:`linear_policy_loss` will allocate beyond its inputs, without running it; an upper bound.
+    """An upper bound of the memory that :func:`linear_policy_loss` allocates beyond its inputs, without running it.
 
     In :class:`LinearMemory`'s formulas n is ``rows``, R the rows of a chunk, and s, c and l are the bytes of ``dtype``,
     of the GEMMs' dtype and of the logits'.

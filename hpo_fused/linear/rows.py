@@ -110,8 +110,8 @@ def choose_rows(targets: Tensor, active: Tensor, active_count: object, *, idle: 
         if bound is None:
             return [Rows.at(active.view(-1).nonzero().squeeze(1), targets)]
         return [Rows.at(_first(active, bound), targets, exact=False)]
-    others = (targets >= 0) ^ active
-    number, other_number = torch.stack([active.sum(), others.sum()]).tolist()
-    filling = targets.masked_fill(others, SKIPPED)  # up to a bound they fill like any row without a target
+    idle_rows = (targets >= 0) ^ active
+    number, idle_number = torch.stack([active.sum(), idle_rows.sum()]).tolist()
+    filling = targets.masked_fill(idle_rows, SKIPPED)  # up to a bound they fill like any row without a target
     rows = Rows.at(_first(active, number if bound is None else bound), filling, exact=bound is None)
-    return [rows, Rows.at(_first(others, other_number), targets)]
+    return [rows, Rows.at(_first(idle_rows, idle_number), targets)]

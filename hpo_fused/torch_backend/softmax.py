@@ -1,4 +1,4 @@
-"""What lies between the sweeps and the tokens' two numbers: a few operations per row, in float64, rounded once.
+"""Arithmetic per row around the sweeps: softmax statistics and gradient factors, in float64, rounded once.
 
 Per-token tensors are ``sweeps.padded_rows`` long; entries past the rows are of no meaning.
 """
