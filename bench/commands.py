@@ -275,8 +275,8 @@ def all_(
 ) -> None:
     """Measure a fixed plan (bench/plan.py), the most important first, and write a report with pictures.
 
-    The report is written anew after each case, so that Ctrl-C and a used budget leave everything that was measured. The
-    exit status is 1 if a provider was wrong or failed, or if hpo_fused misses a limit of its own.
+    The report is written anew after each case: Ctrl-C and a used budget leave everything that was measured. The exit
+    status is 1 if a provider was wrong or failed, or if hpo_fused misses a limit of its own.
     """
     where, deadline = device_of(device), time.monotonic() + budget
     check_writable(output / "result.json")
@@ -284,7 +284,9 @@ def all_(
     todo = [(part, case) for part in plan.PLANS[where.type, quick] for case in part.cases()]
     names = labels(case for _, case in todo)
     for part, case in todo:
-        if result.interrupted or time.monotonic() > deadline:
+        if result.interrupted:
+            break
+        if time.monotonic() > deadline:
             result.notes.append(f"{names[case]}: not begun, as the budget of {budget:g} s was used")
             continue
         slow = plan.SLOW_ON_CPU if where.type == "cpu" and not part.slow else ()
@@ -350,7 +352,7 @@ def compare(
     if not any(pair.first.ours for pair in found):
         out.print("No row of hpo_fused is in both.", style="red")
         raise typer.Exit(2)
-    worse = comparison.worse(found, worse_than) if worse_than is not None else []
+    worse = comparison.worse(*results, worse_than) if worse_than is not None else []
     for line in worse:
         out.print(line, style="red", markup=False)
     if worse:
@@ -368,9 +370,9 @@ def compile_(
     """Compile the kernels that public calls launch, without a GPU: registers, spills, accesses, instructions.
 
     The limits: nothing spills in a main loop, and no more than 32 bytes beside; main loops access memory 16 bytes at a
-    time; a main loop takes at most 1.15 special-function operations per element, and both sweeps together 18
-    instructions (22 with the entropy), softcap apart. A kernel that does not compile breaks them, too; the exit status
-    is 2 where none does. A target that this Triton can compile nothing for is told and left out.
+    time; a main loop takes at most 1.15 special-function operations per element, and both sweeps together 14
+    instructions (17 with the entropy, 22 on AMD), softcap apart. A kernel that does not compile breaks them, too; the
+    exit status is 2 where none does. A target that this Triton can compile nothing for is told and left out.
     """
     check_writable(output)
     out = Console(highlight=False)

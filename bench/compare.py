@@ -53,10 +53,13 @@ def differences(first: Result, second: Result) -> Iterator[str]:
             yield f"{name}: {a} → {b}"
 
 
-def worse(found: list[Pair], threshold: float) -> list[str]:
-    """A line for each row of hpo_fused that is worse in B."""
-    names = labels(pair.first.case for pair in found)
-    told = [(pair.first, pair.worse(threshold)) for pair in found if pair.first.ours]
+def worse(first: Result, second: Result, threshold: float) -> list[str]:
+    """A line for each row of hpo_fused that is worse in B, or that was ok in A and is not in B."""
+    told = [(pair.first, pair.worse(threshold)) for pair in pairs(first, second) if pair.first.ours]
+    found = {(row.case, row.provider) for row, _ in told}
+    lost = (row for row in first.rows if row.ours and row.status == "ok" and (row.case, row.provider) not in found)
+    told += [(row, "is not in B") for row in lost]
+    names = labels(row.case for row, _ in told)
     return [f"{names[row.case]}: {row.provider} {words}" for row, words in told if words]
 
 

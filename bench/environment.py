@@ -54,17 +54,11 @@ def environment(device: torch.device) -> dict[str, Any]:
     """Versions, hardware and settings that the numbers depend on."""
     found: dict[str, Any] = {
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "hpo_fused": hpo_fused.__version__,
-        "commit": git_commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "platform": f"{platform.system()} {platform.machine()}",
-        "device": str(device),
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "hpo_fused": hpo_fused.__version__, "commit": git_commit(), "python": platform.python_version(),
+        "torch": torch.__version__, "platform": f"{platform.system()} {platform.machine()}", "device": str(device),
+        "cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "thp_mem_alloc_enable": os.environ.get("THP_MEM_ALLOC_ENABLE"),  # or a page fault per 4 KiB of new memory
-    }
+    }  # fmt: skip
     for name in DISTRIBUTIONS:
         try:
             found["triton" if "triton" in name else name] = version(name)

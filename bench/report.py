@@ -85,7 +85,7 @@ def memory_table(rows: Sequence[Row]) -> Table | None:
     sizes = sorted({tokens for peaks in several.values() for tokens in peaks})
     view = Table("Peak memory, MiB", ("case", "provider", *(f"N={size}" for size in sizes)))
     for (name, provider), peaks in several.items():
-        view.add(name, provider, *(mib(peaks.get(size)) for size in sizes), bold=provider == "hpo_fused")
+        view.add(name, provider, *(mib(peaks.get(size)) for size in sizes), bold=provider.startswith("hpo_fused"))
     view.notes = ["Beyond the inputs, gradients included."]
     return view
 
@@ -117,10 +117,11 @@ def verdict(result: Result) -> str:
     for row in result.rows:
         if row.over_ours is not None and not row.limit and not row.ours:
             ratios.setdefault(row.provider, []).append(row.over_ours)
-    limits = [row.over_limit for row in result.rows if row.provider == "hpo_fused" and row.over_limit is not None]
+    limits = [row.over_limit for row in result.rows if row.ours and row.over_limit is not None]
+    cases = {row.case for row in result.rows if row.ours and row.over_ours is not None}
     words = [f"{name} {number(statistics.median(values))}×" for name, values in ratios.items()]
     words += [f"the limit {number(1 / statistics.median(limits))}×"] if limits else []
-    return f"Time over hpo_fused's, median over {len(limits)} cases: {', '.join(words)}." if words else ""
+    return f"Time over hpo_fused's, median over {len(cases)} cases: {', '.join(words)}." if words else ""
 
 
 def machine(result: Result) -> str:

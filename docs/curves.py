@@ -150,6 +150,7 @@ def main() -> None:
         place.invert_yaxis()
         place.set_title(f"On-policy (r = 1), A {'>' if sign > 0 else '<'} 0", fontsize=9)
 
+    matplotlib.rcParams["svg.hashsalt"] = "hpo_fused"  # the same bytes each time
     matplotlib.rcParams["svg.fonttype"] = "none"  # text as text: a picture is small
     for name, figure in pictures.items():
         figure.savefig(FOLDER / f"{name}.svg", metadata={"Date": None})

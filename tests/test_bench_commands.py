@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -237,6 +238,21 @@ def test_compare(
     files = result_of(tmp_path / "a.json"), result_of(tmp_path / "b.json", **changes)
     done = invoke("compare", *files, *(("--worse-than", threshold) if threshold else ()))
     assert (done.exit_code, words in done.output) == (status, True), done.output
+
+
+def test_a_row_of_ours_that_is_lost_is_worse(invoke: Invoke, tmp_path: Path) -> None:
+    first, second = result_of(tmp_path / "a.json"), result_of(tmp_path / "b.json")
+    content = json.loads(Path(second).read_text(encoding="utf-8"))
+    lost = next(row for row in content["rows"] if row["ours"])
+    other = {**lost, "case": {**lost["case"], "length": lost["case"]["length"] + 1}}
+    content["rows"] = [row for row in content["rows"] if row is not lost] + [other]
+    Path(second).write_text(json.dumps(content), encoding="utf-8")
+    assert invoke("compare", first, second).exit_code == 2  # no row of it is in both
+    content["rows"].append(lost)
+    Path(first).write_text(json.dumps(content), encoding="utf-8")
+    done = invoke("compare", first, second, "--worse-than", "1.05")
+    assert done.exit_code == 1
+    assert "is not in B" in done.output
 
 
 def test_others_do_not_decide_a_comparison(invoke: Invoke, tmp_path: Path) -> None:
