@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("rich", reason="needs the bench extra")
+
 from hpo_fused.bench.machine_code.calls import CALLS
 from hpo_fused.bench.machine_code.listing import (
     LOADS,

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import pytest
 
-from hpo_fused.bench.machine_code.report import Report, ReportFailed, run_report
-
 pytest.importorskip("triton")
+pytest.importorskip("rich", reason="needs the bench extra")
+
+from hpo_fused.bench.machine_code.report import Report, ReportFailed, run_report
 
 pytestmark = pytest.mark.slow
 

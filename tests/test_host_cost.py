@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+pytest.importorskip("triton", reason="needs Triton")
+
 import hpo_fused as hf
 from hpo_fused.backend import kernels
 
 from .recompilations import MODULES
 from .test_equivalence import PRESETS
-
-pytestmark = pytest.mark.skipif(kernels is None, reason="needs Triton")
 
 # Operators of PyTorch that start nothing on a device.
 FREE = {
