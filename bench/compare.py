@@ -53,6 +53,13 @@ def differences(first: Result, second: Result) -> Iterator[str]:
             yield f"{name}: {a} → {b}"
 
 
+def missing(first: Result, second: Result) -> list[str]:
+    """A line for each row of hpo_fused that was ok in A and that B does not have."""
+    names, others = labels(row.case for row in first.rows), {(row.case, row.provider) for row in second.rows}
+    lost = [row for row in first.rows if row.ours and row.status == "ok" and (row.case, row.provider) not in others]
+    return [f"{names[row.case]}: {row.provider} is not in B" for row in lost]
+
+
 def worse(found: list[Pair], threshold: float) -> list[str]:
     """A line for each row of hpo_fused that is worse in B."""
     names = labels(pair.first.case for pair in found)

@@ -1,4 +1,4 @@
-"""Where a measurement was taken: everything somebody needs to judge or repeat it, and nothing about the user."""
+"""Description of the machine and software of a measurement, enough to judge or repeat it; nothing about the user."""
 
 from __future__ import annotations
 
@@ -64,6 +64,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "thp_mem_alloc_enable": os.environ.get("THP_MEM_ALLOC_ENABLE"),  # or a page fault per 4 KiB of new memory
+        "transparent_huge_pages": _output(["cat", "/sys/kernel/mm/transparent_hugepage/enabled"]),
     }
     for name in DISTRIBUTIONS:
         try:

@@ -84,8 +84,9 @@ def memory_table(rows: Sequence[Row]) -> Table | None:
         return None
     sizes = sorted({tokens for peaks in several.values() for tokens in peaks})
     view = Table("Peak memory, MiB", ("case", "provider", *(f"N={size}" for size in sizes)))
+    ours = {row.provider for row in rows if row.ours}
     for (name, provider), peaks in several.items():
-        view.add(name, provider, *(mib(peaks.get(size)) for size in sizes), bold=provider == "hpo_fused")
+        view.add(name, provider, *(mib(peaks.get(size)) for size in sizes), bold=provider in ours)
     view.notes = ["Beyond the inputs, gradients included."]
     return view
 
@@ -117,10 +118,11 @@ def verdict(result: Result) -> str:
     for row in result.rows:
         if row.over_ours is not None and not row.limit and not row.ours:
             ratios.setdefault(row.provider, []).append(row.over_ours)
-    limits = [row.over_limit for row in result.rows if row.provider == "hpo_fused" and row.over_limit is not None]
+    limits = [row.over_limit for row in result.rows if row.ours and row.over_limit is not None]
+    cases = {row.case for row in result.rows if row.over_ours is not None and not row.ours}
     words = [f"{name} {number(statistics.median(values))}×" for name, values in ratios.items()]
     words += [f"the limit {number(1 / statistics.median(limits))}×"] if limits else []
-    return f"Time over hpo_fused's, median over {len(limits)} cases: {', '.join(words)}." if words else ""
+    return f"Time over hpo_fused's, median over {len(cases)} cases: {', '.join(words)}." if words else ""
 
 
 def machine(result: Result) -> str:
@@ -140,7 +142,7 @@ def tables(result: Result) -> list[Table]:
 
 
 def show(result: Result, out: Console) -> None:
-    """On the terminal."""
+    """Print the machine, the tables and the remarks on the terminal."""
     out.print(machine(result), style="dim")
     for table in tables(result):
         table.print(out)
@@ -152,7 +154,7 @@ def show(result: Result, out: Console) -> None:
 
 
 def markdown(result: Result, pictures: Sequence[str] = ()) -> str:
-    """As a document, with pictures by their file names."""
+    """A markdown document of the result, with pictures by their file names."""
     parts = [machine(result), verdict(result), *(f"![{name.partition('.')[0]}]({name})" for name in pictures)]
     parts += [table.markdown() for table in tables(result)]
     if lines := remarks(result):

@@ -195,8 +195,19 @@ def test_all_writes_a_report_and_ends_with_its_budget(
     assert done.exit_code == 0, done.output
     result = Result.read(tmp_path / "none" / "result.json")
     assert result.rows == result.kernels == []
-    assert len(result.notes) == 4
-    assert "not begun, as the budget of 0 s was used" in result.notes[0]
+    assert len(result.notes) == 5
+    assert all("not begun, as the budget of 0 s was used" in note for note in result.notes)
+    assert result.notes[-1].startswith("machine code: ")
+
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "run_case", interrupted)
+    done = invoke("all", "--output", "cut", "--device", "cpu")
+    assert done.exit_code == 130
+    result = Result.read(tmp_path / "cut" / "result.json")
+    assert (result.interrupted, result.rows, result.kernels, result.notes) == (True, [], [], [])
+    assert "Interrupted" in (tmp_path / "cut" / "report.md").read_text()
 
 
 @pytest.mark.parametrize("part", [part for parts in plan.PLANS.values() for part in parts])
@@ -237,6 +248,18 @@ def test_compare(
     files = result_of(tmp_path / "a.json"), result_of(tmp_path / "b.json", **changes)
     done = invoke("compare", *files, *(("--worse-than", threshold) if threshold else ()))
     assert (done.exit_code, words in done.output) == (status, True), done.output
+
+
+def test_a_row_that_is_lost_counts_as_worse(invoke: Invoke, tmp_path: Path) -> None:
+    first, second = tmp_path / "a.json", tmp_path / "b.json"
+    result_of(first), result_of(second)
+    result = Result.read(first)
+    result.rows.append(replace(result.rows[0], case=tiny("token_logprobs")))
+    result.write(first)
+    for options, status in ((), 0), (("--worse-than", "1.05"), 1):
+        done = invoke("compare", str(first), str(second), *options)
+        assert (done.exit_code, "hpo_fused is not in B" in done.output) == (status, True), done.output
+    assert invoke("compare", str(second), str(first), "--worse-than", "1.05").exit_code == 0
 
 
 def test_others_do_not_decide_a_comparison(invoke: Invoke, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Liger-Kernel's GRPO losses of logits and of hidden states, and its log-probabilities without a gradient."""
+"""Liger-Kernel's GRPO losses of logits and of hidden states."""
 
 from __future__ import annotations
 
