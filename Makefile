@@ -12,7 +12,7 @@
 #   BENCH_ARGS       the benchmark's arguments (speed --quick)
 #   EVIDENCE_ARGS    further arguments to `hpo-fused-bench all`, such as --budget 900
 #   TRITON_VERSIONS  what `make versions` tries (3.4.0 3.6.0 3.7.1 3.9.0)
-#   PYTEST_BENCHMARK_ARGS   further arguments to `make pytest-benchmark`, such as --bench-shape qwen3
+#   PYTEST_BENCHMARK_ARGS   further arguments to `make pytest-benchmark`, such as --bench-shape qwen3-8b
 #   PYTEST_WORKERS   test processes (one for each core)
 #   PYTEST_ARGS      further arguments to pytest
 
