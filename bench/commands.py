@@ -75,7 +75,7 @@ class CaseOptions:
     inactive: Annotated[list[float] | None, _option("inactive", "Share of responses with zero advantage (0)")] = None
     mode: Annotated[Names, _option("mode", f"Of {', '.join(MODES)} (both); backward: its forward is not timed")] = None
     ragged: Annotated[bool, _flag("ragged", "Responses of different lengths, padded and masked.")] = False
-    inplace: Annotated[bool, _flag("inplace", "Who can writes the gradient over the logits.")] = False
+    inplace: Annotated[bool, _flag("inplace", "Write the gradient over the logits, where the provider can.")] = False
     chunk_mib: Annotated[float | None, _flag("chunk-mib", "Linear operations: memory for a chunk's logits.")] = None
     provider: Annotated[Names, _option("provider", "See `providers`, or module:Class (all that run unasked)")] = None
 
@@ -294,7 +294,9 @@ def all_(
         settings = Settings(where, 100 if part.timed else 0, plan.SECONDS_PER_CASE[where.type], seed)
         measure(result, [case], [known.create(name) for name in wanted], settings)
         write_report(result, output)
-    if not quick and not result.interrupted and time.monotonic() <= deadline:
+    if time.monotonic() > deadline and not (quick or result.interrupted):
+        result.notes.append(f"machine code: not begun, as the budget of {budget:g} s was used")
+    elif not (quick or result.interrupted):
         try:
             compiled = run_report(plan.COMPILED_TARGETS)
             result.kernels, result.notes = compiled.as_dicts(), [*result.notes, *compiled.broken]
@@ -340,7 +342,7 @@ def compare(
     """Two results side by side, joined by case and provider.
 
     With `--worse-than` the exit status is 1 where hpo_fused's time or peak memory in B is more than that many times
-    A's, or a row of it that was ok in A is not in B; it is 2 where no row of it is in both.
+    A's, or a row of it that was ok in A is not ok in B or missing there; it is 2 where no row of it is in both.
     """
     with refusing():
         results = Result.read(first), Result.read(second)
@@ -355,7 +357,7 @@ def compare(
     worse = comparison.worse(*results, worse_than) if worse_than is not None else []
     for line in worse:
         out.print(line, style="red", markup=False)
-    if worse:
+    if worse or (missing and worse_than is not None):
         raise typer.Exit(1)
 
 

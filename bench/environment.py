@@ -1,4 +1,4 @@
-"""Where a measurement was taken: everything somebody needs to judge or repeat it, and nothing about the user."""
+"""Description of the machine and software of a measurement, enough to judge or repeat it; nothing about the user."""
 
 from __future__ import annotations
 

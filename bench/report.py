@@ -84,6 +84,7 @@ def memory_table(rows: Sequence[Row]) -> Table | None:
         return None
     sizes = sorted({tokens for peaks in several.values() for tokens in peaks})
     view = Table("Peak memory, MiB", ("case", "provider", *(f"N={size}" for size in sizes)))
+    ours = {row.provider for row in rows if row.ours}
     for (name, provider), peaks in several.items():
         view.add(name, provider, *(mib(peaks.get(size)) for size in sizes), bold=provider.startswith("hpo_fused"))
     view.notes = ["Beyond the inputs, gradients included."]
@@ -141,7 +142,7 @@ def tables(result: Result) -> list[Table]:
 
 
 def show(result: Result, out: Console) -> None:
-    """On the terminal."""
+    """Print the machine, the tables and the remarks on the terminal."""
     out.print(machine(result), style="dim")
     for table in tables(result):
         table.print(out)
@@ -153,7 +154,7 @@ def show(result: Result, out: Console) -> None:
 
 
 def markdown(result: Result, pictures: Sequence[str] = ()) -> str:
-    """As a document, with pictures by their file names."""
+    """A markdown document of the result, with pictures by their file names."""
     parts = [machine(result), verdict(result), *(f"![{name.partition('.')[0]}]({name})" for name in pictures)]
     parts += [table.markdown() for table in tables(result)]
     if lines := remarks(result):

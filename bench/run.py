@@ -130,7 +130,7 @@ def peak_of(trial: Trial, device: torch.device) -> tuple[int | None, Step]:
 
 
 def does_not_fit(needed: float, device: torch.device) -> str:
-    """A reason not to try on the CPU, or "". A GPU refuses by itself; Linux kills the process instead."""
+    """The reason why a CPU is not tried, or "". A GPU refuses by itself; Linux kills the process instead."""
     available = measure.available_bytes() if device.type == "cpu" else None
     if available is None or needed < 0.9 * available:
         return ""
@@ -138,7 +138,7 @@ def does_not_fit(needed: float, device: torch.device) -> str:
 
 
 def record_failure(row: Row, error: Exception) -> None:
-    """What a provider raised, as a status and a note."""
+    """Set the row's status and note from what a provider raised."""
     message = (str(error).strip() or "no message").splitlines()[0]
     if isinstance(error, Unavailable):
         row.status, row.note = "skipped", message
@@ -241,8 +241,9 @@ def run_case(
         for row in mine.values():
             if row.status == "ok" and not (samples[row.provider] if settings.repeats else row.first_call_s):
                 row.status, row.note = "skipped", "interrupted before it was measured"
-        unavailable = [row for row in mine.values() if row.limit and row.status == "skipped"]
-        rows[:] = [row for row in rows if row not in unavailable]
+        named = {provider.name for provider in providers}
+        unneeded = {id(row) for name, row in mine.items() if row.status == "skipped" and name not in named}
+        rows[:] = [row for row in rows if id(row) not in unneeded]
         summarise(list(mine.values()), samples)
 
 

@@ -59,7 +59,7 @@ class Table:
         self.bold.append(bold)
 
     def print(self, out: Console) -> None:
-        """On a terminal; a section for each first cell, under it, since it is long."""
+        """Print on a terminal: a section for each first cell, under it, since it is long."""
         out.print(f"\n{self.title}", style="bold", markup=False)
         for first, group in groupby(zip(self.rows, self.bold, strict=True), key=lambda pair: pair[0][0]):
             view = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
@@ -76,7 +76,7 @@ class Table:
             out.print(note, style="dim", markup=False)
 
     def markdown(self) -> str:
-        """GitHub-flavoured."""
+        """GitHub-flavoured markdown of the table and its notes."""
         rule = ["---"] * self.left + ["---:"] * (len(self.headings) - self.left)
         rows = [
             [row[0], f"**{row[1]}**", *row[2:]] if bold else row for row, bold in zip(self.rows, self.bold, strict=True)

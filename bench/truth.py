@@ -142,7 +142,7 @@ class LogitsTruth(Truth):
 
     @classmethod
     def of(cls, logits: Tensor, tokens: Tensor, softcap: float | None, rows: Tensor, shape: torch.Size) -> LogitsTruth:
-        """Of logits [N, V] and tokens [N] in the layout ``shape`` [B, T], a few rows in float64 at a time."""
+        """Truth about logits [N, V] and tokens [N] in the layout ``shape`` [B, T], a few rows in float64 at a time."""
         step = max(1, CHUNK_ELEMENTS // logits.shape[-1])
         pieces = zip(logits.split(step), tokens.split(step), strict=True)
         parts = [reference.token_logprobs(z.double(), y, softcap=softcap) for z, y in pieces]

@@ -196,8 +196,19 @@ def test_all_writes_a_report_and_ends_with_its_budget(
     assert done.exit_code == 0, done.output
     result = Result.read(tmp_path / "none" / "result.json")
     assert result.rows == result.kernels == []
-    assert len(result.notes) == 4
-    assert "not begun, as the budget of 0 s was used" in result.notes[0]
+    assert len(result.notes) == 5
+    assert all("not begun, as the budget of 0 s was used" in note for note in result.notes)
+    assert result.notes[-1].startswith("machine code: ")
+
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "run_case", interrupted)
+    done = invoke("all", "--output", "cut", "--device", "cpu")
+    assert done.exit_code == 130
+    result = Result.read(tmp_path / "cut" / "result.json")
+    assert (result.interrupted, result.rows, result.kernels, result.notes) == (True, [], [], [])
+    assert "Interrupted" in (tmp_path / "cut" / "report.md").read_text()
 
 
 @pytest.mark.parametrize("part", [part for parts in plan.PLANS.values() for part in parts])

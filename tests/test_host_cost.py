@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+pytest.importorskip("triton", reason="needs Triton")
+
 import hpo_fused as hf
 from hpo_fused.backend import kernels
 

@@ -1,4 +1,4 @@
-"""What a provider is: a name, when it can run, and a method for each operation that it has."""
+"""Base class of providers: a name, a test of where it can run, and a method for each operation that it has."""
 
 from __future__ import annotations
 
