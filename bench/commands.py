@@ -357,7 +357,7 @@ def compare(
     worse = comparison.worse(*results, worse_than) if worse_than is not None else []
     for line in worse:
         out.print(line, style="red", markup=False)
-    if worse or (missing and worse_than is not None):
+    if worse:
         raise typer.Exit(1)
 
 

@@ -84,7 +84,6 @@ def memory_table(rows: Sequence[Row]) -> Table | None:
         return None
     sizes = sorted({tokens for peaks in several.values() for tokens in peaks})
     view = Table("Peak memory, MiB", ("case", "provider", *(f"N={size}" for size in sizes)))
-    ours = {row.provider for row in rows if row.ours}
     for (name, provider), peaks in several.items():
         view.add(name, provider, *(mib(peaks.get(size)) for size in sizes), bold=provider.startswith("hpo_fused"))
     view.notes = ["Beyond the inputs, gradients included."]
@@ -119,10 +118,10 @@ def verdict(result: Result) -> str:
         if row.over_ours is not None and not row.limit and not row.ours:
             ratios.setdefault(row.provider, []).append(row.over_ours)
     limits = [row.over_limit for row in result.rows if row.ours and row.over_limit is not None]
-    cases = {row.case for row in result.rows if row.ours and row.over_ours is not None}
     words = [f"{name} {number(statistics.median(values))}×" for name, values in ratios.items()]
     words += [f"the limit {number(1 / statistics.median(limits))}×"] if limits else []
-    return f"Time over hpo_fused's, median over {len(cases)} cases: {', '.join(words)}." if words else ""
+    cases = len({row.case for row in result.rows if row.ours and row.over_ours})
+    return f"Time over hpo_fused's, median over {cases} cases: {', '.join(words)}." if words else ""
 
 
 def machine(result: Result) -> str:

@@ -206,8 +206,7 @@ def run_case(
 ) -> None:
     """Measure ``case`` and append its rows to ``rows``: one for each provider and, where something is timed, limit.
 
-    Rows are complete however this ends: on Ctrl-C they hold the rounds that were finished. ``tell`` is called with a
-    line for each thing that is begun.
+    Rows are complete however this ends: on Ctrl-C they hold the finished rounds. ``tell`` gets a line for each step.
     """
     bounds = limits(case.operation) if settings.repeats else []
     everybody = {provider.name: provider for provider in (*providers, *bounds)}
@@ -242,8 +241,7 @@ def run_case(
             if row.status == "ok" and not (samples[row.provider] if settings.repeats else row.first_call_s):
                 row.status, row.note = "skipped", "interrupted before it was measured"
         named = {provider.name for provider in providers}
-        unneeded = {id(row) for name, row in mine.items() if row.status == "skipped" and name not in named}
-        rows[:] = [row for row in rows if id(row) not in unneeded]
+        rows[:] = [row for row in rows if row.status != "skipped" or not row.limit or row.provider in named]
         summarise(list(mine.values()), samples)
 
 
