@@ -85,6 +85,14 @@ def call(B: int, T: int, V: int, temperature: float, epsilon: float, alpha: floa
         ).loss.backward()  # fmt: skip
 
 
+def call_linear(rows: int, V: int) -> None:
+    """Hidden states, whose rows' statistics are gathered: their tensors start wherever the number of rows puts them."""
+    hidden, weight = (torch.zeros(size, 8, dtype=torch.bfloat16, requires_grad=True) for size in (rows, V))
+    tokens = torch.zeros(1, rows, dtype=torch.long)
+    out = hf.linear_token_logprobs(hidden.unsqueeze(0), weight, tokens, backend="triton", chunk_bytes=14 * V)
+    (out.logprobs.sum() + out.entropy.sum()).backward()
+
+
 if __name__ == "__main__":
     driver.set_active(Device())
     specialized = "--specialized" in sys.argv
@@ -99,4 +107,6 @@ if __name__ == "__main__":
             for offset in (1, 3, 8):
                 call(4, 8, 4096, 1.0, 0.2, 0.1, 0.05, offset)
             call(4, 8, 4112, 1.0, 0.2, 0.1, 0.05, 0)  # another vocabulary of the same parity and launch
+            for rows in (8, 9, 10, 11, 30):
+                call_linear(rows, 4096)
     print(json.dumps({name: launcher.compilations for name, launcher in launchers.items()}))

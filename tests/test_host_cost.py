@@ -276,13 +276,13 @@ def _compilations(*arguments: str) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_new_values_do_not_recompile() -> None:
-    """New T, N, temperature, epsilon, alpha, kl_coef and alignment of micro-batches: one compilation per kernel."""
+    """New T, N, rows of hidden states, temperature, epsilon, alpha, kl_coef, alignment: one compilation per kernel."""
     once = [
         "logprob_loss_kernel", "policy_loss_kernel", "response_statistics_kernel", "scale_gradient_kernel",
-        "token_gradient_kernel", "token_statistics_kernel",
+        "token_statistics_kernel",
     ]  # fmt: skip
-    # By the ratio's level, which decides about active rows.
-    assert _compilations() == {**dict.fromkeys(once, 1), "token_terms_kernel": 2}
+    # By the ratio's level, which decides about active rows; and with entropy coefficients, from hidden states.
+    assert _compilations() == {**dict.fromkeys(once, 1), "token_terms_kernel": 2, "token_gradient_kernel": 2}
 
 
 @pytest.mark.slow
