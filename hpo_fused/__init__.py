@@ -5,27 +5,24 @@ from .batch import BatchStatistics
 from .linear import LinearMemory, linear_memory, linear_policy_loss, linear_token_logprobs
 from .logprobs import TokenLogprobs, token_logprobs
 from .losses import PolicyLossOutput, logprob_policy_loss, policy_loss
-from .objective import (
-    AdaptiveHysteretic,
-    Clip,
-    Hazard,
-    Hysteretic,
-    LogFidelity,
-    Objective,
-    SoftGate,
-    TruncatedRatio,
-)
+from .metrics import MetricSums
+from .objective import AdaptiveHysteretic, Hysteretic, Objective
+from .shaping import DRO, Clip, GammaGate, GeometricMean, Hazard, LogFidelity, SoftGate, TruncatedRatio
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DRO",
     "AdaptiveHysteretic",
     "BatchStatistics",
     "Clip",
+    "GammaGate",
+    "GeometricMean",
     "Hazard",
     "Hysteretic",
     "LinearMemory",
     "LogFidelity",
+    "MetricSums",
     "Objective",
     "PolicyLossOutput",
     "SoftGate",

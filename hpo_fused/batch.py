@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from .objective import AdaptiveHysteretic, Hysteretic
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+AdvantageLevel: TypeAlias = Literal["response", "token"]
 
 
 class Layout(NamedTuple):
@@ -53,9 +57,9 @@ class Layout(NamedTuple):
             return value.unsqueeze(-1).expand(self.mask.shape)
         return value[self.response_of_row].unsqueeze(0)
 
-    def rows(self, value: Tensor, per_token: bool) -> Tensor:
-        """A checked tensor, per token or per response, as one entry per row."""
-        return value.reshape(self.mask.shape) if per_token else self.of_each_row(value)
+    def rows(self, value: Tensor) -> Tensor:
+        """A tensor of any level (see ``Batch``) as one entry per row."""
+        return self.of_each_row(value) if value.dim() == 1 else value.expand(self.mask.shape)
 
     def response_sum(self, value: Tensor) -> Tensor:
         """Sum of the unmasked rows of each response, [B]; bitwise reproducible."""
@@ -73,8 +77,15 @@ class Layout(NamedTuple):
 
     def response_mean(self, value: Tensor) -> Tensor:
         """Each unmasked row's entry replaced by its response's mean over unmasked rows; 0 at masked rows."""
-        mean = self.response_sum(value) / self.lengths().clamp(min=1)
-        return torch.where(self.mask, self.of_each_row(mean), 0)
+        return self.unmasked(self.response_sum(value) / self.lengths().clamp(min=1))
+
+    def response_total(self, value: Tensor) -> Tensor:
+        """Each unmasked row's entry replaced by its response's sum over unmasked rows; 0 at masked rows."""
+        return self.unmasked(self.response_sum(value))
+
+    def unmasked(self, value: Tensor) -> Tensor:
+        """A per-response tensor [B] as one entry per row, 0 at masked ones."""
+        return torch.where(self.mask, self.of_each_row(value), 0)
 
 
 def check_mask(mask: object, shape: torch.Size, device: torch.device) -> Tensor:
@@ -97,25 +108,49 @@ def as_mask(mask: Tensor | None, shape: torch.Size | tuple[int, ...], device: to
     return (mask if mask.dtype == torch.bool else mask != 0).reshape(shape).contiguous()
 
 
-def check_per_response(
-    name: str, value: object, shape: torch.Size, responses: int, device: torch.device
-) -> tuple[Tensor, bool]:
-    """A tensor that has one entry per response or per token, as [B] or of ``shape``; and whether it is per token.
+def check_choice(level: object) -> AdvantageLevel | None:
+    """``level`` itself; ValueError unless it is a level of advantages or None."""
+    if level is not None and level not in get_args(AdvantageLevel):
+        raise ValueError(f"advantage_level: expected one of {get_args(AdvantageLevel)} or None, got {level!r}")
+    return level  # type: ignore[return-value]
 
-    Takes [B] and, padded, [B, 1] and [B, T], or packed [N]. Packed input with as many responses as rows is per
-    response, as is a tensor that is expanded along T.
+
+def check_level(
+    name: str,
+    value: object,
+    shape: torch.Size,
+    responses: int,
+    device: torch.device,
+    level: str | None = None,
+    kind: str = "number",
+) -> Tensor:
+    """A tensor that has one entry per response or per token: as [B], or as [B, T], packed [1, N].
+
+    Takes [B] and [B, 1], per token [B, T], or packed [N] and [1, N]. A tensor that is expanded along T is per response.
+
+    Args:
+        level: "response" or "token", where the caller said which; None: its shape tells.
+        kind: of its dtype, see :func:`check_tensor`.
 
     Raises:
-        TypeError, ValueError: another dtype than integer or floating, another shape or device.
+        TypeError, ValueError: another dtype than integer or floating, another shape or device; packed with as many
+            responses as tokens, [N] without a level.
     """
-    packed = len(shape) == 1
-    shapes = [(responses,), tuple(shape)] if packed else [(responses,), tuple(shape), (responses, 1)]
-    checked = check_tensor(name, value, shapes, "number", device)
-    if packed:
-        return checked, checked.shape[0] != responses
-    if checked.dim() == 2 and checked.shape[1] == shape[1] and (checked.stride(1) != 0 or shape[1] == 0):
-        return checked, True
-    return (checked if checked.dim() == 1 else checked[:, 0]), False
+    packed, (count, length) = len(shape) == 1, (1, shape[0]) if len(shape) == 1 else shape
+    per_response = [] if level == "token" else [(responses,), (responses, 1)]
+    per_token = [] if level == "response" else [tuple(shape), (count, length)]
+    checked = check_tensor(name, value, [*per_response, *per_token], kind, device)
+    if packed and checked.dim() == 1 and responses == length > 1 and level is None:
+        hint = "advantage_level='response' or 'token'" if name == "advantages" else "[B, 1] or [1, N]"
+        raise ValueError(
+            f"{name}: expected {hint} to tell one entry per response from one per token, for there are as many "
+            f"responses as tokens, got {described(checked)}"
+        )
+    if tuple(checked.shape) in per_response:
+        return checked.reshape(responses)
+    if checked.dim() == 2 and checked.stride(1) == 0 and not packed and length > 0:
+        return checked[:, 0]
+    return checked.reshape(count, length)
 
 
 def check_boundaries(name: str, shape: torch.Size, device: torch.device, cu_seqlens: object) -> int:
@@ -150,6 +185,22 @@ def _rises(boundaries: Tensor, rows: int) -> Tensor:
     return (boundaries[1:] >= boundaries[:-1]).all() & (boundaries[0] == 0) & (boundaries[-1] == rows)
 
 
+def check_lengths(lengths: object, layout: Layout, statistics: BatchStatistics | None) -> None:
+    """TypeError or ValueError unless ``lengths`` [B] can be those of responses of which the layout has parts.
+
+    A length below the part's is refused on the CPU, and by a device-side assert elsewhere.
+    """
+    checked = check_tensor("lengths", lengths, [(layout.responses,)], "integer", layout.mask.device)
+    if statistics is None:
+        raise ValueError("lengths: expected the optimiser batch's statistics beside it, got statistics=None")
+    enough = (checked >= layout.lengths()).all()
+    message = "lengths: expected at least each response's unmasked tokens in this call"
+    if not values_readable(checked):
+        torch._assert_async(enough, message)
+    elif not bool(enough):
+        raise ValueError(f"{message}, got {checked.tolist()} for {layout.lengths().tolist()}")
+
+
 def check_groups(groups: object, responses: int, device: torch.device) -> Tensor | None:
     """``groups`` itself; TypeError or ValueError unless it is None or an integer tensor [B]."""
     return None if groups is None else check_tensor("groups", groups, [(responses,)], "integer", device)
@@ -160,7 +211,8 @@ class BatchStatistics:
     """Totals of the whole optimiser batch: all micro-batches of an accumulation step on all data-parallel ranks.
 
     Pass one to every loss call of the step and all splits into micro-batches and ranks give the gradient of one
-    big batch. Counts are ints or 0-d integer tensors (tensors stay on their device, so that nothing synchronises).
+    big batch. Counts are numbers or 0-d tensors (tensors stay on their device, so that nothing synchronises). They need
+    not be whole: a trainer that divides by an average over windows says so with a fraction.
 
     Args:
         responses: S, fully masked ones included.
@@ -176,10 +228,10 @@ class BatchStatistics:
         TypeError, ValueError: gradient_average not a finite number above 0, or group_ids without group_lengths.
     """
 
-    responses: int | Tensor
-    tokens: int | Tensor
-    positive: int | Tensor
-    negative: int | Tensor
+    responses: Count
+    tokens: Count
+    positive: Count
+    negative: Count
     group_ids: Tensor | None = None
     group_lengths: Tensor | None = None
     gradient_average: float = 1.0
@@ -187,12 +239,12 @@ class BatchStatistics:
     def __post_init__(self) -> None:
         for name in ("responses", "tokens", "positive", "negative"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, Tensor)):
-                raise TypeError(f"{name}: expected an int or a 0-d tensor, got {described(value)}")
+            if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
+                raise TypeError(f"{name}: expected a number or a 0-d tensor, got {described(value)}")
             if isinstance(value, Tensor) and value.dim() != 0:
-                raise ValueError(f"{name}: expected an int or a 0-d tensor, got {described(value)}")
-            if isinstance(value, int) and value < 0:
-                raise ValueError(f"{name}: expected a count >= 0, got {value}")
+                raise ValueError(f"{name}: expected a number or a 0-d tensor, got {described(value)}")
+            if not isinstance(value, Tensor) and not 0 <= value < math.inf:
+                raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
         check_positive("gradient_average", self.gradient_average)
         if (self.group_ids is None) != (self.group_lengths is None):
             raise ValueError("group_lengths: expected together with group_ids, got only one of them")
@@ -214,6 +266,7 @@ class BatchStatistics:
         groups: Tensor | None = None,
         process_group: ProcessGroup | None = None,
         gradient_average: float = 1.0,
+        advantage_level: AdvantageLevel | None = None,
     ) -> BatchStatistics:
         """Count this rank's part of the optimiser batch and add up over ``process_group``.
 
@@ -224,6 +277,7 @@ class BatchStatistics:
             groups: int [B], equal for responses to the same prompt on whichever rank they are.
             process_group: ranks to add up over (one collective, two with groups); None: this rank is everything.
             gradient_average: see the class.
+            advantage_level: as in :func:`policy_loss`.
 
         Raises:
             TypeError, ValueError: as :func:`policy_loss` does for the same arguments; also when the lengths of
@@ -247,10 +301,10 @@ class BatchStatistics:
         responses, device = check_boundaries(name, shape, advantages.device, cu_seqlens), advantages.device
         if mask is not None:
             check_mask(mask, shape, device)
-        values, per_token = check_per_response("advantages", advantages, shape, responses, device)
+        values = check_level("advantages", advantages, shape, responses, device, check_choice(advantage_level))
         rows = (1, shape[0]) if len(shape) == 1 else tuple(shape)
         layout = Layout.of(as_mask(mask, rows, device), responses, cu_seqlens)
-        local = cls._of_layout(layout, values, per_token, check_groups(groups, responses, device), gradient_average)
+        local = cls._of_layout(layout, values, check_groups(groups, responses, device), gradient_average)
         return local if process_group is None else local._all_reduced(process_group)
 
     @classmethod
@@ -258,12 +312,11 @@ class BatchStatistics:
         cls,
         layout: Layout,
         advantages: Tensor,
-        per_token: bool,
         groups: Tensor | None,
         gradient_average: float = 1.0,
     ) -> BatchStatistics:
         lengths = layout.lengths()
-        signs = layout.response_sum(layout.rows(advantages.detach().to(torch.float32), per_token))
+        signs = layout.response_sum(layout.rows(advantages.detach().to(torch.float32)))
         return cls(
             layout.responses,
             lengths.sum(),
@@ -326,8 +379,8 @@ class BatchStatistics:
 
 def adaptive_alpha(positive: Count, negative: Count, alpha_min: float) -> float | Tensor:
     """A-HPO's clip(N+ / N-, alpha_min, 1) (arXiv 2605.30201); 1 where N- is 0, see ``AdaptiveHysteretic``."""
-    if isinstance(positive, int) and isinstance(negative, int):
+    if not isinstance(positive, Tensor) and not isinstance(negative, Tensor):
         return min(max(positive / negative if negative else 1.0, alpha_min), 1.0)
-    negative = torch.as_tensor(negative)
-    quotient = torch.as_tensor(positive).to(torch.float32) / negative.clamp(min=1)
+    negative = torch.as_tensor(negative).to(torch.float32)
+    quotient = torch.as_tensor(positive).to(torch.float32) / torch.where(negative == 0, 1.0, negative)
     return torch.where(negative == 0, 1.0, quotient).clamp(alpha_min, 1.0)

@@ -29,7 +29,10 @@ TERMS = 6
 # Order along the first dimension of a loss call's per-token results; the entropy may be absent.
 LOSS, LOGPROB, ENTROPY = range(3)
 
-Count: TypeAlias = int | Tensor
+# Estimates of a KL divergence, with the codes by which kernels know them.
+KL_KINDS = {"none": 0, "k1": 1, "k2": 2, "k3": 3, "k3+": 4, "k3_ratio": 5}
+
+Count: TypeAlias = float | Tensor
 
 
 class LogitTransform(NamedTuple):
@@ -46,36 +49,50 @@ class LossSpec(NamedTuple):
       clip             1 - low, 1 + high, delta (inf: none), dual (inf: none)
       log_fidelity     c, k_pos, 1/lambda_pos, k_neg, 1/lambda_neg (both reciprocals 0: no hazard)
       soft_gate        tau_pos, tau_neg
-      truncated_ratio  low (0: none), high
+      truncated_ratio  low (0: none), high, weight below, weight above; the same for A < 0
+      gamma_gate       k_pos, lambda_pos, k_neg, lambda_neg
+      geometric_mean   lower and upper bound of the log-ratio
+      dro              beta
     """
 
     kind: str
     parameters: tuple[float, ...]
     max_log_ratio: float
-    off_policy: bool  # old log-probabilities are given
-    kl: bool  # a KL term; reference log-probabilities are given
+    off_policy: bool  # old log-probabilities are given, or the responses' log-ratios
+    kl: str  # a key of KL_KINDS; reference log-probabilities are given unless it is "none"
     entropy_bonus: bool
-    sequence_level: bool  # one ratio for each response
+    ratio_level: str  # "token"; one ratio for each response: "sequence", "sequence_token", "sequence_sum"
+
+    @property
+    def response_ratio(self) -> bool:
+        """Whether a response's tokens share one ratio."""
+        return self.ratio_level != "token"
+
+    @property
+    def every_advantage(self) -> bool:
+        """Whether tokens of advantage 0 have a gradient as well."""
+        return self.kind == "dro"
 
 
 class Batch(NamedTuple):
-    """A call's checked arguments about its tokens, every tensor as the caller passed it.
+    """A call's checked arguments about its tokens.
 
-    Tensors have any dtype of the right kind, are on one device, and have unit stride on their last dimension. Per-token
-    ones are [B, T], or packed [N].
+    Tensors have any dtype of the right kind and are on one device. Per-token ones are as the caller passed them, [B, T]
+    or packed [N], of unit stride on their last dimension. Those marked "any" are [B, T] (packed [1, N]), one entry for
+    each response [B], or 0-d, of any strides.
     """
 
     rows: tuple[int, int]  # [B, T], packed [1, N]
     responses: int
     tokens: Tensor | None  # None: the caller has log-probabilities
     mask: Tensor | None  # 0: masked; None: nothing is masked
-    advantages: Tensor  # per token, or [B] per response
-    token_weights: Tensor | None  # likewise
+    advantages: Tensor  # any
+    token_weights: Tensor | None  # any
+    entropy_weights: Tensor | None  # any; in place of the normalised entropy_coef
     old_logprobs: Tensor | None
     ref_logprobs: Tensor | None
     cu_seqlens: Tensor | None  # [B + 1]; None: padded
-    advantage_per_token: bool
-    weight_per_token: bool
+    response_log_ratios: Tensor | None  # float32 [B]: x of each response; None: this call's tokens tell
     normalization: str  # "response", "mean_length", "constant", or "given": 1 / normalizers
     normalizers: Tensor | None  # float32 [B]: 1 / n_i of each response
     max_length: int  # of "constant", else 1
@@ -92,7 +109,7 @@ class TokenTerms(NamedTuple):
     """A call's arguments as numbers per token: everything a row's loss needs besides its logits.
 
     With s the surrogate, x the log-ratio and d the log-ratio to the reference, a token's loss is
-    ``-POLICY_WEIGHT * s(x, ADVANTAGE) + KL_WEIGHT * k3(d) - ENTROPY_WEIGHT * H``. Masks, the caller's token weights,
+    ``-POLICY_WEIGHT * s(x, ADVANTAGE) + KL_WEIGHT * kl(d) - ENTROPY_WEIGHT * H``. Masks, the caller's token weights,
     hysteretic weights, length normalisation, coefficients and gradient averaging are all in the three weights; a weight
     of exactly 0 switches its part off whatever the other terms hold (NaN included). Terms that the :class:`LossSpec`
     does not ask for are uninitialised.
@@ -100,9 +117,10 @@ class TokenTerms(NamedTuple):
 
     values: Tensor  # float32 [TERMS, B, T]
     targets: Tensor  # int32 [B, T]: the sampled token's id (0 without tokens) where a sweep computes; MASKED; SKIPPED
-    active: Tensor  # bool [B, T]: rows whose gradient can differ from 0
+    active: Tensor  # bool [B, T]: rows whose gradient can differ from 0, or whose log-ratio one of them needs
     response_statistics: Tensor  # int32 [2, responses]: lengths and signs
     cu_seqlens: Tensor | None  # as in Batch
+    response_log_ratios: Tensor | None  # as in Batch
 
     @property
     def lengths(self) -> Tensor:

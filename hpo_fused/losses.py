@@ -9,10 +9,10 @@ from torch import Tensor
 
 from . import autograd, ops
 from .backend import Backend, backend_for
-from .batch import BatchStatistics
+from .batch import AdvantageLevel, BatchStatistics
 from .checks import check_floating, check_logits, check_tensor, check_transform, described
 from .interface import Batch, TokenTerms
-from .metrics import policy_metrics
+from .metrics import MetricSums, metric_sums
 from .objective import Objective, resolve_objective
 from .token_terms import check_batch
 
@@ -37,22 +37,43 @@ class PolicyLossOutput:
     _batch: Batch = field(repr=False)
     _terms: TokenTerms = field(repr=False)
 
-    def metrics(self) -> dict[str, Tensor]:
-        """Diagnostics as 0-d float32 tensors on the loss's device, computed now; no synchronisation.
+    def metric_sums(self) -> MetricSums:
+        """The sums and counts behind :meth:`metrics`, for means over micro-batches and ranks; no synchronisation.
 
-        Averages run over unmasked rows whose log-probability is known (with ``skip_inactive=True``: the active
-        ones), ``positive_fraction`` over responses with a sign, ``active_fraction`` over unmasked rows. Where
-        there is nothing to average they are 0. Keys that do not apply are absent.
-
-        * ratio_mean: mean r; clip_fraction (Clip, TruncatedRatio): share of rows whose gradient a bound removed or
-          whose weight it cut; psi_mean, hazard_mean, survival_mean (LogFidelity): means of psi, zeta, exp(-zeta)
-        * approx_kl: mean of r - 1 - log r, the k3 estimate of KL(old || policy); needs old_logprobs
-        * kl_ref: mean k3 estimate of KL(policy || reference); needs ref_logprobs
-        * entropy; hysteretic_weight (alpha); positive_fraction: N+ / (N+ + N-); active_fraction
+        Examples:
+            >>> logprobs, old = torch.zeros(2, 3), torch.tensor([[0.5, 0.0, 0.0], [-0.5, 0.0, 0.0]])
+            >>> halves = [
+            ...     logprob_policy_loss(logprobs[i], torch.ones(1), old_logprobs=old[i], objective="grpo").metric_sums()
+            ...     for i in (slice(0, 1), slice(1, 2))
+            ... ]
+            >>> (halves[0] + halves[1]).metrics()["clip_fraction"]
+            tensor(0.1667)
         """
         shape = self._terms.targets.shape
         entropy = None if self.entropy is None else self.entropy.reshape(shape)
-        return policy_metrics(self._objective, self._batch, self._terms, self.logprobs.reshape(shape), entropy)
+        return metric_sums(self._objective, self._batch, self._terms, self.logprobs.reshape(shape), entropy)
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Diagnostics as 0-d float32 tensors on the loss's device, computed now; waits for the device once.
+
+        Means run over the rows that the call computes: the active ones, with ``skip_inactive=False`` all unmasked ones
+        (the same in :func:`logprob_policy_loss`, which knows the others' log-probabilities too). They are this call's:
+        for micro-batches and ranks add up :meth:`metric_sums`. What does not apply, or has nothing to average, is
+        absent.
+
+        * rows: how many they are; active_fraction: active rows among unmasked ones
+        * ratio_mean: mean r, at the objective's level; approx_kl: mean of r - 1 - log r of the tokens' own ratios, the
+          k3 estimate of KL(old || policy), with old_logprobs
+        * clip_fraction (Clip, TruncatedRatio, GeometricMean): share of rows whose gradient a bound removed or whose
+          weight it cut; of these clip_low_fraction at the lower bound, clip_high_fraction at the upper one,
+          clip_dual_fraction by Clip's delta or dual where A < 0; clip_low_min, clip_high_max: least and largest share
+          in a response
+        * psi_mean, hazard_mean, survival_mean (LogFidelity): means of psi, zeta, exp(-zeta); gate_mean (GammaGate)
+        * kl_ref: mean estimate of KL(policy || reference), of the objective's kind without its ratio or straight-through
+          gradient; with ref_logprobs
+        * entropy; hysteretic_weight: alpha; positive_fraction: responses with A > 0 among those with A != 0
+        """
+        return self.metric_sums().metrics()
 
 
 def check_in_place(logits: Tensor) -> None:
@@ -97,10 +118,14 @@ def policy_loss(
     ref_logprobs: Tensor | None = None,
     mask: Tensor | None = None,
     token_weights: Tensor | None = None,
+    entropy_weights: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     groups: Tensor | None = None,
     objective: str | Objective = "mhpo_ahpo",
     statistics: BatchStatistics | None = None,
+    lengths: Tensor | None = None,
+    response_mean_log_ratios: Tensor | None = None,
+    advantage_level: AdvantageLevel | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
     skip_inactive: bool = True,
@@ -110,7 +135,7 @@ def policy_loss(
 ) -> PolicyLossOutput:
     """Policy loss and its gradient with respect to logits, in one pass over the vocabulary.
 
-    The loss is sum_t -m n u a s(x, A) + m n (kl_coef k3 - entropy_coef H), see :class:`Objective` for the surrogate
+    The loss is sum_t -m n u a s(x, A) + m n (kl_coef kl(d) - entropy_coef H), see :class:`Objective` for the surrogate
     s, and the README for every preset's formula and paper. Token-level objectives compute the
     gradient during forward (one read and one write of the logits); sequence-level ones and float16 logits run the
     second sweep in backward.
@@ -125,10 +150,20 @@ def policy_loss(
         mask: bool or 0/1, shaped like tokens; masked rows contribute nothing whatever they hold. None: all ones.
         token_weights: floating, [B], [B, 1] or shaped like tokens: a factor of the surrogate, e.g. the truncated
             importance weight between sampler and trainer. Not applied to KL and entropy terms.
+        entropy_weights: floating, 0-d, [B], [B, 1] or shaped like tokens: weight of each token's entropy bonus in place
+            of n entropy_coef, for a mean or a coefficient of its own; a tensor on the device may change from step to
+            step without a synchronisation.
         cu_seqlens: integer [B + 1], boundaries of packed responses, from 0 to N.
         groups: integer [B], the prompt of each response; for normalization "group_mean_length".
         objective: a preset's name or an :class:`Objective`.
         statistics: totals of the optimiser batch, :class:`BatchStatistics`; None: this call is the whole batch.
+        lengths: integer [B], unmasked tokens of each whole response, where this call has a part of it (context
+            parallelism); needs ``statistics``. Without it, normalisation by response and ratios of responses are
+            undefined for parts.
+        response_mean_log_ratios: floating [B], mean over each whole response of log p - log p_old, for responses in
+            parts whose tokens share a ratio; from a first sweep over all parts, see docs/objectives.md.
+        advantage_level: "response" or "token", to tell packed advantages [B] from [N] where B = N; None: their shape
+            tells. (Other packed tensors are then [B, 1] or [1, N].)
         temperature: logits are divided by it, > 0.
         softcap: z is replaced by softcap * tanh(z / softcap) before the temperature; None: no cap.
         skip_inactive: leave rows without a learning signal uncomputed (their logprobs and entropy are NaN). False
@@ -136,7 +171,7 @@ def policy_loss(
         inplace: write the gradient over the logits' storage. An operation that saved the logits before this call
             raises in its backward; what reads the logits after it reads gradients. Ignored (the gradient gets its
             own buffer) while torch.compile traces.
-        entropy: compute the entropy of each row; implied by entropy_coef != 0.
+        entropy: compute the entropy of each row; implied by an entropy bonus.
         backend: "triton", "torch" or "auto", see :func:`backend_for`.
 
     Returns:
@@ -165,16 +200,18 @@ def policy_loss(
     check_tensor("tokens", tokens, [tuple(shape)], "integer", device)
     batch = check_batch(
         resolved, "tokens", shape, device, tokens, advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
-        mask=mask, token_weights=token_weights, cu_seqlens=cu_seqlens, groups=groups, statistics=statistics,
+        mask=mask, token_weights=token_weights, entropy_weights=entropy_weights, cu_seqlens=cu_seqlens, groups=groups,
+        statistics=statistics, lengths=lengths, response_mean_log_ratios=response_mean_log_ratios,
+        advantage_level=advantage_level,
     )  # fmt: skip
     name = backend_for(logits, backend)
     if inplace and logits.requires_grad:
         check_in_place(logits)
-    spec = resolved.lower(off_policy=old_logprobs is not None)
+    spec = resolved.lower(batch)
     terms = ops.token_terms(batch, spec, logits.shape[-1], skip_inactive, name)
     entropy = entropy or spec.entropy_bonus
     rows = logits if logits.dim() == 3 else logits.unsqueeze(0)
-    if spec.sequence_level or logits.dtype == torch.float16:
+    if spec.response_ratio or logits.dtype == torch.float16:
         logprobs, entropies = autograd.token_statistics(
             rows, terms.targets, transform, entropy=entropy, inplace=inplace, backend=name
         )
@@ -199,10 +236,14 @@ def logprob_policy_loss(
     ref_logprobs: Tensor | None = None,
     mask: Tensor | None = None,
     token_weights: Tensor | None = None,
+    entropy_weights: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     groups: Tensor | None = None,
     objective: str | Objective = "mhpo_ahpo",
     statistics: BatchStatistics | None = None,
+    lengths: Tensor | None = None,
+    response_mean_log_ratios: Tensor | None = None,
+    advantage_level: AdvantageLevel | None = None,
     skip_inactive: bool = True,
     backend: Backend = "auto",
 ) -> PolicyLossOutput:
@@ -211,9 +252,10 @@ def logprob_policy_loss(
     Args:
         logprobs: floating [B, T], or packed [N] with ``cu_seqlens``: log-probability of each sampled token.
         advantages: [B], [B, T] or [N].
-        entropy: floating, shaped like logprobs; required when entropy_coef is not 0, differentiated through.
-        old_logprobs, ref_logprobs, mask, token_weights, cu_seqlens, groups, objective, statistics: as in
-            :func:`policy_loss`, with "shaped like tokens" read as "shaped like logprobs".
+        entropy: floating, shaped like logprobs; required for an entropy bonus, differentiated through.
+        old_logprobs, ref_logprobs, mask, token_weights, entropy_weights, cu_seqlens, groups, objective, statistics,
+            lengths, response_mean_log_ratios, advantage_level: as in :func:`policy_loss`, with "shaped like tokens"
+            read as "shaped like logprobs".
         skip_inactive: accepted so that calls can be exchanged with :func:`policy_loss`. Every row's log-probability is
             already known, and returned.
         backend: as in :func:`policy_loss`.
@@ -237,14 +279,17 @@ def logprob_policy_loss(
     shape, device = logprobs.shape, logprobs.device
     batch = check_batch(
         resolved, "logprobs", shape, device, None, advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
-        mask=mask, token_weights=token_weights, cu_seqlens=cu_seqlens, groups=groups, statistics=statistics,
+        mask=mask, token_weights=token_weights, entropy_weights=entropy_weights, cu_seqlens=cu_seqlens, groups=groups,
+        statistics=statistics, lengths=lengths, response_mean_log_ratios=response_mean_log_ratios,
+        advantage_level=advantage_level,
     )  # fmt: skip
     name = backend_for(logprobs, backend)
     if entropy is not None:
         check_tensor("entropy", entropy, [tuple(shape)], "floating", device)
-    elif resolved.entropy_coef != 0:
-        raise ValueError(f"entropy: expected each token's entropy for entropy_coef={resolved.entropy_coef}, got None")
-    spec = resolved.lower(off_policy=old_logprobs is not None)
+    elif resolved.entropy_coef != 0 or entropy_weights is not None:
+        source = f"entropy_coef={resolved.entropy_coef}" if entropy_weights is None else "entropy_weights"
+        raise ValueError(f"entropy: expected each token's entropy for {source}, got None")
+    spec = resolved.lower(batch)
     terms = ops.token_terms(batch, spec, None, skip_inactive, name)
     loss, results = autograd.logprob_loss(logprobs, entropy, terms, spec, name)
     return policy_output(loss, results, resolved, batch, terms, shape)

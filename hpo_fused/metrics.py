@@ -1,60 +1,131 @@
-"""Diagnostics of a loss call, computed from its terms and results."""
+"""Diagnostics of a loss call as sums and counts, computed from its terms and results when asked for."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .batch import Layout
 from .interface import ADVANTAGE, OLD_LOGPROB, REF_LOGPROB, Batch, TokenTerms
-from .objective import Clip, LogFidelity, Objective, TruncatedRatio
-from .surrogate import clamped, clip_bound, k3, log_fidelity_terms
+from .objective import Objective
+from .surrogate import (
+    clamped,
+    clip_bounds,
+    gamma_gate,
+    kl_estimate,
+    log_fidelity_terms,
+    response_ratio,
+    token_log_ratio,
+)
 from .token_terms import hysteretic_weight, totals_of_batch
 
+# What a sum is divided by to become a mean: "rows" unless it stands here.
+_DENOMINATORS = {
+    "active_fraction": "unmasked",
+    "positive_fraction": "signed",
+    "hysteretic_weight": "calls",
+}
+_COUNTS = ("rows", "unmasked", "signed", "calls")
 
-def policy_metrics(
+
+@dataclass(frozen=True, eq=False)
+class MetricSums:
+    """Sums and counts behind a loss call's metrics; those of micro-batches and ranks add up to those of their union.
+
+    Calls with the same objective and the same kinds of arguments have the same names, so that one collective,
+    ``torch.distributed.all_reduce(sums.values)``, adds up ranks.
+
+    Attributes:
+        values: float32 [k].
+        names: of the values: numerators under their metric's name, then rows (tokens that the means are over),
+            unmasked (tokens), signed (responses with an advantage of either sign), calls.
+        extremes: float32 [m], per-response extremes; across calls and ranks their maximum counts, minima are negated.
+        extreme_names: of the extremes.
+    """
+
+    values: Tensor
+    names: tuple[str, ...]
+    extremes: Tensor
+    extreme_names: tuple[str, ...]
+
+    def __add__(self, other: MetricSums) -> MetricSums:
+        """The sums of both calls together; ValueError unless they have the same names."""
+        if self.names != other.names or self.extreme_names != other.extreme_names:
+            raise ValueError(f"metric sums: expected the names {self.names}, got {other.names}")
+        extremes = torch.maximum(self.extremes, other.extremes)
+        return MetricSums(self.values + other.values, self.names, extremes, self.extreme_names)
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Means by name as 0-d float32 tensors, absent where there is nothing to average; waits for the device once."""
+        sums = dict(zip(self.names, self.values.unbind(), strict=True))
+        shown = torch.cat([self.values[-len(_COUNTS) :], self.extremes]).tolist()
+        counts = dict(zip(_COUNTS, shown, strict=False))
+        means = {
+            name: total / sums[_DENOMINATORS.get(name, "rows")]
+            for name, total in sums.items()
+            if name not in _COUNTS and counts[_DENOMINATORS.get(name, "rows")] > 0
+        }
+        for name, value, known in zip(self.extreme_names, self.extremes.unbind(), shown[len(_COUNTS) :], strict=True):
+            if known > -torch.inf:
+                means[name] = -value if name.endswith("_min") else value
+        return means | {"rows": sums["rows"]}
+
+
+def metric_sums(
     objective: Objective, batch: Batch, terms: TokenTerms, logprobs: Tensor, entropy: Tensor | None
-) -> dict[str, Tensor]:
-    """Diagnostics by name, see :meth:`hpo_fused.PolicyLossOutput.metrics`; log-probabilities are [B, T]."""
-    layout = Layout.of_terms(terms)
+) -> MetricSums:
+    """Sums and counts of a call, see :meth:`hpo_fused.PolicyLossOutput.metrics`; log-probabilities are [B, T]."""
+    layout, spec = Layout.of_terms(terms), objective.lower(batch)
     advantages, old_logprobs, ref_logprobs = (terms.values[i] for i in (ADVANTAGE, OLD_LOGPROB, REF_LOGPROB))
-    # With skip_inactive, rows without a signal were not computed; they hold NaN. A NaN in an active row stays.
-    known = layout.mask & (terms.active | ~logprobs.isnan())
-    count = known.sum().clamp(min=1)
-
-    def mean(value: Tensor) -> Tensor:
-        return torch.where(known, value, 0.0).sum() / count
-
-    def scalar(value: float | Tensor) -> Tensor:
-        # full and not as_tensor: a copy from the host's memory would wait for the device.
-        if isinstance(value, Tensor):
-            return value.to(torch.float32)
-        return torch.full((), value, dtype=torch.float32, device=logprobs.device)
-
-    spec = objective.lower(off_policy=batch.old_logprobs is not None)
-    if batch.old_logprobs is None:
-        x = torch.zeros_like(logprobs)
-    else:
-        difference = torch.where(known, logprobs - old_logprobs, 0.0)
-        x, _ = clamped(layout.response_mean(difference) if spec.sequence_level else difference, spec.max_log_ratio)
-    metrics = {"ratio_mean": mean(x.exp())}
-    if isinstance(objective.shaping, (Clip, TruncatedRatio)):
-        metrics["clip_fraction"] = mean(clip_bound(spec, x, advantages).to(torch.float32))
-    if isinstance(objective.shaping, LogFidelity):
-        psi, zeta = log_fidelity_terms(x, *spec.parameters)
-        metrics["psi_mean"] = mean(psi)
-        if objective.shaping.hazard is not None:
-            metrics["hazard_mean"], metrics["survival_mean"] = mean(zeta), mean((-zeta).exp())
+    # The rows that a sweep computes, or would: the same whether logits, hidden states or log-probabilities were given.
+    known = terms.targets >= 0
+    difference = x = torch.zeros_like(logprobs)
+    response = response_ratio(terms, spec)
     if batch.old_logprobs is not None:
-        metrics["approx_kl"] = mean(k3(x))
+        difference = torch.where(known, logprobs - old_logprobs, 0.0)
+    if spec.off_policy:
+        x = token_log_ratio(spec, difference, advantages)[0]
+        x = clamped(x if response is None else response.reduced(x), spec.max_log_ratio)[0]
+    rows = {"ratio_mean": x.exp()}
+    bounds = clip_bounds(spec, x, difference, advantages)
+    if bounds is not None:
+        rows["clip_fraction"] = bounds.low | bounds.high | bounds.dual
+        rows |= {f"clip_{side}_fraction": at_work for side, at_work in bounds._asdict().items()}
+    if spec.kind == "log_fidelity":
+        psi, zeta = log_fidelity_terms(x, *spec.parameters)
+        rows["psi_mean"] = psi
+        if spec.parameters[2] != 0:
+            rows |= {"hazard_mean": zeta, "survival_mean": (-zeta).exp()}
+    if spec.kind == "gamma_gate":
+        rows["gate_mean"] = gamma_gate(x, advantages, *spec.parameters)
+    if batch.old_logprobs is not None:
+        rows["approx_kl"] = kl_estimate("k3", clamped(difference, spec.max_log_ratio)[0])[0]
     if batch.ref_logprobs is not None:
-        metrics["kl_ref"] = mean(k3(clamped(ref_logprobs - logprobs, spec.max_log_ratio)[0]))
+        kind = "k3" if spec.kl in ("none", "k3+", "k3_ratio") else spec.kl
+        rows["kl_ref"] = kl_estimate(kind, clamped(ref_logprobs - logprobs, spec.max_log_ratio)[0])[0]
     if entropy is not None:
-        metrics["entropy"] = mean(entropy)
-    _, _, *counts = totals_of_batch(batch, terms.lengths, terms.signs)
+        rows["entropy"] = entropy
+    sums = {name: torch.where(known, value, 0.0).sum() for name, value in rows.items()}
+
+    positive, negative = ((terms.signs * sign > 0).sum() for sign in (1, -1))
+    sums |= {"active_fraction": terms.active.sum(), "positive_fraction": positive}
+    calls = torch.ones((), device=logprobs.device)
     if objective.weighting is not None:
-        metrics["hysteretic_weight"] = scalar(hysteretic_weight(batch, *counts))
-    positive, negative = (scalar(count) for count in counts)
-    metrics["positive_fraction"] = positive / (positive + negative).clamp(min=1)
-    metrics["active_fraction"] = terms.active.sum().to(torch.float32) / layout.mask.sum().clamp(min=1)
-    return metrics
+        _, _, *counts = totals_of_batch(batch, terms.lengths, terms.signs)
+        sums["hysteretic_weight"] = calls * hysteretic_weight(batch, *counts)
+    sums |= dict(zip(_COUNTS, (known.sum(), layout.mask.sum(), positive + negative, calls), strict=True))
+    extremes: dict[str, Tensor] = {}
+    if bounds is not None:
+        count = layout.response_sum(known.to(torch.float32))
+        for name, at_work, sign in (("clip_low_min", bounds.low, -1.0), ("clip_high_max", bounds.high, 1.0)):
+            share = layout.response_sum((at_work & known).to(torch.float32)) / count
+            shares = torch.where(count > 0, sign * share, -torch.inf)
+            extremes[name] = torch.cat([shares, shares.new_full((1,), -torch.inf)]).amax()
+    return MetricSums(
+        torch.stack([value.to(torch.float32) for value in sums.values()]),
+        tuple(sums),
+        torch.stack(list(extremes.values())) if extremes else logprobs.new_empty(0),
+        tuple(extremes),
+    )

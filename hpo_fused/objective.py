@@ -7,194 +7,26 @@ in ``surrogate.py`` (torch), ``kernels/surrogate.py`` (device) and ``reference.p
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any, Literal, TypeAlias, get_args
 
-from .interface import LossSpec
+from .interface import Batch, LossSpec
+from .shaping import (
+    SHAPINGS,
+    Clip,
+    GammaGate,
+    GeometricMean,
+    Hazard,
+    LogFidelity,
+    Shaping,
+    SoftGate,
+    TruncatedRatio,
+    check_number,
+)
 
-RatioLevel: TypeAlias = Literal["token", "sequence"]
-Normalization: TypeAlias = Literal["response", "mean_length", "group_mean_length", "constant"]
-
-
-def _number(
-    name: str,
-    value: object,
-    expected: str,
-    *,
-    low: float = -math.inf,
-    high: float = math.inf,
-    open_low: bool = False,
-    open_high: bool = True,
-) -> None:
-    """Raise unless ``value`` is a real number in the interval; ``expected`` words the interval for the message."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: expected {expected}, got {value!r} of type {type(value).__name__}")
-    number = float(value)
-    above = number > low if open_low else number >= low
-    below = number < high if open_high else number <= high
-    if not (above and below):
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
-
-
-@dataclass(frozen=True)
-class Clip:
-    """PPO's clipped surrogate (Schulman et al. 2017, arXiv 1707.06347, eq. 7), with the two common extra bounds.
-
-    s = min(min(r, delta) A, clip(r, 1-low, 1+high) A); for A < 0 additionally max(s, dual A) when ``dual`` is set
-    (dual-clip PPO, Ye et al. 2020, arXiv 1912.09729, eq. 5). Asymmetric bounds are DAPO's clip-higher
-    (arXiv 2503.14476, eq. 8); ``delta`` is the two-sided GRPO bound of INTELLECT-2 (arXiv 2505.07291, sec. 3.4).
-
-    Args:
-        low: 1 - low is the lower bound of the ratio; in [0, 1].
-        high: 1 + high is the upper bound; >= 0.
-        delta: upper bound of the ratio in the unclipped branch, > 0; None: none.
-        dual: bound for negative advantages, >= 1; None: none.
-
-    Raises:
-        TypeError, ValueError: a parameter of the wrong type or outside its range.
-    """
-
-    low: float = 0.2
-    high: float = 0.2
-    delta: float | None = None
-    dual: float | None = None
-
-    def __post_init__(self) -> None:
-        _number("Clip.low", self.low, "a number in [0, 1]", low=0.0, high=1.0, open_high=False)
-        _number("Clip.high", self.high, "a finite number >= 0", low=0.0)
-        if self.delta is not None:
-            _number("Clip.delta", self.delta, "a finite number > 0 or None", low=0.0, open_low=True)
-        if self.dual is not None:
-            _number("Clip.dual", self.dual, "a finite number >= 1 or None", low=1.0)
-
-    def lower(self) -> tuple[str, tuple[float, ...]]:
-        """Kind and parameters as :class:`~hpo_fused.interface.LossSpec` orders them."""
-        delta = math.inf if self.delta is None else float(self.delta)
-        dual = math.inf if self.dual is None else float(self.dual)
-        return "clip", (1.0 - self.low, 1.0 + self.high, delta, dual)
-
-
-@dataclass(frozen=True)
-class Hazard:
-    """Cumulative Weibull hazards of MHPO (arXiv 2603.16929): (softplus(psi)/lambda_pos)^k_pos for upward shifts
-    plus (softplus(-psi)/lambda_neg)^k_neg for downward ones.
-
-    Args:
-        k_pos, k_neg: Weibull shapes, > 0.
-        lambda_pos, lambda_neg: Weibull scales, > 0, in units of the bounded log-ratio.
-
-    Raises:
-        TypeError, ValueError: a parameter of the wrong type or outside its range.
-    """
-
-    k_pos: float = 1.5
-    lambda_pos: float = 1.0
-    k_neg: float = 2.0
-    lambda_neg: float = 0.8
-
-    def __post_init__(self) -> None:
-        for name in ("k_pos", "lambda_pos", "k_neg", "lambda_neg"):
-            _number(f"Hazard.{name}", getattr(self, name), "a finite number > 0", low=0.0, open_low=True)
-
-
-@dataclass(frozen=True)
-class LogFidelity:
-    """MHPO's log-fidelity modulation with hazard penalty (arXiv 2603.16929).
-
-    s = exp(psi - sg[zeta]) A with psi = c tanh(x / c) and zeta the cumulative hazard of psi; sg stops the
-    gradient. ``hazard=None`` drops zeta. Because softplus(0) = ln 2, zeta(x=0) = 1.32779 with the defaults:
-    on-policy MHPO carries exp(-1.32779) = 0.26506 of GRPO's gradient. That is the published formula.
-
-    Args:
-        c: bound of the log-ratio, > 0.
-        hazard: :class:`Hazard` or None.
-
-    Raises:
-        TypeError, ValueError: a parameter of the wrong type or outside its range.
-    """
-
-    c: float = 1.5
-    hazard: Hazard | None = field(default_factory=Hazard)
-
-    def __post_init__(self) -> None:
-        _number("LogFidelity.c", self.c, "a finite number > 0", low=0.0, open_low=True)
-        if self.hazard is not None and not isinstance(self.hazard, Hazard):
-            raise TypeError(f"LogFidelity.hazard: expected a Hazard or None, got {self.hazard!r}")
-
-    def lower(self) -> tuple[str, tuple[float, ...]]:
-        """Kind and parameters as :class:`~hpo_fused.interface.LossSpec` orders them."""
-        hazard = self.hazard
-        if hazard is None:  # a zero reciprocal scale makes each cumulative hazard (softplus * 0)^1 = 0
-            return "log_fidelity", (float(self.c), 1.0, 0.0, 1.0, 0.0)
-        return "log_fidelity", (
-            float(self.c),
-            float(hazard.k_pos),
-            1.0 / hazard.lambda_pos,
-            float(hazard.k_neg),
-            1.0 / hazard.lambda_neg,
-        )
-
-
-@dataclass(frozen=True)
-class SoftGate:
-    """SAPO's soft gate (arXiv 2511.20347): s = (4 / tau) sigmoid(tau (r - 1)) A, tau = tau_pos if A > 0 else tau_neg.
-
-    At r = 1, s = 2 A / tau and ds/dx = A.
-
-    Args:
-        tau_pos, tau_neg: gate temperatures, > 0.
-
-    Raises:
-        TypeError, ValueError: a parameter of the wrong type or outside its range.
-    """
-
-    tau_pos: float = 1.0
-    tau_neg: float = 1.05
-
-    def __post_init__(self) -> None:
-        for name in ("tau_pos", "tau_neg"):
-            _number(f"SoftGate.{name}", getattr(self, name), "a finite number > 0", low=0.0, open_low=True)
-
-    def lower(self) -> tuple[str, tuple[float, ...]]:
-        """Kind and parameters as :class:`~hpo_fused.interface.LossSpec` orders them."""
-        return "soft_gate", (float(self.tau_pos), float(self.tau_neg))
-
-
-@dataclass(frozen=True)
-class TruncatedRatio:
-    """CISPO's truncated importance weight (MiniMax-M1, arXiv 2506.13585, eq. 4): s = sg[clip(r, low, high)] A logp.
-
-    Args:
-        high: upper bound of the ratio itself (not of r - 1), > 0.
-        low: lower bound of the ratio, in [0, high]; None: none.
-
-    Raises:
-        TypeError, ValueError: a parameter of the wrong type or outside its range.
-    """
-
-    high: float = 5.0
-    low: float | None = None
-
-    def __post_init__(self) -> None:
-        _number("TruncatedRatio.high", self.high, "a finite number > 0", low=0.0, open_low=True)
-        if self.low is not None:
-            _number(
-                "TruncatedRatio.low",
-                self.low,
-                f"a number in [0, high={self.high}] or None",
-                low=0.0,
-                high=self.high,
-                open_high=False,
-            )
-
-    def lower(self) -> tuple[str, tuple[float, ...]]:
-        """Kind and parameters as :class:`~hpo_fused.interface.LossSpec` orders them."""
-        return "truncated_ratio", (0.0 if self.low is None else float(self.low), float(self.high))
-
-
-Shaping: TypeAlias = Clip | LogFidelity | SoftGate | TruncatedRatio
+RatioLevel: TypeAlias = Literal["token", "sequence", "sequence_token", "sequence_sum"]
+Normalization: TypeAlias = Literal["response", "mean_length", "group_mean_length", "constant", "response_sum"]
+KL: TypeAlias = Literal["k3", "k3_ratio", "k2", "k1", "k3+"]
 
 
 @dataclass(frozen=True)
@@ -211,7 +43,7 @@ class Hysteretic:
     alpha: float = 0.6
 
     def __post_init__(self) -> None:
-        _number("Hysteretic.alpha", self.alpha, "a number in [0, 1]", low=0.0, high=1.0, open_high=False)
+        check_number("Hysteretic.alpha", self.alpha, "a number in [0, 1]", low=0.0, high=1.0, open_high=False)
 
 
 @dataclass(frozen=True)
@@ -233,7 +65,7 @@ class AdaptiveHysteretic:
     alpha_min: float = 0.1
 
     def __post_init__(self) -> None:
-        _number(
+        check_number(
             "AdaptiveHysteretic.alpha_min",
             self.alpha_min,
             "a number in [0, 1]",
@@ -253,19 +85,28 @@ class Objective:
     The default is the preset ``mhpo_ahpo``. Equal objectives compare and hash equal.
 
     Args:
-        ratio_level: "token", or "sequence" for GSPO's length-normalised sequence ratio (arXiv 2507.18071, eq. 7).
-        shaping: :class:`Clip`, :class:`LogFidelity`, :class:`SoftGate` or :class:`TruncatedRatio`.
+        ratio_level: "token"; "sequence" for GSPO's length-normalised ratio of the response (arXiv 2507.18071, eq. 7);
+            "sequence_token" for GSPO-token (eq. 13 there): the response's ratio in value, while each token has its own
+            advantage and gradient; "sequence_sum" for the ratio of the whole responses' probabilities, the product of
+            the tokens' ratios.
+        shaping: one of :class:`Clip`, :class:`LogFidelity`, :class:`SoftGate`, :class:`TruncatedRatio`,
+            :class:`GammaGate`, :class:`GeometricMean`, :class:`DRO`.
         weighting: :class:`Hysteretic`, :class:`AdaptiveHysteretic` or None for weight 1 everywhere.
         normalization: "response" (GRPO, arXiv 2402.03300, eq. 3), "mean_length" (HPO; DAPO's global token mean,
-            arXiv 2503.14476, eq. 8), "group_mean_length" (the same per prompt) or "constant" (Dr. GRPO,
-            arXiv 2503.20783).
+            arXiv 2503.14476, eq. 8), "group_mean_length" (the same per prompt), "constant" (Dr. GRPO,
+            arXiv 2503.20783) or "response_sum": 1 / S, the mean over responses of their tokens' sum.
         max_length: tokens per response that "constant" divides by; required there, when the loss is called.
         max_log_ratio: log-ratios are clamped to +-max_log_ratio, with derivative zero outside.
-        kl_coef: coefficient of the k3 estimator of KL(policy || reference), >= 0.
+        kl_coef: coefficient of the penalty on KL(policy || reference), >= 0.
         entropy_coef: coefficient of the entropy bonus (subtracted from the loss); any sign.
+        kl: estimate of the KL divergence from d = log p_ref - log p (Schulman 2020, "Approximating KL divergence"):
+            "k3": e^d - d - 1; "k2": d^2 / 2; "k1": -d; "k3+": k3's value with k2's gradient, which is that of the KL
+            divergence itself on-policy; "k3_ratio": r k3, whose gradient is right off-policy too (DeepSeek-V3.2,
+            arXiv 2512.02556, eq. 7; TRL's ``use_bias_correction_kl``). Its r is the response's ratio at the levels
+            "sequence" and "sequence_token", else the token's own.
 
     Raises:
-        TypeError, ValueError: a field of the wrong type or outside its range, or TruncatedRatio at sequence level.
+        TypeError, ValueError: a field of the wrong type or outside its range, or a combination without a meaning.
 
     Examples:
         >>> Objective.preset("ahpo", kl_coef=0.01).weighting
@@ -282,12 +123,14 @@ class Objective:
     max_log_ratio: float = 20.0
     kl_coef: float = 0.0
     entropy_coef: float = 0.0
+    kl: KL = "k3"
 
     def __post_init__(self) -> None:
         if self.ratio_level not in get_args(RatioLevel):
             raise ValueError(f"ratio_level: expected one of {get_args(RatioLevel)}, got {self.ratio_level!r}")
-        if not isinstance(self.shaping, (Clip, LogFidelity, SoftGate, TruncatedRatio)):
-            raise TypeError(f"shaping: expected a Clip, LogFidelity, SoftGate or TruncatedRatio, got {self.shaping!r}")
+        if not isinstance(self.shaping, SHAPINGS):
+            names = ", ".join(shaping.__name__ for shaping in SHAPINGS)
+            raise TypeError(f"shaping: expected one of {names}, got {self.shaping!r}")
         if self.weighting is not None and not isinstance(self.weighting, (Hysteretic, AdaptiveHysteretic)):
             raise TypeError(f"weighting: expected a Hysteretic, AdaptiveHysteretic or None, got {self.weighting!r}")
         if self.normalization not in get_args(Normalization):
@@ -298,7 +141,7 @@ class Objective:
             if self.max_length < 1:
                 raise ValueError(f"max_length: expected a positive int or None, got {self.max_length}")
         # exp(88.7) is the largest finite float32, and r * A and k3 have to stay finite as well.
-        _number(
+        check_number(
             "max_log_ratio",
             self.max_log_ratio,
             "a number in (0, 80]",
@@ -307,14 +150,21 @@ class Objective:
             high=80.0,
             open_high=False,
         )
-        _number("kl_coef", self.kl_coef, "a finite number >= 0", low=0.0)
-        _number("entropy_coef", self.entropy_coef, "a finite number", open_low=True)
-        if self.ratio_level == "sequence" and isinstance(self.shaping, TruncatedRatio):
-            raise ValueError(
-                "shaping: TruncatedRatio weighs each token's own log-probability by its own truncated ratio; a "
-                "sequence-level ratio has no token log-probability to weigh. Use ratio_level='token', or Clip, "
-                "LogFidelity or SoftGate at sequence level"
-            )
+        check_number("kl_coef", self.kl_coef, "a finite number >= 0", low=0.0)
+        check_number("entropy_coef", self.entropy_coef, "a finite number", open_low=True)
+        if self.kl not in get_args(KL):
+            raise ValueError(f"kl: expected one of {get_args(KL)}, got {self.kl!r}")
+        if self.kl == "k3_ratio":
+            if self.max_log_ratio > 40:
+                raise ValueError(
+                    "max_log_ratio: expected a number in (0, 40] for kl='k3_ratio', whose r k3 has to stay finite in "
+                    f"float32, got {self.max_log_ratio}"
+                )
+            if isinstance(self.shaping, GeometricMean):
+                raise ValueError(
+                    "kl: expected another kind than 'k3_ratio' for GeometricMean, which bounds log-ratios before their "
+                    "mean: no plain ratio is left to correct by"
+                )
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Objective:
@@ -343,17 +193,20 @@ class Objective:
         """Every preset by name, in the order of the documentation.
 
         Examples:
-            >>> list(Objective.presets())
-            ['grpo', 'dapo', 'dr_grpo', 'gspo', 'sapo', 'cispo', 'mhpo', 'hpo', 'ahpo', 'mhpo_ahpo']
+            >>> list(Objective.presets())  # doctest: +NORMALIZE_WHITESPACE
+            ['grpo', 'dapo', 'dr_grpo', 'gspo', 'gspo_token', 'luspo', 'gmpo', 'sapo', 'cispo', 'vespo', 'topr',
+             'reinforce', 'mhpo', 'hpo', 'ahpo', 'mhpo_ahpo']
         """
         return dict(_PRESETS)
 
-    def lower(self, *, off_policy: bool = True) -> LossSpec:
-        """The plain values that a backend needs; ``off_policy``: old log-probabilities are given."""
+    def lower(self, batch: Batch) -> LossSpec:
+        """The plain values that a backend needs for a batch."""
         kind, parameters = self.shaping.lower()
+        given = batch.response_log_ratios is not None
         return LossSpec(
-            kind, parameters, float(self.max_log_ratio), off_policy, self.kl_coef != 0, self.entropy_coef != 0,
-            self.ratio_level == "sequence",
+            kind, parameters, float(self.max_log_ratio), given or batch.old_logprobs is not None,
+            self.kl if self.kl_coef != 0 else "none", self.entropy_coef != 0 or batch.entropy_weights is not None,
+            "sequence_token" if given else self.ratio_level,
         )  # fmt: skip
 
 
@@ -362,8 +215,14 @@ _PRESETS: dict[str, Objective] = {
     "dapo": Objective("token", Clip(0.2, 0.28), None, "mean_length"),
     "dr_grpo": Objective("token", Clip(0.2, 0.2), None, "constant"),
     "gspo": Objective("sequence", Clip(3e-4, 4e-4), None, "response"),
+    "gspo_token": Objective("sequence_token", Clip(3e-4, 4e-4), None, "response"),
+    "luspo": Objective("sequence", Clip(3e-4, 4e-4), None, "response_sum"),
+    "gmpo": Objective("sequence", GeometricMean(0.4, 0.4), None, "response"),
     "sapo": Objective("token", SoftGate(1.0, 1.05), None, "response"),
     "cispo": Objective("token", TruncatedRatio(high=5.0), None, "mean_length"),
+    "vespo": Objective("sequence_sum", GammaGate(), None, "mean_length"),
+    "topr": Objective("sequence_sum", TruncatedRatio(1.0, 1.0, low_neg=0.0), None, "response_sum"),
+    "reinforce": Objective("token", TruncatedRatio(1.0, 1.0), None, "response_sum"),
     "mhpo": Objective("token", LogFidelity(1.5, Hazard()), None, "response"),
     "hpo": Objective("token", Clip(0.2, 0.2), Hysteretic(0.6), "mean_length"),
     "ahpo": Objective("token", Clip(0.2, 0.2), AdaptiveHysteretic(0.1), "mean_length"),

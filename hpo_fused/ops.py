@@ -83,10 +83,10 @@ def token_gradient(
 @torch.library.custom_op("hpo_fused::policy_loss", mutates_args=("results", "out"))
 def _policy_loss(
     logits: Tensor, targets: Tensor, values: Tensor, kind: str, parameters: Sequence[float], max_log_ratio: float,
-    off_policy: bool, kl: bool, entropy_bonus: bool, sequence_level: bool, temperature: float, softcap: float | None,
+    off_policy: bool, kl: str, entropy_bonus: bool, ratio_level: str, temperature: float, softcap: float | None,
     results: Tensor, out: Tensor | None, backend: str,
 ) -> None:  # fmt: skip
-    spec = LossSpec(kind, tuple(parameters), max_log_ratio, off_policy, kl, entropy_bonus, sequence_level)
+    spec = LossSpec(kind, tuple(parameters), max_log_ratio, off_policy, kl, entropy_bonus, ratio_level)
     transform = LogitTransform(temperature, softcap)
     implementation(backend).policy_loss(logits, targets, values, spec, transform, results, out)
 

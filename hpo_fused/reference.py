@@ -14,16 +14,8 @@ import torch
 from torch import Tensor
 
 from .batch import BatchStatistics
-from .objective import (
-    AdaptiveHysteretic,
-    Clip,
-    Hysteretic,
-    LogFidelity,
-    Objective,
-    SoftGate,
-    TruncatedRatio,
-    resolve_objective,
-)
+from .objective import AdaptiveHysteretic, Hysteretic, Objective, resolve_objective
+from .shaping import DRO, Clip, GammaGate, GeometricMean, LogFidelity, SoftGate, TruncatedRatio
 
 
 class ReferenceLogprobs(NamedTuple):
@@ -71,9 +63,23 @@ def _responses(shape: torch.Size, cu_seqlens: Tensor | None) -> Iterator[Any]:
         yield from map(slice, bounds[:-1], bounds[1:])
 
 
+def bounded_log_ratios(objective: Objective, x: Tensor, advantage: Tensor) -> Tensor:
+    """Tokens' log-ratios as they enter the ratio: GMPO bounds them by the advantage's sign."""
+    if not isinstance(objective.shaping, GeometricMean):
+        return x
+    low, high = objective.shaping.low, objective.shaping.high
+    one_sided = torch.where(advantage > 0, x.clamp(max=high), x.clamp(min=-low))
+    return torch.where(advantage == 0, 0.0, one_sided)  # sgn(A) min(sgn(A) x, sgn(A) clip(x, -low, high))
+
+
 def surrogate(objective: Objective, x: Tensor, advantage: Tensor, logprobs: Tensor) -> Tensor:
     """s(x, A) of clamped log-ratios, elementwise; autograd gives its derivative, stopped gradients included."""
     shaping, ratio = objective.shaping, x.exp()
+
+    def of_sign(name: str) -> Tensor:
+        above, below = (float(getattr(shaping, f"{name}_{sign}")) for sign in ("pos", "neg"))
+        return torch.full_like(advantage, below).masked_fill(advantage > 0, above)
+
     if isinstance(shaping, Clip):
         plain = ratio if shaping.delta is None else ratio.clamp(max=shaping.delta)
         clipped = ratio.clamp(1 - shaping.low, 1 + shaping.high)
@@ -90,13 +96,36 @@ def surrogate(objective: Objective, x: Tensor, advantage: Tensor, logprobs: Tens
         zeta = zeta + ((1 + (-psi).exp()).log() / hazard.lambda_neg) ** hazard.k_neg
         return (psi - zeta.detach()).exp() * advantage
     if isinstance(shaping, SoftGate):
-        tau = torch.full_like(advantage, shaping.tau_neg).masked_fill(advantage > 0, shaping.tau_pos)
+        tau = of_sign("tau")
         return 4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantage
+    if isinstance(shaping, GammaGate):
+        k, rate = of_sign("k"), of_sign("lambda")
+        return (rate + k * x - rate * ratio).exp().detach() * advantage * logprobs
+    if isinstance(shaping, GeometricMean):
+        return ratio * advantage
+    if isinstance(shaping, DRO):
+        return advantage * logprobs - shaping.beta / 2 * x**2
     assert isinstance(shaping, TruncatedRatio)
-    return ratio.clamp(shaping.low, shaping.high).detach() * advantage * logprobs
+    (low, high), (low_neg, high_neg) = (shaping.bounds(negative=negative) for negative in (False, True))
+    weight = torch.where(advantage > 0, ratio.clamp(low, high), ratio.clamp(low_neg, high_neg))
+    if shaping.outside == "zero":
+        weight = torch.where(weight == ratio, ratio, 0.0)
+    return weight.detach() * advantage * logprobs
 
 
-def _alpha(objective: Objective, positive: int, negative: int) -> float:
+def kl_term(kind: str, d: Tensor, ratio: Tensor) -> Tensor:
+    """The estimate of KL(policy || reference) from d = log p_ref - log p; autograd gives its derivative."""
+    if kind == "k1":
+        return -d
+    if kind == "k2":
+        return d**2 / 2
+    k3 = d.exp() - d - 1
+    if kind == "k3+":
+        return k3.detach() + d**2 / 2 - (d**2 / 2).detach()
+    return ratio * k3 if kind == "k3_ratio" else k3
+
+
+def _alpha(objective: Objective, positive: float, negative: float) -> float:
     if objective.weighting is None:
         return 1.0
     if isinstance(objective.weighting, Hysteretic):
@@ -114,10 +143,12 @@ def logprob_policy_loss(
     ref_logprobs: Tensor | None = None,
     mask: Tensor | None = None,
     token_weights: Tensor | None = None,
+    entropy_weights: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     groups: Tensor | None = None,
     objective: str | Objective = "mhpo_ahpo",
     statistics: BatchStatistics | None = None,
+    advantage_level: str | None = None,
 ) -> Tensor:
     """The loss of the README's table; arguments as :func:`hpo_fused.logprob_policy_loss`."""
     objective = resolve_objective(objective)
@@ -125,15 +156,18 @@ def logprob_policy_loss(
     keep = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask.bool()
     places = list(_responses(logprobs.shape, cu_seqlens))
 
-    def of_response(value: Tensor, i: int, place: Any) -> Tensor:
-        """Unmasked entries of response i from a per-response or per-token tensor."""
-        per_response = value.dim() == 1 if cu_seqlens is None else value.shape[0] == len(places)
-        if per_response or (value.shape[-1] == 1 and logprobs.shape[-1] != 1):
+    def of_response(value: Tensor, i: int, place: Any, level: str | None = None) -> Tensor:
+        """Unmasked entries of response i from a 0-d, per-response or per-token tensor."""
+        if value.dim() == 0:
+            return value.expand(int(keep[place].sum())).to(dtype)
+        if level is None:
+            level = "response" if value.shape in ((len(places),), (len(places), 1)) else "token"
+        if level == "response":
             return value[i].reshape(1).expand(int(keep[place].sum())).to(dtype)
-        return value[place][keep[place]].to(dtype)
+        return value.reshape(logprobs.shape)[place][keep[place]].to(dtype)
 
     lengths = [int(keep[place].sum()) for place in places]
-    signals = [of_response(advantages, i, place) for i, place in enumerate(places)]
+    signals = [of_response(advantages, i, place, advantage_level) for i, place in enumerate(places)]
     if statistics is None:
         positive = sum(bool(a.sum() > 0) for a in signals)
         negative = sum(bool(a.sum() < 0) for a in signals)
@@ -141,12 +175,8 @@ def logprob_policy_loss(
         group_ids = None if groups is None else groups.tolist()
         group_lengths = lengths
     else:
-        positive, negative = int(statistics.positive), int(statistics.negative)
-        count, tokens, average = (
-            int(statistics.responses),
-            int(statistics.tokens),
-            statistics.gradient_average,
-        )
+        positive, negative = float(statistics.positive), float(statistics.negative)
+        count, tokens, average = float(statistics.responses), float(statistics.tokens), statistics.gradient_average
         group_ids = None if statistics.group_ids is None else statistics.group_ids.tolist()
         group_lengths = [] if statistics.group_lengths is None else statistics.group_lengths.tolist()
     alpha = _alpha(objective, positive, negative)
@@ -160,29 +190,41 @@ def logprob_policy_loss(
         if objective.normalization == "response":
             n = 1 / (count * max(lengths[i], 1))
         elif objective.normalization == "mean_length":
-            n = 1 / max(tokens, 1)
+            n = 1 / (tokens or 1)
         elif objective.normalization == "group_mean_length":
             assert groups is not None and group_ids is not None
             mine = sum(length for g, length in zip(group_ids, group_lengths, strict=True) if g == int(groups[i]))
             n = 1 / (len(set(group_ids)) * max(mine, 1))
+        elif objective.normalization == "response_sum":
+            n = 1 / count
         else:
             assert objective.max_length is not None
             n = 1 / (count * objective.max_length)
         old = logp.detach() if old_logprobs is None else old_logprobs[place][keep[place]].to(dtype)
-        x = logp - old
+        own = bounded_log_ratios(objective, logp - old, advantage)
         if objective.ratio_level == "sequence":
-            x = x.mean().expand(lengths[i])
-        s = surrogate(objective, x.clamp(-bound, bound), advantage, logp)
+            x = own.mean().expand(lengths[i])
+        elif objective.ratio_level == "sequence_token":  # sg[s_i] p / sg[p] (arXiv 2507.18071, eq. 14)
+            x = own.mean().detach() + own - own.detach()
+        elif objective.ratio_level == "sequence_sum":
+            x = own.sum().expand(lengths[i])
+        else:
+            x = own
+        x = x.clamp(-bound, bound)
+        s = surrogate(objective, x, advantage, logp)
         a = torch.ones_like(advantage).masked_fill(advantage < 0, alpha)
         u = 1.0 if token_weights is None else of_response(token_weights, i, place)
         loss = -n * u * a * s
         if objective.kl_coef != 0:
             assert ref_logprobs is not None
             d = (ref_logprobs[place][keep[place]].to(dtype) - logp).clamp(-bound, bound)
-            loss = loss + n * objective.kl_coef * (d.exp() - d - 1)
-        if objective.entropy_coef != 0:
+            r = own.clamp(-bound, bound) if objective.ratio_level == "sequence_sum" else x
+            loss = loss + n * objective.kl_coef * kl_term(objective.kl, d, r.exp())
+        if objective.entropy_coef != 0 or entropy_weights is not None:
             assert entropy is not None
-            loss = loss - n * objective.entropy_coef * entropy[place][keep[place]]
+            weight = entropy_weights
+            bonus = n * objective.entropy_coef if weight is None else of_response(weight, i, place)
+            loss = loss - bonus * entropy[place][keep[place]]
         total = total + average * loss.sum()
     return total
 

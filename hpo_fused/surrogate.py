@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from .batch import Layout
 from .interface import (
     ADVANTAGE,
     ENTROPY_WEIGHT,
@@ -22,6 +23,7 @@ from .interface import (
     POLICY_WEIGHT,
     REF_LOGPROB,
     LossSpec,
+    TokenTerms,
 )
 
 
@@ -41,17 +43,43 @@ def clamped(difference: Tensor, bound: float) -> tuple[Tensor, Tensor]:
     return difference.clamp(-bound, bound), ~(difference.abs() > bound)
 
 
-def k3(d: Tensor) -> Tensor:
-    """e^d - d - 1, Schulman's low-variance estimate of a KL divergence from a log-ratio d; >= 0."""
-    return torch.expm1(d) - d
+def kl_estimate(kind: str, d: Tensor) -> tuple[Tensor, Tensor]:
+    """A KL estimate of the log-ratio d = log p_ref - log p (see ``Objective.kl``), and its derivative by log p."""
+    if kind == "k1":
+        return -d, torch.ones_like(d)
+    if kind == "k2":
+        return d.square() / 2, -d
+    rise = torch.expm1(d)
+    return rise - d, -d if kind == "k3+" else -rise
 
 
-def clip_bound(spec: LossSpec, x: Tensor, advantages: Tensor) -> Tensor:
-    """Where a bound of Clip removed the gradient of a nonzero advantage, or one of TruncatedRatio cut the weight."""
-    if spec.kind == "truncated_ratio":
+class ClipBounds(NamedTuple):
+    """Which tokens' gradients of a nonzero advantage a bound removed or, of a weight, cut: three disjoint bool tensors.
+
+    ``low``: below the lower bound; ``high``: above the upper one; ``dual``: Clip's delta or dual, where A < 0.
+    """
+
+    low: Tensor
+    high: Tensor
+    dual: Tensor
+
+
+def clip_bounds(spec: LossSpec, x: Tensor, difference: Tensor, advantages: Tensor) -> ClipBounds | None:
+    """The bounds at work, for kinds that have some; ``difference``: the token's own unclamped log-ratio."""
+    nonzero, never = advantages != 0, torch.zeros_like(advantages, dtype=torch.bool)
+    if spec.kind == "geometric_mean":
         low, high = spec.parameters
-        return ((x.exp() < low) | (x.exp() > high)) & (advantages != 0)
-    return (_clip(x, advantages, *spec.parameters)[1] == 0) & (advantages != 0)
+        return ClipBounds((difference < low) & (advantages < 0), (difference > high) & (advantages > 0), never)
+    ratio = x.exp()
+    if spec.kind == "truncated_ratio":
+        low, high, _, _ = _of_sign(advantages, spec.parameters)
+        nonzero = nonzero & (low < high)  # else the weight is a constant
+        return ClipBounds((ratio < low) & nonzero, (ratio > high) & nonzero, never)
+    if spec.kind != "clip":
+        return None
+    stopped = (_clip(x, advantages, *spec.parameters)[1] == 0) & nonzero
+    below, positive = ratio < spec.parameters[0], advantages > 0
+    return ClipBounds(stopped & below, stopped & ~below & positive, stopped & ~below & ~positive)
 
 
 def _clip(x: Tensor, advantages: Tensor, low: float, high: float, delta: float, dual: float) -> tuple[Tensor, Tensor]:
@@ -91,22 +119,76 @@ def _soft_gate(x: Tensor, advantages: Tensor, tau_pos: float, tau_neg: float) ->
     return 4 / tau * gate * advantages, 4 * gate * complement * ratio * advantages
 
 
-def _truncated_ratio(x: Tensor, advantages: Tensor, logprobs: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    weight = x.exp().clamp(low, high) * advantages
-    return weight * logprobs, weight
+def _of_sign(advantages: Tensor, parameters: tuple[float, ...]) -> list[Tensor]:
+    """Each parameter as one entry per token: from the first half for A > 0, from the second otherwise."""
+    half, positive = len(parameters) // 2, advantages > 0
+    return [
+        torch.full_like(advantages, below).masked_fill(positive, above)
+        for above, below in zip(parameters[:half], parameters[half:], strict=True)
+    ]
 
 
-def surrogate(spec: LossSpec, x: Tensor, inside: Tensor, advantages: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
-    """s(x, A), to be maximised, and its derivative with respect to the unclamped log-ratio (or log-probability)."""
-    if spec.kind == "truncated_ratio":  # the derivative is through logp itself, which no clamp bounds
-        return _truncated_ratio(x, advantages, logprobs, *spec.parameters)
-    if spec.kind == "clip":
-        value, derivative = _clip(x, advantages, *spec.parameters)
-    elif spec.kind == "log_fidelity":
-        value, derivative = _log_fidelity(x, advantages, *spec.parameters)
-    else:
-        value, derivative = _soft_gate(x, advantages, *spec.parameters)
-    return value, torch.where(inside, derivative, 0.0)
+def _truncated_ratio(x: Tensor, advantages: Tensor, *parameters: float) -> Tensor:
+    ratio = x.exp()
+    low, high, below, above = _of_sign(advantages, parameters)
+    return torch.where(ratio < low, below, torch.where(ratio > high, above, ratio))
+
+
+def gamma_gate(x: Tensor, advantages: Tensor, *parameters: float) -> Tensor:
+    """VESPO's weight e^lambda r^k e^(-lambda r), see ``shaping.GammaGate``."""
+    k, rate = _of_sign(advantages, parameters)
+    return (k * x - rate * torch.expm1(x)).exp()
+
+
+def token_log_ratio(spec: LossSpec, difference: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What a token's own log-ratio contributes to x, and whether it lies within its bound (None: there is none)."""
+    if spec.kind != "geometric_mean":
+        return difference, None
+    low, high = spec.parameters
+    positive, negative = advantages > 0, advantages < 0
+    over, under = positive & (difference > high), negative & (difference < low)
+    bounded = difference.masked_fill(over, high).masked_fill(under, low).masked_fill(~(positive | negative), 0.0)
+    return bounded, (positive & ~over) | (negative & ~under)
+
+
+def surrogate(spec: LossSpec, x: Tensor, advantages: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """s(x, A), to be maximised, and its derivatives by the clamped log-ratio x and by log p itself."""
+    parameters, zero = spec.parameters, torch.zeros_like(x)
+    if spec.kind in ("truncated_ratio", "gamma_gate"):
+        weight = _truncated_ratio if spec.kind == "truncated_ratio" else gamma_gate
+        slope = weight(x, advantages, *parameters) * advantages
+        return slope * logprobs, zero, slope
+    if spec.kind == "dro":
+        (beta,) = parameters
+        return advantages * logprobs - beta / 2 * x.square(), -beta * x, advantages
+    if spec.kind == "geometric_mean":
+        value = x.exp() * advantages
+        return value, value, zero
+    functions = {"clip": _clip, "log_fidelity": _log_fidelity, "soft_gate": _soft_gate}
+    value, derivative = functions[spec.kind](x, advantages, *parameters)
+    return value, derivative, zero
+
+
+class ResponseRatio(NamedTuple):
+    """How a response's tokens share one ratio: the operators from its tokens' entries to an entry of every token.
+
+    Both are symmetric as matrices, m_t m_u / L_i or m_t m_u, so that ``reduced`` carries log-ratios forward and the
+    derivative back; ``spread`` does the latter unless the gradient stays with its token (GSPO-token).
+    """
+
+    reduced: Callable[[Tensor], Tensor]
+    spread: Callable[[Tensor], Tensor] | None
+
+
+def response_ratio(terms: TokenTerms, spec: LossSpec) -> ResponseRatio | None:
+    """How the tokens of a response share a ratio; None: each has its own."""
+    if not spec.response_ratio:
+        return None
+    layout, given = Layout.of_terms(terms), terms.response_log_ratios
+    if given is not None:
+        return ResponseRatio(lambda _: layout.unmasked(given), None)
+    reduced = layout.response_total if spec.ratio_level == "sequence_sum" else layout.response_mean
+    return ResponseRatio(reduced, None if spec.ratio_level == "sequence_token" else reduced)
 
 
 def token_loss(
@@ -114,7 +196,7 @@ def token_loss(
     values: Tensor,
     logprobs: Tensor,
     entropy: Tensor | None,
-    response_mean: Callable[[Tensor], Tensor] | None = None,
+    response: ResponseRatio | None = None,
 ) -> TokenLoss:
     """Each token's loss and its derivatives with respect to the token's log-probability and entropy.
 
@@ -123,27 +205,44 @@ def token_loss(
         values: the tokens' terms, [TERMS, ...] with ``logprobs``' shape behind.
         logprobs: log-probabilities of the sampled tokens, any shape.
         entropy: their distributions' entropies; needed with an entropy bonus.
-        response_mean: for sequence-level ratios, the operator that replaces every unmasked token's entry by its
-            response's mean over unmasked tokens (0 at masked ones). As a matrix it is m_t m_u / L_i, symmetric,
-            so that the same operator carries x forward and the derivative back.
+        response: where the tokens of a response share one ratio.
     """
     weights, advantages = values[POLICY_WEIGHT], values[ADVANTAGE]
-    live = (weights != 0) & (advantages != 0)
+    live = weights != 0 if spec.every_advantage else (weights != 0) & (advantages != 0)
+    within = None
     if spec.off_policy:
         difference = logprobs - values[OLD_LOGPROB]
-        x, inside = clamped(difference if response_mean is None else response_mean(difference), spec.max_log_ratio)
+        x, within = token_log_ratio(spec, difference, advantages)
+        x, inside = clamped(x if response is None else response.reduced(x), spec.max_log_ratio)
     else:
-        x, inside = torch.zeros_like(logprobs), torch.ones_like(live)
-    value, derivative = surrogate(spec, x, inside, advantages, logprobs)
+        difference = x = torch.zeros_like(logprobs)
+        inside = torch.ones_like(live)
+    value, by_ratio, by_logprob = surrogate(spec, x, advantages, logprobs)
     losses = torch.where(live, -weights * value, 0.0)
-    coefficients = torch.where(live, -weights * derivative, 0.0)
-    if response_mean is not None:
-        coefficients = response_mean(coefficients)
-    if spec.kl:
+    by_ratio = torch.where(live & inside, -weights * by_ratio, 0.0)
+    by_logprob = torch.where(live, -weights * by_logprob, 0.0)
+    spread = None if response is None else response.spread
+    if spec.kl != "none":
         weights = values[KL_WEIGHT]
-        d, inside = clamped(values[REF_LOGPROB] - logprobs, spec.max_log_ratio)
-        losses = losses + torch.where(weights != 0, weights * k3(d), 0.0)
-        coefficients = coefficients + torch.where((weights != 0) & inside, -weights * torch.expm1(d), 0.0)
+        d, known = clamped(values[REF_LOGPROB] - logprobs, spec.max_log_ratio)
+        estimate, slope = kl_estimate(spec.kl, d)
+        slope = torch.where(known, slope, 0.0)
+        if spec.kl == "k3_ratio":
+            own = spread is None or spec.ratio_level == "sequence_sum"
+            if spec.ratio_level == "sequence_sum":
+                x, inside = clamped(difference, spec.max_log_ratio)
+            weights = torch.where(weights != 0, weights * x.exp(), 0.0)
+            if own:  # k3 - (e^d - 1) cancels to -d
+                slope = torch.where(inside, torch.where(known, -d, estimate), slope)
+            else:
+                by_ratio = by_ratio + torch.where((weights != 0) & inside, weights * estimate, 0.0)
+        losses = losses + torch.where(weights != 0, weights * estimate, 0.0)
+        by_logprob = by_logprob + torch.where(weights != 0, weights * slope, 0.0)
+    if spread is not None:
+        by_ratio = spread(by_ratio)
+    if within is not None:
+        by_ratio = torch.where(within, by_ratio, 0.0)
+    coefficients = by_ratio + by_logprob
     if not spec.entropy_bonus:
         return TokenLoss(losses, coefficients, None)
     assert entropy is not None

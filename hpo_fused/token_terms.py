@@ -11,16 +11,19 @@ import torch
 from torch import Tensor
 
 from .batch import (
+    AdvantageLevel,
     BatchStatistics,
     Layout,
     adaptive_alpha,
     as_mask,
     check_boundaries,
+    check_choice,
     check_groups,
+    check_lengths,
+    check_level,
     check_mask,
-    check_per_response,
 )
-from .checks import check_tensor, check_token_ids, described
+from .checks import check_floating, check_tensor, check_token_ids, described, same_device
 from .interface import (
     ADVANTAGE,
     ENTROPY_WEIGHT,
@@ -37,6 +40,7 @@ from .interface import (
     TokenTerms,
 )
 from .objective import AdaptiveHysteretic, Hysteretic, Objective
+from .shaping import GammaGate, GeometricMean, TruncatedRatio
 
 
 def check_batch(
@@ -51,9 +55,13 @@ def check_batch(
     ref_logprobs: Tensor | None,
     mask: Tensor | None,
     token_weights: Tensor | None,
+    entropy_weights: Tensor | None,
     cu_seqlens: Tensor | None,
     groups: Tensor | None,
     statistics: object,
+    lengths: Tensor | None,
+    response_mean_log_ratios: Tensor | None,
+    advantage_level: object,
 ) -> Batch:
     """The arguments of a loss call as plain values.
 
@@ -69,11 +77,22 @@ def check_batch(
         TypeError, ValueError: as :func:`hpo_fused.policy_loss` documents, but for the ids' range.
     """
     responses = check_boundaries(name, shape, device, cu_seqlens)
-    per_token = [tuple(shape)]
     rows = (1, shape[0]) if len(shape) == 1 else (shape[0], shape[1])
+
+    def per_token(name: str, value: Tensor | None) -> Tensor | None:
+        return None if value is None else check_tensor(name, value, [tuple(shape)], "floating", device)
+
+    def any_level(name: str, value: Tensor | None, level: AdvantageLevel | None = None) -> Tensor | None:
+        return None if value is None else check_level(name, value, shape, responses, device, level)
+
     if mask is not None:
         mask = check_mask(mask, shape, device)
-    advantages, advantage_per_token = check_per_response("advantages", advantages, shape, responses, device)
+    advantages = check_level("advantages", advantages, shape, responses, device, check_choice(advantage_level))
+    token_weights = any_level("token_weights", token_weights)
+    if not (isinstance(entropy_weights, Tensor) and entropy_weights.dim() == 0):
+        entropy_weights = any_level("entropy_weights", entropy_weights)
+    elif not same_device(check_floating("entropy_weights", entropy_weights).device, device):
+        raise ValueError(f"entropy_weights: expected a tensor on {device}, got {described(entropy_weights)}")
     if statistics is not None:
         if not isinstance(statistics, BatchStatistics):
             raise TypeError(f"statistics: expected a BatchStatistics or None, got {described(statistics)}")
@@ -84,32 +103,37 @@ def check_batch(
         raise ValueError(
             f"ref_logprobs: expected reference log-probabilities for kl_coef={objective.kl_coef}, got None"
         )
-    if old_logprobs is not None:
-        old_logprobs = check_tensor("old_logprobs", old_logprobs, per_token, "floating", device)
-    if ref_logprobs is not None:
-        ref_logprobs = check_tensor("ref_logprobs", ref_logprobs, per_token, "floating", device)
+    old_logprobs, ref_logprobs = per_token("old_logprobs", old_logprobs), per_token("ref_logprobs", ref_logprobs)
     if objective.normalization == "constant" and objective.max_length is None:
         raise ValueError(
             "max_length: expected a positive int on the objective for normalization='constant', got "
             "None; use e.g. Objective.preset('dr_grpo', max_length=4096)"
         )
-    weight_per_token = False
-    if token_weights is not None:
-        token_weights, weight_per_token = check_per_response("token_weights", token_weights, shape, responses, device)
-    normalization, normalizers = str(objective.normalization), None
-    if objective.normalization == "group_mean_length":
+    layout = Layout.of(as_mask(mask, rows, device), responses, cu_seqlens)
+    if lengths is not None:
+        check_lengths(lengths, layout, statistics)
+    log_ratios = _given_log_ratios(
+        objective, response_mean_log_ratios, lengths, responses, device,
+        constant=advantages.dim() == 1 and (token_weights is None or token_weights.dim() == 1),
+    )  # fmt: skip
+    normalization, normalizers, max_length = str(objective.normalization), None, 1
+    if normalization == "group_mean_length":
         if groups is None:
             raise ValueError("groups: expected an integer tensor [B] for normalization='group_mean_length', got None")
         counted = statistics
         if counted is None:
-            layout = Layout.of(as_mask(mask, rows, device), responses, cu_seqlens)
-            counted = BatchStatistics._of_layout(layout, advantages, advantage_per_token, groups)
+            counted = BatchStatistics._of_layout(layout, advantages, groups)
         elif counted.group_ids is None:
             raise ValueError(
                 "statistics: expected group counts for normalization='group_mean_length', got none; "
                 "pass groups to BatchStatistics.from_batch"
             )
         normalization, normalizers = "given", counted.group_normalizer(groups)
+    elif normalization == "response" and lengths is not None:
+        assert isinstance(statistics, BatchStatistics)
+        normalization, normalizers = "given", (_at_least_one(statistics.responses) * lengths.clamp(min=1)).float()
+    elif normalization in ("constant", "response_sum"):
+        normalization, max_length = "constant", objective.max_length or 1 if normalization == "constant" else 1
     weighting, alpha = "none", 1.0
     if isinstance(objective.weighting, Hysteretic):
         weighting, alpha = "fixed", objective.weighting.alpha
@@ -119,14 +143,47 @@ def check_batch(
     if statistics is not None:
         totals = statistics.responses, statistics.tokens, statistics.positive, statistics.negative
     return Batch(
-        rows, responses, _unit_stride(tokens), _unit_stride(mask),
-        advantages if advantages.stride(-1) == 1 else advantages.contiguous(),
-        _unit_stride(token_weights), _unit_stride(old_logprobs), _unit_stride(ref_logprobs),
-        _unit_stride(cu_seqlens), advantage_per_token, weight_per_token, normalization, normalizers,
-        objective.max_length or 1 if normalization == "constant" else 1, weighting, float(alpha),
-        float(objective.kl_coef), float(objective.entropy_coef), totals,
-        1.0 if statistics is None else float(statistics.gradient_average),
+        rows, responses, _unit_stride(tokens), _unit_stride(mask), advantages, token_weights, entropy_weights,
+        _unit_stride(old_logprobs), _unit_stride(ref_logprobs), _unit_stride(cu_seqlens), log_ratios, normalization,
+        normalizers, max_length, weighting, float(alpha), float(objective.kl_coef), float(objective.entropy_coef),
+        totals, 1.0 if statistics is None else float(statistics.gradient_average),
     )  # fmt: skip
+
+
+def _given_log_ratios(
+    objective: Objective, means: Tensor | None, lengths: Tensor | None, responses: int, device: torch.device, *,
+    constant: bool,
+) -> Tensor | None:  # fmt: skip
+    """x of each response from ``response_mean_log_ratios``; ``constant``: its tokens share advantage and weight.
+
+    With x known, the mean of the derivatives over the whole response, which every token gets, is the token's own
+    derivative where they are all the same: no other part of the response is needed.
+    """
+    level, name = objective.ratio_level, "response_mean_log_ratios"
+    if means is None:
+        if lengths is not None and level != "token":
+            raise ValueError(
+                f"{name}: expected each response's mean log-ratio beside lengths for ratio_level={level!r}, got None; "
+                "a part of a response does not tell it, a first sweep over all parts does"
+            )
+        return None
+    check_tensor(name, means, [(responses,)], "floating", device)
+    if level == "token":
+        raise ValueError(f"{name}: expected None for ratio_level='token', got {described(means)}")
+    if lengths is None:
+        raise ValueError(f"{name}: expected lengths [B] of the whole responses beside it, got None")
+    if isinstance(objective.shaping, GeometricMean):
+        raise ValueError(f"{name}: expected None for GeometricMean, which bounds log-ratios before their mean")
+    stays = level == "sequence_token" or isinstance(objective.shaping, (TruncatedRatio, GammaGate))
+    if not stays and not constant:
+        raise ValueError(
+            f"{name}: expected advantages and token_weights [B] for ratio_level={level!r}, got some per token; their "
+            "other parts would be needed, see ratio_level='sequence_token'"
+        )
+    if level != "sequence_token" and objective.kl == "k3_ratio" and objective.kl_coef != 0:
+        raise ValueError(f"{name}: expected another kl than 'k3_ratio' for ratio_level={level!r}, got kl='k3_ratio'")
+    means = means.detach().to(torch.float32)
+    return means * lengths if level == "sequence_sum" else means
 
 
 def _unit_stride(value: Tensor | None) -> Tensor | None:
@@ -147,7 +204,8 @@ def hysteretic_weight(batch: Batch, positive: Count, negative: Count) -> float |
 
 
 def _at_least_one(count: Count) -> Count:
-    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+    """The count itself, 1 where it is 0: there is nothing to divide then."""
+    return torch.where(count == 0, 1, count) if isinstance(count, Tensor) else count or 1
 
 
 def _normalizer(batch: Batch, layout: Layout, lengths: Tensor, responses: Count, tokens: Count) -> float | Tensor:
@@ -176,7 +234,7 @@ def token_terms(batch: Batch, spec: LossSpec, vocabulary: int | None, skip_inact
     device = batch.advantages.device
     layout = Layout.of(as_mask(batch.mask, batch.rows, device), batch.responses, batch.cu_seqlens)
     mask = layout.mask
-    advantages = layout.rows(batch.advantages.detach().to(torch.float32), batch.advantage_per_token)
+    advantages = layout.rows(batch.advantages.detach().to(torch.float32))
     lengths, sums = layout.lengths(), layout.response_sum(advantages)
     signs = (sums > 0).to(torch.int32) - (sums < 0).to(torch.int32)
     responses, tokens, positive, negative = totals_of_batch(batch, lengths, signs)
@@ -191,12 +249,11 @@ def token_terms(batch: Batch, spec: LossSpec, vocabulary: int | None, skip_inact
         alpha = hysteretic_weight(batch, positive, negative)
         policy = penalty * torch.where(advantages < 0, alpha, torch.ones_like(advantages))
     if batch.token_weights is not None:
-        caller = layout.rows(batch.token_weights.detach().to(torch.float32), batch.weight_per_token)
+        caller = layout.rows(batch.token_weights.detach().to(torch.float32))
         policy = torch.where(mask & (policy != 0), policy * caller, 0.0)
-    live = (policy != 0) & (advantages != 0)
-    if spec.sequence_level:  # one live token moves the whole response's ratio
+    live = policy != 0 if spec.every_advantage else (policy != 0) & (advantages != 0)
+    if spec.response_ratio:  # one live token moves the whole response's ratio
         live = mask & layout.of_each_row(layout.response_sum(live.to(torch.int64)) > 0)
-    active = (mask if spec.kl or spec.entropy_bonus else live).contiguous()
 
     values = torch.zeros(TERMS, *mask.shape, dtype=torch.float32, device=device)
     values[ADVANTAGE], values[POLICY_WEIGHT] = advantages, policy
@@ -204,14 +261,23 @@ def token_terms(batch: Batch, spec: LossSpec, vocabulary: int | None, skip_inact
         values[OLD_LOGPROB] = batch.old_logprobs.detach().reshape(mask.shape)
     if batch.ref_logprobs is not None:
         values[REF_LOGPROB] = batch.ref_logprobs.detach().reshape(mask.shape)
-    if spec.kl:
+    if spec.kl != "none":
         values[KL_WEIGHT] = batch.kl_coef * penalty
+        live = mask
     if spec.entropy_bonus:
-        values[ENTROPY_WEIGHT] = batch.entropy_coef * penalty
+        if batch.entropy_weights is None:
+            weights = batch.entropy_coef * penalty
+        else:
+            given = batch.gradient_average * batch.entropy_weights.detach().to(torch.float32)
+            weights = torch.where(mask, layout.rows(given), 0.0)
+        values[ENTROPY_WEIGHT] = weights
+        live = live | (weights != 0)
+    active = live.contiguous()
     targets = token_targets(batch.tokens, mask, vocabulary)
     if skip_inactive:
         targets = torch.where(mask & ~active, SKIPPED, targets)
-    return TokenTerms(values, targets, active, torch.stack((lengths.to(torch.int32), signs)), batch.cu_seqlens)
+    statistics = torch.stack((lengths.to(torch.int32), signs))
+    return TokenTerms(values, targets, active, statistics, batch.cu_seqlens, batch.response_log_ratios)
 
 
 def token_targets(tokens: Tensor | None, mask: Tensor, vocabulary: int | None) -> Tensor:

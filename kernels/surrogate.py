@@ -9,7 +9,13 @@ is as accurate. ``parameters`` travel at run time: a new epsilon, temperature or
 import triton
 import triton.language as tl
 
+from hpo_fused.interface import KL_KINDS
+
 from .numerics import LOG2E, exp_minus_one_minus, log1p_unit
+
+
+K1, K2 = tl.constexpr(KL_KINDS["k1"]), tl.constexpr(KL_KINDS["k2"])
+K3_PLUS, K3_RATIO = tl.constexpr(KL_KINDS["k3+"]), tl.constexpr(KL_KINDS["k3_ratio"])
 
 
 @triton.jit
@@ -69,30 +75,72 @@ def soft_gate(x, advantage, parameters):
 
 
 @triton.jit
-def truncated_ratio(x, advantage, parameters, logprob):
-    """CISPO's truncated importance weight, see ``objective.TruncatedRatio``."""
-    weight = _bounded(tl.exp(x), parameters[0], parameters[1]) * advantage
-    return weight * logprob, weight
+def truncated_ratio(x, advantage, parameters):
+    """CISPO's truncated importance weight, with bounds per sign, see ``shaping.TruncatedRatio``."""
+    positive = advantage > 0
+    low, high = tl.where(positive, parameters[0], parameters[4]), tl.where(positive, parameters[1], parameters[5])
+    below, above = tl.where(positive, parameters[2], parameters[6]), tl.where(positive, parameters[3], parameters[7])
+    ratio = tl.exp(x)
+    return tl.where(ratio < low, below, tl.where(ratio > high, above, ratio))
 
 
 @triton.jit
-def surrogate(x, inside, advantage, logprob, parameters, KIND: tl.constexpr):
-    """s(x, A) and its derivative with respect to the unclamped log-ratio (or log-probability)."""
+def gamma_gate(x, advantage, parameters):
+    """VESPO's weight e^lambda r^k e^(-lambda r), see ``shaping.GammaGate``."""
+    positive = advantage > 0
+    k, rate = tl.where(positive, parameters[0], parameters[2]), tl.where(positive, parameters[1], parameters[3])
+    return tl.exp(k * x - rate * (exp_minus_one_minus(x) + x))
+
+
+@triton.jit
+def token_log_ratio(difference, advantage, parameters, KIND: tl.constexpr):
+    """(log-ratio, slope): what a token's own log-ratio contributes to x, and 0 where a bound cut it, else 1."""
+    slope = tl.full(difference.shape, 1.0, tl.float32)
+    if KIND == "geometric_mean":
+        over, under = (advantage > 0) & (difference > parameters[1]), (advantage < 0) & (difference < parameters[0])
+        slope = tl.where(over | under | (advantage == 0), 0.0, slope)
+        difference = tl.where(over, parameters[1], tl.where(under, parameters[0], difference))
+        difference = tl.where(advantage == 0, 0.0, difference)
+    return difference, slope
+
+
+@triton.jit
+def surrogate(x, advantage, logprob, parameters, KIND: tl.constexpr):
+    """s(x, A) and its derivatives by the clamped log-ratio x and by log p itself."""
     tl.static_assert(
-        KIND == "clip" or KIND == "log_fidelity" or KIND == "soft_gate" or KIND == "truncated_ratio",
-        "KIND: one of clip, log_fidelity, soft_gate, truncated_ratio",
-    )
-    if KIND == "truncated_ratio":  # the derivative is through logp itself, which no clamp bounds
-        value, derivative = truncated_ratio(x, advantage, parameters, logprob)
-    else:
-        if KIND == "clip":
-            value, derivative = clip(x, advantage, parameters)
-        elif KIND == "log_fidelity":
-            value, derivative = log_fidelity(x, advantage, parameters)
+        KIND == "clip" or KIND == "log_fidelity" or KIND == "soft_gate" or KIND == "truncated_ratio"
+        or KIND == "gamma_gate" or KIND == "geometric_mean" or KIND == "dro",
+        "KIND: one of those that LossSpec lists",
+    )  # fmt: skip
+    by_ratio, by_logprob = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
+    if KIND == "truncated_ratio" or KIND == "gamma_gate":
+        if KIND == "truncated_ratio":
+            by_logprob = truncated_ratio(x, advantage, parameters) * advantage
         else:
-            value, derivative = soft_gate(x, advantage, parameters)
-        derivative = tl.where(inside, derivative, 0.0)
-    return value, derivative
+            by_logprob = gamma_gate(x, advantage, parameters) * advantage
+        value = by_logprob * logprob
+    elif KIND == "clip":
+        value, by_ratio = clip(x, advantage, parameters)
+    elif KIND == "log_fidelity":
+        value, by_ratio = log_fidelity(x, advantage, parameters)
+    elif KIND == "soft_gate":
+        value, by_ratio = soft_gate(x, advantage, parameters)
+    elif KIND == "geometric_mean":
+        value = tl.exp(x) * advantage
+        by_ratio = value
+    else:  # DRO
+        value = advantage * logprob - 0.5 * parameters[0] * x * x
+        by_ratio, by_logprob = -parameters[0] * x, advantage
+    return value, by_ratio, by_logprob
+
+
+@triton.jit
+def kl_estimate(d, kind):
+    """A KL estimate of the log-ratio d = log p_ref - log p (see ``Objective.kl``), and its derivative by log p."""
+    k3 = exp_minus_one_minus(d)
+    value = tl.where(kind == K1, -d, tl.where(kind == K2, 0.5 * d * d, k3))
+    slope = tl.where((kind == K2) | (kind == K3_PLUS), -d, -(k3 + d))
+    return value, tl.where(kind == K1, 1.0, slope)
 
 
 @triton.jit
@@ -104,15 +152,18 @@ def token_loss(
     kl_weight,
     entropy_weight,
     log_ratio,
+    kl_log_ratio,
     ref_logprob,
     parameters,
     max_log_ratio,
+    kl_kind,
+    spread,
     KIND: tl.constexpr,
     OFF_POLICY: tl.constexpr,
     KL: tl.constexpr,
     ENTROPY_BONUS: tl.constexpr,
 ):
-    """(loss, c, h) of tokens: their losses and gradient coefficients c = dloss/dlogp, h = dloss/dH.
+    """(loss, c_x, c_logp, h) of tokens: their losses, and the derivatives by x, by log p itself and by the entropy.
 
     A weight of exactly 0 switches its part off whatever the other values hold, hence ``where`` and not products.
 
@@ -120,8 +171,11 @@ def token_loss(
         logprob, entropy: of the token; the entropy is read with ENTROPY_BONUS only.
         advantage, policy_weight, kl_weight, entropy_weight, ref_logprob: terms of the token, see ``TokenTerms``; what
             no constexpr asks for is not read.
-        log_ratio: logp - old_logp before the clamp, or a response's mean of it; read with OFF_POLICY only.
-        parameters, max_log_ratio, KIND, OFF_POLICY, KL, ENTROPY_BONUS: fields of ``LossSpec``.
+        log_ratio: what x is before the clamp: the token's own, or its response's; read with OFF_POLICY only.
+        kl_log_ratio: likewise, of the ratio by which "k3_ratio" corrects.
+        parameters, max_log_ratio, KIND, OFF_POLICY, ENTROPY_BONUS: fields of ``LossSpec``.
+        kl_kind: a value of ``KL_KINDS``; KL: whether it is not "none".
+        spread: whether c_x is going to be spread over a response; else it stays with its token.
     """
     if OFF_POLICY:
         x = _bounded(log_ratio, -max_log_ratio, max_log_ratio)
@@ -130,20 +184,32 @@ def token_loss(
     else:
         x = tl.full((), 0.0, tl.float32)
         inside = tl.full((), 1, tl.int1)
-    value, derivative = surrogate(x, inside, advantage, logprob, parameters, KIND)
-    live = (policy_weight != 0) & (advantage != 0)
+    value, by_ratio, by_logprob = surrogate(x, advantage, logprob, parameters, KIND)
+    live = policy_weight != 0
+    if KIND != "dro":
+        live = live & (advantage != 0)
     loss = tl.where(live, -policy_weight * value, 0.0)
-    c = tl.where(live, -policy_weight * derivative, 0.0)
+    by_ratio = tl.where(live & inside, -policy_weight * by_ratio, 0.0)
+    by_logprob = tl.where(live, -policy_weight * by_logprob, 0.0)
     h = tl.full((), 0.0, tl.float32)
     if KL:
         difference = ref_logprob - logprob
         d = _bounded(difference, -max_log_ratio, max_log_ratio)
-        inside = (tl.abs(difference) > max_log_ratio) == 0
-        k3 = exp_minus_one_minus(d)
-        penalised = kl_weight != 0
-        loss += tl.where(penalised, kl_weight * k3, 0.0)
-        c += tl.where(penalised & inside, -kl_weight * (k3 + d), 0.0)
+        known = (tl.abs(difference) > max_log_ratio) == 0
+        estimate, slope = kl_estimate(d, kl_kind)
+        slope = tl.where(known, slope, 0.0)
+        weight, moved = kl_weight, kl_kind == K3_RATIO
+        if OFF_POLICY:
+            ratio = tl.exp(_bounded(kl_log_ratio, -max_log_ratio, max_log_ratio))
+            weight = tl.where(moved & (weight != 0), weight * ratio, weight)
+            moved = moved & ((tl.abs(kl_log_ratio) > max_log_ratio) == 0)
+        penalised = weight != 0
+        # r moves as well: by k3, which with k3's own -(e^d - 1) cancels to -d where both are the token's.
+        slope = tl.where(moved & (spread == 0), tl.where(known, -d, estimate), slope)
+        loss += tl.where(penalised, weight * estimate, 0.0)
+        by_ratio += tl.where(penalised & moved & (spread != 0), weight * estimate, 0.0)
+        by_logprob += tl.where(penalised, weight * slope, 0.0)
     if ENTROPY_BONUS:
         loss += tl.where(entropy_weight != 0, -entropy_weight * entropy, 0.0)
         h = -entropy_weight
-    return loss, c, h
+    return loss, by_ratio, by_logprob, h

@@ -11,7 +11,7 @@ from torch import Tensor
 from hpo_fused import ops
 from hpo_fused.autograd import logprob_loss
 from hpo_fused.backend import Backend, backend_for
-from hpo_fused.batch import BatchStatistics, as_mask, check_mask
+from hpo_fused.batch import AdvantageLevel, BatchStatistics, as_mask, check_mask
 from hpo_fused.checks import check_tensor, check_transform
 from hpo_fused.logprobs import TokenLogprobs
 from hpo_fused.losses import PolicyLossOutput, policy_output
@@ -30,9 +30,11 @@ _UNTRACEABLE = "the number of active rows is known only at run time; call it bet
 def linear_policy_loss(
     hidden: Tensor, weight: Tensor, tokens: Tensor, advantages: Tensor, *, bias: Tensor | None = None,
     old_logprobs: Tensor | None = None, ref_logprobs: Tensor | None = None, mask: Tensor | None = None,
-    token_weights: Tensor | None = None, cu_seqlens: Tensor | None = None, groups: Tensor | None = None,
-    objective: str | Objective = "mhpo_ahpo", statistics: BatchStatistics | None = None, temperature: float = 1.0,
-    softcap: float | None = None, skip_inactive: bool = True, entropy: bool = True, chunk_bytes: int | None = None,
+    token_weights: Tensor | None = None, entropy_weights: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    groups: Tensor | None = None, objective: str | Objective = "mhpo_ahpo", statistics: BatchStatistics | None = None,
+    lengths: Tensor | None = None, response_mean_log_ratios: Tensor | None = None,
+    advantage_level: AdvantageLevel | None = None, temperature: float = 1.0, softcap: float | None = None,
+    skip_inactive: bool = True, entropy: bool = True, chunk_bytes: int | None = None,
     logits_dtype: torch.dtype | None = None, active_count: int | None = None, weight_grad: Tensor | None = None,
     backend: Backend = "auto",
 ) -> PolicyLossOutput:  # fmt: skip
@@ -54,8 +56,9 @@ def linear_policy_loss(
             ``gradient_average`` of :class:`BatchStatistics`.
         tokens, advantages: as in :func:`policy_loss`.
         bias: [V] of weight's dtype, or None.
-        old_logprobs, ref_logprobs, mask, token_weights, cu_seqlens, groups, objective, statistics, temperature,
-            softcap, entropy, backend: as in :func:`policy_loss`.
+        old_logprobs, ref_logprobs, mask, token_weights, entropy_weights, cu_seqlens, groups, objective, statistics,
+            lengths, response_mean_log_ratios, advantage_level, temperature, softcap, entropy, backend: as in
+            :func:`policy_loss`.
         skip_inactive: leave unmasked rows without a learning signal uncomputed (their logprobs and entropy are NaN).
             False adds one GEMM for them.
         chunk_bytes: memory for a chunk's logits, at least one row. None: 4096 rows (1024 on a CPU), at most 896 MiB.
@@ -95,17 +98,19 @@ def linear_policy_loss(
     tokens = check_tensor("tokens", tokens, [tuple(shape)], "integer", device)
     batch = check_batch(
         resolved, "tokens", shape, device, tokens, advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
-        mask=mask, token_weights=token_weights, cu_seqlens=cu_seqlens, groups=groups, statistics=statistics,
+        mask=mask, token_weights=token_weights, entropy_weights=entropy_weights, cu_seqlens=cu_seqlens, groups=groups,
+        statistics=statistics, lengths=lengths, response_mean_log_ratios=response_mean_log_ratios,
+        advantage_level=advantage_level,
     )  # fmt: skip
     into = check_weight_grad(weight_grad, weight)
     settings = Settings(dtypes, transform, chunk_bytes, backend_for(hidden, backend))
-    spec = resolved.lower(off_policy=old_logprobs is not None)
+    spec = resolved.lower(batch)
     terms = ops.token_terms(batch, spec, weight.shape[0], skip_inactive, settings.backend)
     rows, *idle = choose_rows(terms.targets, terms.active, active_count, idle=not skip_inactive)
     entropy = entropy or spec.entropy_bonus
     # A loss scaler's factor must enter before a gradient is rounded to float16.
     narrow = torch.float16 in (dtypes.operands, *(value.dtype for value in inputs if value is not None))
-    if spec.sequence_level or narrow or into is not None:
+    if spec.response_ratio or narrow or into is not None:
         logprobs, entropies = autograd.token_statistics(inputs, [rows, *idle], settings, entropy=entropy, into=into)
         loss, results = logprob_loss(logprobs, entropies, terms, spec, settings.backend)
     else:

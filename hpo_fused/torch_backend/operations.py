@@ -14,7 +14,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from hpo_fused.batch import Layout
 from hpo_fused.interface import (
     LOGPROB,
     LOSS,
@@ -26,7 +25,7 @@ from hpo_fused.interface import (
     SoftmaxStatistics,
     TokenTerms,
 )
-from hpo_fused.surrogate import token_loss
+from hpo_fused.surrogate import response_ratio, token_loss
 
 from .compiled_sweeps import sweeps_for
 from .selected_rows import SelectedRows, memory_of
@@ -154,8 +153,7 @@ def logprob_loss(logprobs: Tensor, entropy: Tensor | None, terms: TokenTerms, sp
     """
     with torch.no_grad():
         mask = terms.targets != MASKED
-        mean = Layout.of_terms(terms).response_mean if spec.sequence_level else None
-        losses, c, h = token_loss(spec, terms.values, logprobs, entropy, mean)
+        losses, c, h = token_loss(spec, terms.values, logprobs, entropy, response_ratio(terms, spec))
         given = (logprobs,) if entropy is None else (logprobs, entropy)
         results = torch.stack([losses, *(torch.where(mask, value, 0.0) for value in given)])
         return LogprobLoss(results, c, h)
