@@ -209,14 +209,9 @@ def token_loss(
     """
     weights, advantages = values[POLICY_WEIGHT], values[ADVANTAGE]
     live = weights != 0 if spec.every_advantage else (weights != 0) & (advantages != 0)
-    within = None
-    if spec.off_policy:
-        difference = logprobs - values[OLD_LOGPROB]
-        x, within = token_log_ratio(spec, difference, advantages)
-        x, inside = clamped(x if response is None else response.reduced(x), spec.max_log_ratio)
-    else:
-        difference = x = torch.zeros_like(logprobs)
-        inside = torch.ones_like(live)
+    difference = logprobs - values[OLD_LOGPROB] if spec.off_policy else torch.zeros_like(logprobs)
+    x, within = token_log_ratio(spec, difference, advantages)
+    x, inside = clamped(x if response is None else response.reduced(x), spec.max_log_ratio)
     value, by_ratio, by_logprob = surrogate(spec, x, advantages, logprobs)
     losses = torch.where(live, -weights * value, 0.0)
     by_ratio = torch.where(live & inside, -weights * by_ratio, 0.0)

@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hpo_fused.interface import LogitTransform, LossSpec
+from hpo_fused.interface import KL_KINDS, LogitTransform, LossSpec
 
 from .launch import launch_configuration, on_device_of, same_alignment, transform_constants
 from .numerics import to_float32
-from .surrogate import token_loss
+from .surrogate import token_log_ratio, token_loss
 from .sweeps import lane_statistics, row_gradient, row_offset, row_statistics, zero_row
 from .token_terms import ADVANTAGE, ENTROPY_WEIGHT, KL_WEIGHT, MASKED, OLD_LOGPROB, POLICY_WEIGHT, REF_LOGPROB
 
@@ -24,6 +24,7 @@ from .token_terms import ADVANTAGE, ENTROPY_WEIGHT, KL_WEIGHT, MASKED, OLD_LOGPR
 @triton.jit(
     do_not_specialize=[
         "targets", "values", "results", "N", "T", "V", "stride_b", "stride_t", "out_stride_b", "out_stride_t",
+        "kl_kind",
     ]
 )  # fmt: skip
 def policy_loss_kernel(
@@ -35,6 +36,7 @@ def policy_loss_kernel(
     transform,  # of launch.transform_constants
     parameters,  # this to ENTROPY_BONUS: fields of LossSpec
     max_log_ratio,
+    kl_kind,  # a value of KL_KINDS
     N,  # B * T
     T,
     V,
@@ -72,7 +74,7 @@ def policy_loss_kernel(
             z_y = to_float32(tl.load(start + y))
             advantage = tl.load(values + ADVANTAGE * N + row)
             policy_weight = tl.load(values + POLICY_WEIGHT * N + row)
-            kl_weight, entropy_weight, old_logprob, ref_logprob = c, c, c, c
+            kl_weight, entropy_weight, ref_logprob, difference = c, c, c, c
             if OFF_POLICY:
                 old_logprob = tl.load(values + OLD_LOGPROB * N + row)
             if KL:
@@ -81,10 +83,14 @@ def policy_loss_kernel(
             if ENTROPY_BONUS:
                 entropy_weight = tl.load(values + ENTROPY_WEIGHT * N + row)
             logprob, maximum, others, entropy = row_statistics(lanes, z_y, transform, ENTROPY)
-            loss, c, h = token_loss(
-                logprob, entropy, advantage, policy_weight, kl_weight, entropy_weight, logprob - old_logprob,
-                ref_logprob, parameters, max_log_ratio, KIND, OFF_POLICY, KL, ENTROPY_BONUS,
+            if OFF_POLICY:
+                difference = logprob - old_logprob
+            log_ratio, slope = token_log_ratio(difference, advantage, parameters, KIND)
+            loss, by_ratio, by_logprob, h = token_loss(
+                logprob, entropy, advantage, policy_weight, kl_weight, entropy_weight, log_ratio, difference,
+                ref_logprob, parameters, max_log_ratio, kl_kind, 0, KIND, OFF_POLICY, KL, ENTROPY_BONUS,
             )  # fmt: skip
+            c = slope * by_ratio + by_logprob
         tl.store(results + row, loss)
         tl.store(results + N + row, logprob)
         if ENTROPY:
@@ -130,8 +136,8 @@ def policy_loss(
     with on_device_of(logits):
         policy_loss_kernel[launch.grid(B * T)](
             logits, out, targets, values, results, transform_constants(*transform), spec.parameters,
-            spec.max_log_ratio, B * T, T, V, logits.stride(0), logits.stride(1), out_stride_b, out_stride_t,
-            KIND=spec.kind, OFF_POLICY=spec.off_policy, KL=spec.kl, ENTROPY_BONUS=spec.entropy_bonus,
+            spec.max_log_ratio, KL_KINDS[spec.kl], B * T, T, V, logits.stride(0), logits.stride(1), out_stride_b, out_stride_t,
+            KIND=spec.kind, OFF_POLICY=spec.off_policy, KL=spec.kl != "none", ENTROPY_BONUS=spec.entropy_bonus,
             ENTROPY=entropy, ALIGNED_OUT=aligned, LANES=launch.lanes, UNROLL=launch.unroll,
             num_warps=launch.num_warps, **launch.options,
         )  # fmt: skip

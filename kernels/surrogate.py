@@ -95,7 +95,7 @@ def gamma_gate(x, advantage, parameters):
 @triton.jit
 def token_log_ratio(difference, advantage, parameters, KIND: tl.constexpr):
     """(log-ratio, slope): what a token's own log-ratio contributes to x, and 0 where a bound cut it, else 1."""
-    slope = tl.full(difference.shape, 1.0, tl.float32)
+    slope = tl.full((), 1.0, tl.float32)
     if KIND == "geometric_mean":
         over, under = (advantage > 0) & (difference > parameters[1]), (advantage < 0) & (difference < parameters[0])
         slope = tl.where(over | under | (advantage == 0), 0.0, slope)
@@ -157,7 +157,7 @@ def token_loss(
     parameters,
     max_log_ratio,
     kl_kind,
-    spread,
+    kl_spread,
     KIND: tl.constexpr,
     OFF_POLICY: tl.constexpr,
     KL: tl.constexpr,
@@ -175,7 +175,8 @@ def token_loss(
         kl_log_ratio: likewise, of the ratio by which "k3_ratio" corrects.
         parameters, max_log_ratio, KIND, OFF_POLICY, ENTROPY_BONUS: fields of ``LossSpec``.
         kl_kind: a value of ``KL_KINDS``; KL: whether it is not "none".
-        spread: whether c_x is going to be spread over a response; else it stays with its token.
+        kl_spread: whether that ratio is a response's and its derivative going to be spread over it: it is in c_x then,
+            else in c_logp.
     """
     if OFF_POLICY:
         x = _bounded(log_ratio, -max_log_ratio, max_log_ratio)
@@ -205,9 +206,9 @@ def token_loss(
             moved = moved & ((tl.abs(kl_log_ratio) > max_log_ratio) == 0)
         penalised = weight != 0
         # r moves as well: by k3, which with k3's own -(e^d - 1) cancels to -d where both are the token's.
-        slope = tl.where(moved & (spread == 0), tl.where(known, -d, estimate), slope)
+        slope = tl.where(moved & (kl_spread == 0), tl.where(known, -d, estimate), slope)
         loss += tl.where(penalised, weight * estimate, 0.0)
-        by_ratio += tl.where(penalised & moved & (spread != 0), weight * estimate, 0.0)
+        by_ratio += tl.where(penalised & moved & (kl_spread != 0), weight * estimate, 0.0)
         by_logprob += tl.where(penalised, weight * slope, 0.0)
     if ENTROPY_BONUS:
         loss += tl.where(entropy_weight != 0, -entropy_weight * entropy, 0.0)

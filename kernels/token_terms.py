@@ -45,39 +45,18 @@ def response_range(response, cu_seqlens, N, T):
 
 
 @triton.jit
-def _per_token(tensor, response, row, inside, T, stride, PACKED: tl.constexpr):
-    """Entries of a caller's tensor [B, T], packed [N], at rows of a response."""
-    if PACKED:
-        return tl.load(tensor + row, mask=inside, other=0)
-    else:
-        return tl.load(tensor + tl.cast(response, tl.int64) * stride + (row - response * T), mask=inside, other=0)
-
-
-@triton.jit
-def _per_token_or_response(
-    tensor, response, row, inside, T, stride, PACKED: tl.constexpr, PER_TOKEN: tl.constexpr
-):  # fmt: skip
-    """Float32 entries of a caller's tensor that has one per token, or one per response."""
-    if PER_TOKEN:
-        return to_float32(_per_token(tensor, response, row, inside, T, stride, PACKED))
-    else:
-        return tl.zeros(row.shape, tl.float32) + to_float32(tl.load(tensor + response))
+def _entries(tensor, response, row, inside, stride, step):
+    """Entries of a caller's tensor at rows of a response; ``stride`` and ``step`` as :func:`_steps` gives them."""
+    return tl.load(tensor + tl.cast(response, tl.int64) * stride + row.to(tl.int64) * step, mask=inside, other=0)
 
 
 @triton.jit(
     debug=True,
     do_not_specialize=[
-        "response_statistics",
-        "mask",
-        "advantages",
-        "cu_seqlens",
-        "N",
-        "T",
-        "B",
-        "mask_stride",
-        "stride",
+        "response_statistics", "mask", "advantages", "cu_seqlens", "N", "T", "B", "mask_stride", "advantages_stride",
+        "advantages_step",
     ],
-)
+)  # fmt: skip
 def response_statistics_kernel(
     response_statistics,  # int32 [2, B]: lengths; signs of the advantages
     mask,  # this to cu_seqlens: fields of Batch
@@ -87,13 +66,12 @@ def response_statistics_kernel(
     T,
     B,  # responses
     mask_stride,
-    stride,  # of advantages
-    PER_TOKEN: tl.constexpr,  # of advantages
+    advantages_stride,
+    advantages_step,  # 0: one for each response
 ):
     """Unmasked tokens of each response, and the sign of its unmasked advantages' sum; 0 where all is masked."""
     response = tl.program_id(0)
-    PACKED: tl.constexpr = cu_seqlens is not None
-    if PACKED:
+    if cu_seqlens is not None:
         before, after = tl.load(cu_seqlens + response).to(tl.int64), tl.load(cu_seqlens + response + 1).to(tl.int64)
         ordered = (before >= 0) & (before <= after) & (after <= N)
         ends = ((response > 0) | (before == 0)) & ((response < B - 1) | (after == N))
@@ -105,15 +83,11 @@ def response_statistics_kernel(
         row = start + tl.arange(0, TOKENS_BLOCK)
         unmasked = row < last
         if mask is not None:
-            unmasked = unmasked & (_per_token(mask, response, row, unmasked, T, mask_stride, PACKED) != 0)
+            unmasked = unmasked & (_entries(mask, response, row, unmasked, mask_stride, 1) != 0)
         count += unmasked.to(tl.int32)
-        if PER_TOKEN:
-            signal += to_float32(_per_token(advantages, response, row, unmasked, T, stride, PACKED))
-    length = tl.sum(count)
-    if PER_TOKEN:
-        total = tl.sum(signal)
-    else:
-        total = to_float32(tl.load(advantages + response))
+        counted = tl.where(advantages_step != 0, unmasked, row == first)  # one for all counts once, masked or not
+        signal += to_float32(_entries(advantages, response, row, counted, advantages_stride, advantages_step))
+    length, total = tl.sum(count), tl.sum(signal)
     sign = (total > 0).to(tl.int32) - (total < 0).to(tl.int32)
     tl.store(response_statistics + response, length)
     tl.store(response_statistics + B + response, tl.where(length > 0, sign, 0))
@@ -126,6 +100,12 @@ def _total(pointer, number):
         return tl.load(pointer).to(tl.float32)
     else:
         return number
+
+
+@triton.jit
+def _nonzero(count):
+    """A count, 1 in place of 0: there is nothing to divide then."""
+    return tl.where(count == 0, 1.0, count)
 
 
 @triton.jit
@@ -152,14 +132,14 @@ def _shared_factors(
         above_count, below_count = tl.sum(above).to(tl.float32), tl.sum(below).to(tl.float32)
     else:
         if responses is not None and (NORMALIZATION == "response" or NORMALIZATION == "constant"):
-            factor = factor / tl.maximum(tl.load(responses).to(tl.float32), 1.0)
-        token_count = _total(tokens, factors[4])
-        above_count, below_count = _total(positive, factors[5]), _total(negative, factors[6])
+            factor = factor / _nonzero(tl.load(responses).to(tl.float32))
+        token_count = _total(tokens, factors[5])
+        above_count, below_count = _total(positive, factors[6]), _total(negative, factors[7])
     if NORMALIZATION == "mean_length":
-        factor = factor / tl.maximum(token_count, 1.0)
+        factor = factor / _nonzero(token_count)
     alpha = tl.full((), 1.0, tl.float32)
     if WEIGHTING == "adaptive":  # arXiv 2605.30201: clip(N+ / N-, alpha_min, 1), our 1 where N- is 0
-        quotient = tl.where(below_count == 0, 1.0, above_count / tl.maximum(below_count, 1.0))
+        quotient = tl.where(below_count == 0, 1.0, above_count / _nonzero(below_count))
         alpha = tl.minimum(tl.maximum(quotient, factors[1]), 1.0)
     elif WEIGHTING == "fixed":
         alpha = alpha * factors[1]
@@ -168,27 +148,23 @@ def _shared_factors(
 
 @triton.jit
 def _policy_terms(
-    response, row, inside, T, penalty, alpha, mask, mask_stride, advantages, advantages_stride, token_weights,
-    weights_stride,
-    WEIGHTING: tl.constexpr, PACKED: tl.constexpr, ADVANTAGE_PER_TOKEN: tl.constexpr, WEIGHT_PER_TOKEN: tl.constexpr,
+    response, row, inside, penalty, alpha, mask, mask_stride, advantages, advantages_stride, advantages_step,
+    token_weights, weights_stride, weights_step, every_advantage, WEIGHTING: tl.constexpr,
 ):  # fmt: skip
-    """(unmasked, advantage, policy weight, penalty weight) of rows; both weights are 0 where masked."""
+    """(unmasked, advantage, policy weight, penalty weight, live) of rows; weights are 0 where masked."""
     unmasked = inside
     if mask is not None:
-        unmasked = inside & (_per_token(mask, response, row, inside, T, mask_stride, PACKED) != 0)
-    advantage = _per_token_or_response(
-        advantages, response, row, inside, T, advantages_stride, PACKED, ADVANTAGE_PER_TOKEN
-    )
+        unmasked = inside & (_entries(mask, response, row, inside, mask_stride, 1) != 0)
+    advantage = to_float32(_entries(advantages, response, row, inside, advantages_stride, advantages_step))
     penalty = tl.where(unmasked, penalty, 0.0)
     policy = penalty
     if WEIGHTING != "none":
         policy = tl.where(advantage < 0, penalty * alpha, penalty)
     if token_weights is not None:
-        caller = _per_token_or_response(
-            token_weights, response, row, inside, T, weights_stride, PACKED, WEIGHT_PER_TOKEN
-        )
+        caller = to_float32(_entries(token_weights, response, row, inside, weights_stride, weights_step))
         policy = tl.where(policy != 0, policy * caller, 0.0)
-    return unmasked, advantage, policy, penalty
+    live = (policy != 0) & ((advantage != 0) | (every_advantage != 0))
+    return unmasked, advantage, policy, penalty, live
 
 
 # Flat and unspecialised throughout: micro-batches are slices of larger tensors, whose alignment varies with T.
@@ -196,9 +172,10 @@ def _policy_terms(
     debug=True,
     do_not_specialize=[
         "values", "targets", "active", "response_statistics", "tokens", "mask", "advantages", "token_weights",
-        "old_logprobs", "ref_logprobs", "cu_seqlens", "normalizers", "total_responses", "total_tokens",
-        "total_positive", "total_negative", "N", "T", "B", "V", "tokens_stride",
-        "mask_stride", "advantages_stride", "weights_stride", "old_stride", "ref_stride",
+        "entropy_weights", "old_logprobs", "ref_logprobs", "cu_seqlens", "normalizers", "total_responses",
+        "total_tokens", "total_positive", "total_negative", "N", "T", "B", "V", "tokens_stride", "mask_stride",
+        "advantages_stride", "advantages_step", "weights_stride", "weights_step", "entropy_stride", "entropy_step",
+        "old_stride", "ref_stride", "every_advantage",
     ],
 )  # fmt: skip
 def token_terms_kernel(
@@ -210,6 +187,7 @@ def token_terms_kernel(
     mask,
     advantages,
     token_weights,
+    entropy_weights,
     old_logprobs,
     ref_logprobs,
     cu_seqlens,
@@ -218,22 +196,25 @@ def token_terms_kernel(
     total_tokens,  # on the host
     total_positive,
     total_negative,
-    factors,  # factor, alpha, kl_coef, entropy_coef; with given totals then tokens, N+ and N-
+    factors,  # factor, alpha, kl_coef, entropy_coef, gradient_average; with given totals then tokens, N+ and N-
     N,  # rows in all
     T,
     B,  # responses
     V,
-    tokens_stride,
+    tokens_stride,  # this to ref_stride: see _steps
     mask_stride,
     advantages_stride,
+    advantages_step,
     weights_stride,
+    weights_step,
+    entropy_stride,
+    entropy_step,
     old_stride,
     ref_stride,
-    NORMALIZATION: tl.constexpr,  # this to WEIGHT_PER_TOKEN: fields of Batch
+    every_advantage,  # see LossSpec
+    NORMALIZATION: tl.constexpr,  # this and the next: fields of Batch
     WEIGHTING: tl.constexpr,
     GIVEN_TOTALS: tl.constexpr,  # else they are this call's
-    ADVANTAGE_PER_TOKEN: tl.constexpr,
-    WEIGHT_PER_TOKEN: tl.constexpr,
     KL: tl.constexpr,
     ENTROPY_BONUS: tl.constexpr,
     SEQUENCE: tl.constexpr,  # one token with a signal makes its whole response active
@@ -241,7 +222,6 @@ def token_terms_kernel(
 ):
     """The terms of each token of a response: 1. shared factors; 2. its tokens with a signal; 3. the terms."""
     response = tl.program_id(0)
-    PACKED: tl.constexpr = cu_seqlens is not None
     penalty, alpha = _shared_factors(
         response_statistics, total_responses, total_tokens, total_positive, total_negative, factors, B,
         NORMALIZATION, WEIGHTING, GIVEN_TOTALS,
@@ -256,28 +236,34 @@ def token_terms_kernel(
         count = tl.zeros([TOKENS_BLOCK], tl.int32)
         for start in range(first, last, TOKENS_BLOCK):
             row = start + tl.arange(0, TOKENS_BLOCK)
-            _, advantage, policy, _ = _policy_terms(
-                response, row, row < last, T, penalty, alpha, mask, mask_stride, advantages, advantages_stride,
-                token_weights, weights_stride, WEIGHTING, PACKED, ADVANTAGE_PER_TOKEN, WEIGHT_PER_TOKEN,
+            _, _, _, _, live = _policy_terms(
+                response, row, row < last, penalty, alpha, mask, mask_stride, advantages, advantages_stride,
+                advantages_step, token_weights, weights_stride, weights_step, every_advantage, WEIGHTING,
             )  # fmt: skip
-            count += ((policy != 0) & (advantage != 0)).to(tl.int32)
+            count += live.to(tl.int32)
         signals = tl.sum(count)
     for start in range(first, last, TOKENS_BLOCK):
         row = start + tl.arange(0, TOKENS_BLOCK)
         inside = row < last
-        unmasked, advantage, policy, weight = _policy_terms(
-            response, row, inside, T, penalty, alpha, mask, mask_stride, advantages, advantages_stride,
-            token_weights, weights_stride, WEIGHTING, PACKED, ADVANTAGE_PER_TOKEN, WEIGHT_PER_TOKEN,
+        unmasked, advantage, policy, weight, live = _policy_terms(
+            response, row, inside, penalty, alpha, mask, mask_stride, advantages, advantages_stride,
+            advantages_step, token_weights, weights_stride, weights_step, every_advantage, WEIGHTING,
         )  # fmt: skip
-        live = unmasked
-        if not (KL or ENTROPY_BONUS):
-            if SEQUENCE:
-                live = unmasked & (signals > 0)
-            else:
-                live = (policy != 0) & (advantage != 0)
+        if SEQUENCE:
+            live = unmasked & (signals > 0)
+        if KL:
+            live = unmasked
+            tl.store(values + KL_WEIGHT * N + row, weight * factors[2], mask=inside)
+        if ENTROPY_BONUS:
+            bonus = weight * factors[3]
+            if entropy_weights is not None:
+                bonus = to_float32(_entries(entropy_weights, response, row, unmasked, entropy_stride, entropy_step))
+                bonus = bonus * factors[4]
+            live = live | (bonus != 0)
+            tl.store(values + ENTROPY_WEIGHT * N + row, bonus, mask=inside)
         target = tl.zeros([TOKENS_BLOCK], tl.int32)
         if tokens is not None:
-            token = _per_token(tokens, response, row, unmasked, T, tokens_stride, PACKED).to(tl.int64)
+            token = _entries(tokens, response, row, unmasked, tokens_stride, 1).to(tl.int64)
             valid = (token >= 0) & (token < V)
             tl.device_assert(valid | (unmasked == 0), "tokens: expected ids in [0, V) at unmasked positions")
             target = tl.where(valid, token, SKIPPED).to(tl.int32)  # nobody reads outside a row, even while this fails
@@ -288,15 +274,11 @@ def token_terms_kernel(
         tl.store(values + ADVANTAGE * N + row, advantage, mask=inside)
         tl.store(values + POLICY_WEIGHT * N + row, policy, mask=inside)
         if old_logprobs is not None:
-            old = _per_token(old_logprobs, response, row, inside, T, old_stride, PACKED)
+            old = _entries(old_logprobs, response, row, inside, old_stride, 1)
             tl.store(values + OLD_LOGPROB * N + row, to_float32(old), mask=inside)
         if ref_logprobs is not None:
-            ref = _per_token(ref_logprobs, response, row, inside, T, ref_stride, PACKED)
+            ref = _entries(ref_logprobs, response, row, inside, ref_stride, 1)
             tl.store(values + REF_LOGPROB * N + row, to_float32(ref), mask=inside)
-        if KL:
-            tl.store(values + KL_WEIGHT * N + row, weight * factors[2], mask=inside)
-        if ENTROPY_BONUS:
-            tl.store(values + ENTROPY_WEIGHT * N + row, weight * factors[3], mask=inside)
 
 
 def token_terms(batch: Batch, spec: LossSpec, vocabulary: int | None, skip_inactive: bool) -> TokenTerms:
@@ -316,30 +298,45 @@ def token_terms(batch: Batch, spec: LossSpec, vocabulary: int | None, skip_inact
     targets = torch.empty((B, T), dtype=torch.int32, device=device)
     active = torch.empty((B, T), dtype=torch.bool, device=device)
     response_statistics = torch.empty((2, responses), dtype=torch.int32, device=device)
-    terms = TokenTerms(values, targets, active, response_statistics, batch.cu_seqlens)
+    terms = TokenTerms(values, targets, active, response_statistics, batch.cu_seqlens, batch.response_log_ratios)
     if responses == 0:
         return terms
     totals, factors = _given_totals(batch)
     launch = response_launch()
-    tokens, mask, advantages, weights = batch.tokens, batch.mask, batch.advantages, batch.token_weights
-    old, ref, cu_seqlens = batch.old_logprobs, batch.ref_logprobs, batch.cu_seqlens
-    mask_stride = 0 if mask is None else mask.stride(0)
+    tokens, mask, old, ref = batch.tokens, batch.mask, batch.old_logprobs, batch.ref_logprobs
+    tokens_stride, mask_stride, old_stride, ref_stride = (
+        0 if value is None or batch.cu_seqlens is not None else value.stride(0) - T
+        for value in (tokens, mask, old, ref)
+    )
+    levels = batch.advantages, batch.token_weights, batch.entropy_weights
+    advantages_steps, weights_steps, entropy_steps = (_steps(value, batch) for value in levels)
     with on_device_of(values):
         response_statistics_kernel[(responses,)](
-            response_statistics, mask, advantages, cu_seqlens, rows, T, responses, mask_stride, advantages.stride(0),
-            PER_TOKEN=batch.advantage_per_token, **launch,
+            response_statistics, mask, batch.advantages, batch.cu_seqlens, rows, T, responses, mask_stride,
+            *advantages_steps, **launch,
         )  # fmt: skip
         token_terms_kernel[(responses,)](
-            values, targets, active, response_statistics, tokens, mask, advantages, weights, old, ref, cu_seqlens,
-            batch.normalizers, *totals, factors, rows, T, responses, vocabulary or 0,
-            0 if tokens is None else tokens.stride(0), mask_stride, advantages.stride(0),
-            0 if weights is None else weights.stride(0), 0 if old is None else old.stride(0),
-            0 if ref is None else ref.stride(0), NORMALIZATION=batch.normalization, WEIGHTING=batch.weighting,
-            GIVEN_TOTALS=batch.totals is not None, ADVANTAGE_PER_TOKEN=batch.advantage_per_token,
-            WEIGHT_PER_TOKEN=batch.weight_per_token, KL=spec.kl, ENTROPY_BONUS=spec.entropy_bonus,
-            SEQUENCE=spec.sequence_level, SKIP=skip_inactive, **launch,
+            values, targets, active, response_statistics, tokens, mask, *levels, old, ref, batch.cu_seqlens,
+            batch.normalizers, *totals, factors, rows, T, responses, vocabulary or 0, tokens_stride, mask_stride,
+            *advantages_steps, *weights_steps, *entropy_steps, old_stride, ref_stride, int(spec.every_advantage),
+            NORMALIZATION=batch.normalization, WEIGHTING=batch.weighting, GIVEN_TOTALS=batch.totals is not None,
+            KL=spec.kl != "none", ENTROPY_BONUS=spec.entropy_bonus, SEQUENCE=spec.response_ratio, SKIP=skip_inactive,
+            **launch,
         )  # fmt: skip
     return terms
+
+
+def _steps(value: torch.Tensor | None, batch: Batch) -> tuple[int, int]:
+    """(stride, step): the entry of row r of response i is ``stride * i + step * r`` elements from a tensor's first.
+
+    The tensor is of any level, see ``Batch``; the rows of all responses are numbered in turn.
+    """
+    if value is None or value.dim() == 0:
+        return 0, 0
+    if value.dim() == 1:
+        return value.stride(0), 0
+    step = value.stride(1)
+    return (0 if batch.cu_seqlens is not None else value.stride(0) - batch.rows[1] * step), step
 
 
 def _given_totals(batch: Batch) -> tuple[tuple[torch.Tensor | None, ...], tuple[float, ...]]:
@@ -347,8 +344,8 @@ def _given_totals(batch: Batch) -> tuple[tuple[torch.Tensor | None, ...], tuple[
     responses = batch.responses if batch.totals is None else batch.totals[0]
     factor = batch.gradient_average / batch.max_length
     if batch.normalization in ("response", "constant") and not isinstance(responses, torch.Tensor):
-        factor /= max(responses, 1)
-    factors = (factor, batch.alpha, batch.kl_coef, batch.entropy_coef)
+        factor /= responses or 1
+    factors = (factor, batch.alpha, batch.kl_coef, batch.entropy_coef, batch.gradient_average)
     if batch.totals is None:
         return (None,) * 4, factors
     pointers = tuple(total if isinstance(total, torch.Tensor) else None for total in batch.totals)
