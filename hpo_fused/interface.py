@@ -49,7 +49,7 @@ class LossSpec(NamedTuple):
       clip             1 - low, 1 + high, delta (inf: none), dual (inf: none)
       log_fidelity     c, k_pos, 1/lambda_pos, k_neg, 1/lambda_neg (both reciprocals 0: no hazard)
       soft_gate        tau_pos, tau_neg
-      truncated_ratio  low (0: none), high, weight below, weight above; the same for A < 0
+      truncated_ratio  low (0: none), high, both for A < 0, and what a bound that was passed counts: 1, or 0
       gamma_gate       k_pos, lambda_pos, k_neg, lambda_neg
       geometric_mean   lower and upper bound of the log-ratio
       dro              beta

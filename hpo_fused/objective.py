@@ -102,8 +102,8 @@ class Objective:
         kl: estimate of the KL divergence from d = log p_ref - log p (Schulman 2020, "Approximating KL divergence"):
             "k3": e^d - d - 1; "k2": d^2 / 2; "k1": -d; "k3+": k3's value with k2's gradient, which is that of the KL
             divergence itself on-policy; "k3_ratio": r k3, whose gradient is right off-policy too (DeepSeek-V3.2,
-            arXiv 2512.02556, eq. 7; TRL's ``use_bias_correction_kl``). Its r is the response's ratio at the levels
-            "sequence" and "sequence_token", else the token's own.
+            arXiv 2512.02556, eq. 7; TRL's ``use_bias_correction_kl``). Its r is the response's ratio with
+            ``ratio_level="sequence"``, else the token's own.
 
     Raises:
         TypeError, ValueError: a field of the wrong type or outside its range, or a combination without a meaning.
@@ -216,12 +216,12 @@ _PRESETS: dict[str, Objective] = {
     "dr_grpo": Objective("token", Clip(0.2, 0.2), None, "constant"),
     "gspo": Objective("sequence", Clip(3e-4, 4e-4), None, "response"),
     "gspo_token": Objective("sequence_token", Clip(3e-4, 4e-4), None, "response"),
-    "luspo": Objective("sequence", Clip(3e-4, 4e-4), None, "response_sum"),
+    "luspo": Objective("sequence", Clip(2e-3, 2.5e-3), None, "response_sum"),
     "gmpo": Objective("sequence", GeometricMean(0.4, 0.4), None, "response"),
     "sapo": Objective("token", SoftGate(1.0, 1.05), None, "response"),
     "cispo": Objective("token", TruncatedRatio(high=5.0), None, "mean_length"),
     "vespo": Objective("sequence_sum", GammaGate(), None, "mean_length"),
-    "topr": Objective("sequence_sum", TruncatedRatio(1.0, 1.0, low_neg=0.0), None, "response_sum"),
+    "topr": Objective("sequence_sum", TruncatedRatio(1.0, 1.0, low_neg=0.0), None, "response"),
     "reinforce": Objective("token", TruncatedRatio(1.0, 1.0), None, "response_sum"),
     "mhpo": Objective("token", LogFidelity(1.5, Hazard()), None, "response"),
     "hpo": Objective("token", Clip(0.2, 0.2), Hysteretic(0.6), "mean_length"),

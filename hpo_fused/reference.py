@@ -218,7 +218,7 @@ def logprob_policy_loss(
         if objective.kl_coef != 0:
             assert ref_logprobs is not None
             d = (ref_logprobs[place][keep[place]].to(dtype) - logp).clamp(-bound, bound)
-            r = own.clamp(-bound, bound) if objective.ratio_level == "sequence_sum" else x
+            r = x if objective.ratio_level == "sequence" else own.clamp(-bound, bound)
             loss = loss + n * objective.kl_coef * kl_term(objective.kl, d, r.exp())
         if objective.entropy_coef != 0 or entropy_weights is not None:
             assert entropy is not None

@@ -183,11 +183,15 @@ class TruncatedRatio:
         for suffix in ("", "_neg"):
             low, high = f"low{suffix}", f"high{suffix}"
             if getattr(self, high) is not None or not suffix:
-                check_number(f"TruncatedRatio.{high}", getattr(self, high), "a finite number > 0", low=0.0, open_low=True)
+                check_number(
+                    f"TruncatedRatio.{high}", getattr(self, high), "a finite number > 0", low=0.0, open_low=True
+                )
             upper = self.bounds(negative=bool(suffix))[1]
             expected = f"a number in [0, {high}={upper}] or None"
             if getattr(self, low) is not None:
-                check_number(f"TruncatedRatio.{low}", getattr(self, low), expected, low=0.0, high=upper, open_high=False)
+                check_number(
+                    f"TruncatedRatio.{low}", getattr(self, low), expected, low=0.0, high=upper, open_high=False
+                )
         if self.bounds(negative=True)[0] > self.bounds(negative=True)[1]:
             raise ValueError(f"TruncatedRatio.high_neg: expected a number >= low={self.low}, got {self.high_neg!r}")
         if self.outside not in ("clip", "zero"):
@@ -203,16 +207,13 @@ class TruncatedRatio:
 
     def lower(self) -> tuple[str, tuple[float, ...]]:
         """Kind and parameters as :class:`~hpo_fused.interface.LossSpec` orders them."""
-        parameters: tuple[float, ...] = ()
-        for negative in (False, True):
-            bounds = self.bounds(negative=negative)
-            parameters += (*bounds, *(bounds if self.outside == "clip" else (0.0, 0.0)))
-        return "truncated_ratio", parameters
+        bounds = self.bounds(negative=False) + self.bounds(negative=True)
+        return "truncated_ratio", (*bounds, 1.0 if self.outside == "clip" else 0.0)
 
 
 @dataclass(frozen=True)
 class GammaGate:
-    """VESPO's gate, shaped like a gamma density: s = sg[e^lambda r^k e^(-lambda r)] A logp.
+    """VESPO's gate (arXiv 2602.10693), shaped like a gamma density: s = sg[e^lambda r^k e^(-lambda r)] A logp.
 
     At r = 1 the weight is 1, whatever k and lambda. The paper's ratio is the whole response's product
     (``ratio_level="sequence_sum"``).
@@ -275,8 +276,10 @@ class GeometricMean:
 
 @dataclass(frozen=True)
 class DRO:
-    """Direct reward optimisation (arXiv 2405.19107): s = A logp - (beta / 2) (log r)^2.
+    """Advantage times log-probability, less a quadratic penalty on the log-ratio: s = A logp - (beta / 2) (log r)^2.
 
+    The per-token form of verl and Tinker of direct reward optimisation (arXiv 2405.19107, there a response's squared
+    error with a value function) and of Kimi k1.5's objective (arXiv 2501.12599).
     The only shaping that is not proportional to A: tokens of advantage 0 have a gradient too, and count as active.
     Token weights, and hysteretic weights where A < 0, scale both terms.
 

@@ -7,7 +7,7 @@ per token, in the tensors' own dtype.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -72,7 +72,7 @@ def clip_bounds(spec: LossSpec, x: Tensor, difference: Tensor, advantages: Tenso
         return ClipBounds((difference < low) & (advantages < 0), (difference > high) & (advantages > 0), never)
     ratio = x.exp()
     if spec.kind == "truncated_ratio":
-        low, high, _, _ = _of_sign(advantages, spec.parameters)
+        low, high = _of_sign(advantages, spec.parameters[:4])
         nonzero = nonzero & (low < high)  # else the weight is a constant
         return ClipBounds((ratio < low) & nonzero, (ratio > high) & nonzero, never)
     if spec.kind != "clip":
@@ -119,7 +119,7 @@ def _soft_gate(x: Tensor, advantages: Tensor, tau_pos: float, tau_neg: float) ->
     return 4 / tau * gate * advantages, 4 * gate * complement * ratio * advantages
 
 
-def _of_sign(advantages: Tensor, parameters: tuple[float, ...]) -> list[Tensor]:
+def _of_sign(advantages: Tensor, parameters: Sequence[float]) -> list[Tensor]:
     """Each parameter as one entry per token: from the first half for A > 0, from the second otherwise."""
     half, positive = len(parameters) // 2, advantages > 0
     return [
@@ -129,9 +129,9 @@ def _of_sign(advantages: Tensor, parameters: tuple[float, ...]) -> list[Tensor]:
 
 
 def _truncated_ratio(x: Tensor, advantages: Tensor, *parameters: float) -> Tensor:
-    ratio = x.exp()
-    low, high, below, above = _of_sign(advantages, parameters)
-    return torch.where(ratio < low, below, torch.where(ratio > high, above, ratio))
+    *bounds, outside = parameters
+    ratio, (low, high) = x.exp(), _of_sign(advantages, bounds)
+    return torch.where(ratio < low, low * outside, torch.where(ratio > high, high * outside, ratio))
 
 
 def gamma_gate(x: Tensor, advantages: Tensor, *parameters: float) -> Tensor:
@@ -223,11 +223,10 @@ def token_loss(
         estimate, slope = kl_estimate(spec.kl, d)
         slope = torch.where(known, slope, 0.0)
         if spec.kl == "k3_ratio":
-            own = spread is None or spec.ratio_level == "sequence_sum"
-            if spec.ratio_level == "sequence_sum":
+            if spec.ratio_level != "sequence":
                 x, inside = clamped(difference, spec.max_log_ratio)
             weights = torch.where(weights != 0, weights * x.exp(), 0.0)
-            if own:  # k3 - (e^d - 1) cancels to -d
+            if spec.ratio_level != "sequence":  # k3 - (e^d - 1) cancels to -d
                 slope = torch.where(inside, torch.where(known, -d, estimate), slope)
             else:
                 by_ratio = by_ratio + torch.where((weights != 0) & inside, weights * estimate, 0.0)

@@ -109,11 +109,10 @@ def check_batch(
             "max_length: expected a positive int on the objective for normalization='constant', got "
             "None; use e.g. Objective.preset('dr_grpo', max_length=4096)"
         )
-    layout = Layout.of(as_mask(mask, rows, device), responses, cu_seqlens)
     if lengths is not None:
-        check_lengths(lengths, layout, statistics)
+        check_lengths(lengths, Layout.of(as_mask(mask, rows, device), responses, cu_seqlens), statistics)
     log_ratios = _given_log_ratios(
-        objective, response_mean_log_ratios, lengths, responses, device,
+        objective, response_mean_log_ratios, lengths, old_logprobs, responses, device,
         constant=advantages.dim() == 1 and (token_weights is None or token_weights.dim() == 1),
     )  # fmt: skip
     normalization, normalizers, max_length = str(objective.normalization), None, 1
@@ -122,6 +121,7 @@ def check_batch(
             raise ValueError("groups: expected an integer tensor [B] for normalization='group_mean_length', got None")
         counted = statistics
         if counted is None:
+            layout = Layout.of(as_mask(mask, rows, device), responses, cu_seqlens)
             counted = BatchStatistics._of_layout(layout, advantages, groups)
         elif counted.group_ids is None:
             raise ValueError(
@@ -151,8 +151,8 @@ def check_batch(
 
 
 def _given_log_ratios(
-    objective: Objective, means: Tensor | None, lengths: Tensor | None, responses: int, device: torch.device, *,
-    constant: bool,
+    objective: Objective, means: Tensor | None, lengths: Tensor | None, old_logprobs: Tensor | None, responses: int,
+    device: torch.device, *, constant: bool,
 ) -> Tensor | None:  # fmt: skip
     """x of each response from ``response_mean_log_ratios``; ``constant``: its tokens share advantage and weight.
 
@@ -180,8 +180,9 @@ def _given_log_ratios(
             f"{name}: expected advantages and token_weights [B] for ratio_level={level!r}, got some per token; their "
             "other parts would be needed, see ratio_level='sequence_token'"
         )
-    if level != "sequence_token" and objective.kl == "k3_ratio" and objective.kl_coef != 0:
-        raise ValueError(f"{name}: expected another kl than 'k3_ratio' for ratio_level={level!r}, got kl='k3_ratio'")
+    if objective.kl == "k3_ratio" and objective.kl_coef != 0 and (level == "sequence" or old_logprobs is None):
+        need = "old_logprobs" if old_logprobs is None else "another ratio_level"
+        raise ValueError(f"{name}: expected {need} beside it for kl='k3_ratio' at ratio_level={level!r}, got None")
     means = means.detach().to(torch.float32)
     return means * lengths if level == "sequence_sum" else means
 

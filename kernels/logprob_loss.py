@@ -136,7 +136,7 @@ def logprob_loss_kernel(
         kl_log_ratio = difference
         if SEQUENCE:
             x = zero + log_ratio
-            kl_log_ratio = tl.where(summed != 0, difference, x)
+            kl_log_ratio = tl.where(kl_spread, x, difference)
         loss, by_ratio, by_logprob, h = token_loss(
             logprob, row_entropy, advantage, policy_weight, kl_weight, entropy_weight, x, kl_log_ratio, ref,
             parameters, max_log_ratio, kl_kind, kl_spread, KIND, OFF_POLICY, KL, ENTROPY_BONUS,

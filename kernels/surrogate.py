@@ -13,7 +13,6 @@ from hpo_fused.interface import KL_KINDS
 
 from .numerics import LOG2E, exp_minus_one_minus, log1p_unit
 
-
 K1, K2 = tl.constexpr(KL_KINDS["k1"]), tl.constexpr(KL_KINDS["k2"])
 K3_PLUS, K3_RATIO = tl.constexpr(KL_KINDS["k3+"]), tl.constexpr(KL_KINDS["k3_ratio"])
 
@@ -77,11 +76,10 @@ def soft_gate(x, advantage, parameters):
 @triton.jit
 def truncated_ratio(x, advantage, parameters):
     """CISPO's truncated importance weight, with bounds per sign, see ``shaping.TruncatedRatio``."""
-    positive = advantage > 0
-    low, high = tl.where(positive, parameters[0], parameters[4]), tl.where(positive, parameters[1], parameters[5])
-    below, above = tl.where(positive, parameters[2], parameters[6]), tl.where(positive, parameters[3], parameters[7])
+    positive, outside = advantage > 0, parameters[4]
+    low, high = tl.where(positive, parameters[0], parameters[2]), tl.where(positive, parameters[1], parameters[3])
     ratio = tl.exp(x)
-    return tl.where(ratio < low, below, tl.where(ratio > high, above, ratio))
+    return tl.where(ratio < low, low * outside, tl.where(ratio > high, high * outside, ratio))
 
 
 @triton.jit
