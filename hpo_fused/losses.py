@@ -69,8 +69,7 @@ class PolicyLossOutput:
           clip_dual_fraction by Clip's delta or dual where A < 0; clip_low_min, clip_high_max: least and largest share
           in a response
         * psi_mean, hazard_mean, survival_mean (LogFidelity): means of psi, zeta, exp(-zeta); gate_mean (GammaGate)
-        * kl_ref: mean estimate of KL(policy || reference), of the objective's kind without its ratio or straight-through
-          gradient; with ref_logprobs
+        * kl_ref: mean estimate of KL(policy || reference), k3 or the objective's k1 or k2; with ref_logprobs
         * entropy; hysteretic_weight: alpha; positive_fraction: responses with A > 0 among those with A != 0
         """
         return self.metric_sums().metrics()

@@ -136,7 +136,8 @@ def policy_loss(
     with on_device_of(logits):
         policy_loss_kernel[launch.grid(B * T)](
             logits, out, targets, values, results, transform_constants(*transform), spec.parameters,
-            spec.max_log_ratio, KL_KINDS[spec.kl], B * T, T, V, logits.stride(0), logits.stride(1), out_stride_b, out_stride_t,
+            spec.max_log_ratio, KL_KINDS[spec.kl], B * T, T, V, logits.stride(0), logits.stride(1), out_stride_b,
+            out_stride_t,
             KIND=spec.kind, OFF_POLICY=spec.off_policy, KL=spec.kl != "none", ENTROPY_BONUS=spec.entropy_bonus,
             ENTROPY=entropy, ALIGNED_OUT=aligned, LANES=launch.lanes, UNROLL=launch.unroll,
             num_warps=launch.num_warps, **launch.options,
