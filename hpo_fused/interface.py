@@ -29,9 +29,6 @@ TERMS = 6
 # Order along the first dimension of a loss call's per-token results; the entropy may be absent.
 LOSS, LOGPROB, ENTROPY = range(3)
 
-# Estimates of a KL divergence, with the codes by which kernels know them.
-KL_KINDS = {"none": 0, "k1": 1, "k2": 2, "k3": 3, "k3+": 4, "k3_ratio": 5}
-
 Count: TypeAlias = float | Tensor
 
 
@@ -59,7 +56,7 @@ class LossSpec(NamedTuple):
     parameters: tuple[float, ...]
     max_log_ratio: float
     off_policy: bool  # old log-probabilities are given, or the responses' log-ratios
-    kl: str  # a key of KL_KINDS; reference log-probabilities are given unless it is "none"
+    kl: str  # "none", or as Objective.kl: reference log-probabilities are given
     entropy_bonus: bool
     ratio_level: str  # "token"; one ratio for each response: "sequence", "sequence_token", "sequence_sum"
 

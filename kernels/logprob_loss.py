@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hpo_fused.interface import KL_KINDS, LogprobLoss, LossSpec, TokenTerms
+from hpo_fused.interface import LogprobLoss, LossSpec, TokenTerms
 
 from .launch import on_device_of, response_launch
 from .surrogate import token_log_ratio, token_loss
@@ -50,7 +50,7 @@ def _tokens(
         row_entropy = tl.load(entropy + row, mask=unmasked, other=0.0)
     if ENTROPY_BONUS:
         entropy_weight = tl.load(values + ENTROPY_WEIGHT * N + row, mask=unmasked, other=0.0)
-    if KL:
+    if KL != "none":
         kl_weight = tl.load(values + KL_WEIGHT * N + row, mask=unmasked, other=0.0)
         ref = tl.load(values + REF_LOGPROB * N + row, mask=unmasked, other=0.0)
     if OFF_POLICY:
@@ -61,7 +61,7 @@ def _tokens(
 @triton.jit(
     do_not_specialize=[
         "logprobs", "entropy", "targets", "values", "response_statistics", "cu_seqlens", "response_log_ratios", "N",
-        "T", "kl_kind", "summed", "spread",
+        "T", "summed", "spread",
     ]
 )  # fmt: skip
 def logprob_loss_kernel(
@@ -77,7 +77,6 @@ def logprob_loss_kernel(
     entropy_coefficients,  # float32 [B, T] or None
     parameters,  # this, the next and the constexprs: fields of LossSpec
     max_log_ratio,
-    kl_kind,  # a value of KL_KINDS
     summed,  # whether x is the sum of a response's log-ratios, else their mean
     spread,  # whether the derivative by x is spread over the response, else it stays with its token
     N,  # B * T
@@ -105,7 +104,7 @@ def logprob_loss_kernel(
             for start in range(first, last, TOKENS_BLOCK):
                 row = start + tl.arange(0, TOKENS_BLOCK)
                 unmasked, logprob, _, advantage, _, _, _, old, _ = _tokens(
-                    row, row < last, logprobs, None, targets, values, N, OFF_POLICY, False, False
+                    row, row < last, logprobs, None, targets, values, N, OFF_POLICY, "none", False
                 )
                 bounded, _ = token_log_ratio(logprob - old, advantage, parameters, KIND)
                 total += tl.where(unmasked, bounded, 0.0)
@@ -119,7 +118,7 @@ def logprob_loss_kernel(
                 )
                 _, by_ratio, _, _ = token_loss(
                     logprob, zero, advantage, policy_weight, kl_weight, zero, zero + log_ratio, zero + log_ratio, ref,
-                    parameters, max_log_ratio, kl_kind, kl_spread, KIND, OFF_POLICY, KL, False,
+                    parameters, max_log_ratio, kl_spread, KIND, OFF_POLICY, KL, False,
                 )  # fmt: skip
                 total += by_ratio
             shared = tl.sum(total) / divisor
@@ -139,7 +138,7 @@ def logprob_loss_kernel(
             kl_log_ratio = tl.where(kl_spread, x, difference)
         loss, by_ratio, by_logprob, h = token_loss(
             logprob, row_entropy, advantage, policy_weight, kl_weight, entropy_weight, x, kl_log_ratio, ref,
-            parameters, max_log_ratio, kl_kind, kl_spread, KIND, OFF_POLICY, KL, ENTROPY_BONUS,
+            parameters, max_log_ratio, kl_spread, KIND, OFF_POLICY, KL, ENTROPY_BONUS,
         )  # fmt: skip
         if SEQUENCE:
             by_ratio = tl.where(spread != 0, tl.where(unmasked, shared, 0.0), by_ratio)
@@ -171,9 +170,9 @@ def logprob_loss(logprobs: Tensor, entropy: Tensor | None, terms: TokenTerms, sp
     with on_device_of(logprobs):
         logprob_loss_kernel[(responses,)](
             logprobs, entropy, terms.targets, terms.values, terms.response_statistics, terms.cu_seqlens,
-            terms.response_log_ratios, results, c, h, spec.parameters, spec.max_log_ratio, KL_KINDS[spec.kl],
+            terms.response_log_ratios, results, c, h, spec.parameters, spec.max_log_ratio,
             int(spec.ratio_level == "sequence_sum"), int(spec.ratio_level != "sequence_token"), B * T, T,
-            KIND=spec.kind, OFF_POLICY=spec.off_policy, KL=spec.kl != "none", ENTROPY_BONUS=spec.entropy_bonus,
+            KIND=spec.kind, OFF_POLICY=spec.off_policy, KL=spec.kl, ENTROPY_BONUS=spec.entropy_bonus,
             SEQUENCE=spec.response_ratio, **response_launch(),
         )  # fmt: skip
     return LogprobLoss(results, c, h)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hpo_fused.interface import KL_KINDS, LogitTransform, LossSpec
+from hpo_fused.interface import LogitTransform, LossSpec
 
 from .launch import launch_configuration, on_device_of, same_alignment, transform_constants
 from .numerics import to_float32
@@ -24,7 +24,6 @@ from .token_terms import ADVANTAGE, ENTROPY_WEIGHT, KL_WEIGHT, MASKED, OLD_LOGPR
 @triton.jit(
     do_not_specialize=[
         "targets", "values", "results", "N", "T", "V", "stride_b", "stride_t", "out_stride_b", "out_stride_t",
-        "kl_kind",
     ]
 )  # fmt: skip
 def policy_loss_kernel(
@@ -36,7 +35,6 @@ def policy_loss_kernel(
     transform,  # of launch.transform_constants
     parameters,  # this to ENTROPY_BONUS: fields of LossSpec
     max_log_ratio,
-    kl_kind,  # a value of KL_KINDS
     N,  # B * T
     T,
     V,
@@ -77,7 +75,7 @@ def policy_loss_kernel(
             kl_weight, entropy_weight, ref_logprob, difference = c, c, c, c
             if OFF_POLICY:
                 old_logprob = tl.load(values + OLD_LOGPROB * N + row)
-            if KL:
+            if KL != "none":
                 kl_weight = tl.load(values + KL_WEIGHT * N + row)
                 ref_logprob = tl.load(values + REF_LOGPROB * N + row)
             if ENTROPY_BONUS:
@@ -88,7 +86,7 @@ def policy_loss_kernel(
             log_ratio, slope = token_log_ratio(difference, advantage, parameters, KIND)
             loss, by_ratio, by_logprob, h = token_loss(
                 logprob, entropy, advantage, policy_weight, kl_weight, entropy_weight, log_ratio, difference,
-                ref_logprob, parameters, max_log_ratio, kl_kind, 0, KIND, OFF_POLICY, KL, ENTROPY_BONUS,
+                ref_logprob, parameters, max_log_ratio, 0, KIND, OFF_POLICY, KL, ENTROPY_BONUS,
             )  # fmt: skip
             c = slope * by_ratio + by_logprob
         tl.store(results + row, loss)
@@ -136,9 +134,9 @@ def policy_loss(
     with on_device_of(logits):
         policy_loss_kernel[launch.grid(B * T)](
             logits, out, targets, values, results, transform_constants(*transform), spec.parameters,
-            spec.max_log_ratio, KL_KINDS[spec.kl], B * T, T, V, logits.stride(0), logits.stride(1), out_stride_b,
+            spec.max_log_ratio, B * T, T, V, logits.stride(0), logits.stride(1), out_stride_b,
             out_stride_t,
-            KIND=spec.kind, OFF_POLICY=spec.off_policy, KL=spec.kl != "none", ENTROPY_BONUS=spec.entropy_bonus,
+            KIND=spec.kind, OFF_POLICY=spec.off_policy, KL=spec.kl, ENTROPY_BONUS=spec.entropy_bonus,
             ENTROPY=entropy, ALIGNED_OUT=aligned, LANES=launch.lanes, UNROLL=launch.unroll,
             num_warps=launch.num_warps, **launch.options,
         )  # fmt: skip

@@ -9,12 +9,7 @@ is as accurate. ``parameters`` travel at run time: a new epsilon, temperature or
 import triton
 import triton.language as tl
 
-from hpo_fused.interface import KL_KINDS
-
 from .numerics import LOG2E, exp_minus_one_minus, log1p_unit
-
-K1, K2 = tl.constexpr(KL_KINDS["k1"]), tl.constexpr(KL_KINDS["k2"])
-K3_PLUS, K3_RATIO = tl.constexpr(KL_KINDS["k3+"]), tl.constexpr(KL_KINDS["k3_ratio"])
 
 
 @triton.jit
@@ -133,12 +128,22 @@ def surrogate(x, advantage, logprob, parameters, KIND: tl.constexpr):
 
 
 @triton.jit
-def kl_estimate(d, kind):
+def kl_estimate(d, KL: tl.constexpr):
     """A KL estimate of the log-ratio d = log p_ref - log p (see ``Objective.kl``), and its derivative by log p."""
-    k3 = exp_minus_one_minus(d)
-    value = tl.where(kind == K1, -d, tl.where(kind == K2, 0.5 * d * d, k3))
-    slope = tl.where((kind == K2) | (kind == K3_PLUS), -d, -(k3 + d))
-    return value, tl.where(kind == K1, 1.0, slope)
+    tl.static_assert(
+        KL == "k1" or KL == "k2" or KL == "k3" or KL == "k3+" or KL == "k3_ratio", "KL: one of those of Objective.kl"
+    )
+    if KL == "k1":
+        value, slope = -d, tl.full((), 1.0, tl.float32)
+    elif KL == "k2":
+        value, slope = 0.5 * d * d, -d
+    else:
+        value = exp_minus_one_minus(d)
+        if KL == "k3+":
+            slope = -d
+        else:
+            slope = -(value + d)
+    return value, slope
 
 
 @triton.jit
@@ -154,7 +159,6 @@ def token_loss(
     ref_logprob,
     parameters,
     max_log_ratio,
-    kl_kind,
     kl_spread,
     KIND: tl.constexpr,
     OFF_POLICY: tl.constexpr,
@@ -171,8 +175,7 @@ def token_loss(
             no constexpr asks for is not read.
         log_ratio: what x is before the clamp: the token's own, or its response's; read with OFF_POLICY only.
         kl_log_ratio: likewise, of the ratio by which "k3_ratio" corrects.
-        parameters, max_log_ratio, KIND, OFF_POLICY, ENTROPY_BONUS: fields of ``LossSpec``.
-        kl_kind: a value of ``KL_KINDS``; KL: whether it is not "none".
+        parameters, max_log_ratio, KIND, OFF_POLICY, KL, ENTROPY_BONUS: fields of ``LossSpec``.
         kl_spread: whether that ratio is a response's and its derivative going to be spread over it: it is in c_x then,
             else in c_logp.
     """
@@ -191,23 +194,23 @@ def token_loss(
     by_ratio = tl.where(live & inside, -policy_weight * by_ratio, 0.0)
     by_logprob = tl.where(live, -policy_weight * by_logprob, 0.0)
     h = tl.full((), 0.0, tl.float32)
-    if KL:
+    if KL != "none":
         difference = ref_logprob - logprob
         d = _bounded(difference, -max_log_ratio, max_log_ratio)
         known = (tl.abs(difference) > max_log_ratio) == 0
-        estimate, slope = kl_estimate(d, kl_kind)
+        estimate, slope = kl_estimate(d, KL)
         slope = tl.where(known, slope, 0.0)
-        weight, moved = kl_weight, kl_kind == K3_RATIO
-        if OFF_POLICY:
-            ratio = tl.exp(_bounded(kl_log_ratio, -max_log_ratio, max_log_ratio))
-            weight = tl.where(moved & (weight != 0), weight * ratio, weight)
-            moved = moved & ((tl.abs(kl_log_ratio) > max_log_ratio) == 0)
-        penalised = weight != 0
-        # r moves as well: by k3, which with k3's own -(e^d - 1) cancels to -d where both are the token's.
-        slope = tl.where(moved & (kl_spread == 0), tl.where(known, -d, estimate), slope)
-        loss += tl.where(penalised, weight * estimate, 0.0)
-        by_ratio += tl.where(penalised & moved & (kl_spread != 0), weight * estimate, 0.0)
-        by_logprob += tl.where(penalised, weight * slope, 0.0)
+        weight = kl_weight
+        if KL == "k3_ratio":
+            if OFF_POLICY:
+                ratio = tl.exp(_bounded(kl_log_ratio, -max_log_ratio, max_log_ratio))
+                weight = tl.where(weight != 0, weight * ratio, 0.0)
+                inside = (tl.abs(kl_log_ratio) > max_log_ratio) == 0
+            # r moves as well: by k3, which with k3's own -(e^d - 1) cancels to -d where both are the token's.
+            slope = tl.where(inside & (kl_spread == 0), tl.where(known, -d, estimate), slope)
+            by_ratio += tl.where((weight != 0) & inside & (kl_spread != 0), weight * estimate, 0.0)
+        loss += tl.where(weight != 0, weight * estimate, 0.0)
+        by_logprob += tl.where(weight != 0, weight * slope, 0.0)
     if ENTROPY_BONUS:
         loss += tl.where(entropy_weight != 0, -entropy_weight * entropy, 0.0)
         h = -entropy_weight
