@@ -169,9 +169,8 @@ def logprob_policy_loss(
     lengths = [int(keep[place].sum()) for place in places]
     signals = [of_response(advantages, i, place, advantage_level) for i, place in enumerate(places)]
     if statistics is None:
-        positive = sum(bool(a.sum() > 0) for a in signals)
-        negative = sum(bool(a.sum() < 0) for a in signals)
-        count, tokens, average = len(places), sum(lengths), 1.0
+        positive, negative = (float(sum(bool(a.sum() * sign > 0) for a in signals)) for sign in (1, -1))
+        count, tokens, average = float(len(places)), float(sum(lengths)), 1.0
         group_ids = None if groups is None else groups.tolist()
         group_lengths = lengths
     else:

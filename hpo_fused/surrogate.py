@@ -68,8 +68,8 @@ def clip_bounds(spec: LossSpec, x: Tensor, difference: Tensor, advantages: Tenso
     """The bounds at work, for kinds that have some; ``difference``: the token's own unclamped log-ratio."""
     nonzero, never = advantages != 0, torch.zeros_like(advantages, dtype=torch.bool)
     if spec.kind == "geometric_mean":
-        low, high = spec.parameters
-        return ClipBounds((difference < low) & (advantages < 0), (difference > high) & (advantages > 0), never)
+        least, most = spec.parameters
+        return ClipBounds((difference < least) & (advantages < 0), (difference > most) & (advantages > 0), never)
     ratio = x.exp()
     if spec.kind == "truncated_ratio":
         low, high = _of_sign(advantages, spec.parameters[:4])
@@ -164,9 +164,10 @@ def surrogate(spec: LossSpec, x: Tensor, advantages: Tensor, logprobs: Tensor) -
     if spec.kind == "geometric_mean":
         value = x.exp() * advantages
         return value, value, zero
-    functions = {"clip": _clip, "log_fidelity": _log_fidelity, "soft_gate": _soft_gate}
-    value, derivative = functions[spec.kind](x, advantages, *parameters)
-    return value, derivative, zero
+    function: Callable[..., tuple[Tensor, Tensor]] = {
+        "clip": _clip, "log_fidelity": _log_fidelity, "soft_gate": _soft_gate,
+    }[spec.kind]  # fmt: skip
+    return *function(x, advantages, *parameters), zero
 
 
 class ResponseRatio(NamedTuple):
