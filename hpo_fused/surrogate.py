@@ -164,10 +164,13 @@ def surrogate(spec: LossSpec, x: Tensor, advantages: Tensor, logprobs: Tensor) -
     if spec.kind == "geometric_mean":
         value = x.exp() * advantages
         return value, value, zero
-    function: Callable[..., tuple[Tensor, Tensor]] = {
-        "clip": _clip, "log_fidelity": _log_fidelity, "soft_gate": _soft_gate,
-    }[spec.kind]  # fmt: skip
-    return *function(x, advantages, *parameters), zero
+    if spec.kind == "clip":
+        value, derivative = _clip(x, advantages, *parameters)
+    elif spec.kind == "log_fidelity":
+        value, derivative = _log_fidelity(x, advantages, *parameters)
+    else:
+        value, derivative = _soft_gate(x, advantages, *parameters)
+    return value, derivative, zero
 
 
 class ResponseRatio(NamedTuple):
