@@ -109,6 +109,25 @@ def check_positive(name: str, value: object) -> float:
     return number
 
 
+def check_factor(name: str, value: object, device: torch.device) -> tuple[float, Tensor | None]:
+    """A finite number and None, or 1 and the floating 0-d tensor that ``value`` is instead.
+
+    Raises:
+        TypeError: neither a number nor a floating tensor.
+        ValueError: not finite (of a tensor on the CPU), another shape or another device.
+    """
+    if isinstance(value, Tensor):
+        check_tensor(name, value, [()], "floating", device)
+        if values_readable(value) and not math.isfinite(float(value)):
+            raise ValueError(f"{name}: expected a finite number, got {value.item()}")
+        return 1.0, value
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
+        raise TypeError(f"{name}: expected a finite number or a 0-d tensor, got {described(value)}")
+    if not math.isfinite(float(value)):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    return float(value), None
+
+
 def check_transform(temperature: object, softcap: object) -> LogitTransform:
     """The logits' transform; TypeError or ValueError naming the argument unless both are finite and above zero."""
     return LogitTransform(

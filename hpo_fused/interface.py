@@ -99,7 +99,8 @@ class Batch(NamedTuple):
     entropy_coef: float
     # Of the optimiser batch: responses S, tokens, and responses of positive and negative advantage; None: this call's.
     totals: tuple[Count, Count, Count, Count] | None
-    gradient_average: float
+    scale: float  # of loss and gradient: gradient_average times loss_scale, where that is a number
+    loss_scale: Tensor | None  # 0-d, where it is none
 
 
 class TokenTerms(NamedTuple):

@@ -125,6 +125,7 @@ def policy_loss(
     lengths: Tensor | None = None,
     response_mean_log_ratios: Tensor | None = None,
     advantage_level: AdvantageLevel | None = None,
+    loss_scale: float | Tensor = 1.0,
     temperature: float = 1.0,
     softcap: float | None = None,
     skip_inactive: bool = True,
@@ -163,6 +164,9 @@ def policy_loss(
             parts whose tokens share a ratio; from a first sweep over all parts, see docs/objectives.md.
         advantage_level: "response" or "token", to tell packed advantages [B] from [N] where B = N; None: their shape
             tells. (Other packed tensors are then [B, 1] or [1, N].)
+        loss_scale: finite number, or floating 0-d tensor on the device: a factor of the returned loss and its gradient,
+            such as one over the accumulation steps. A factor on ``out.loss`` is as right, but costs another read and
+            write of the logits' gradient.
         temperature: logits are divided by it, > 0.
         softcap: z is replaced by softcap * tanh(z / softcap) before the temperature; None: no cap.
         skip_inactive: leave rows without a learning signal uncomputed (their logprobs and entropy are NaN). False
@@ -201,7 +205,7 @@ def policy_loss(
         resolved, "tokens", shape, device, tokens, advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
         mask=mask, token_weights=token_weights, entropy_weights=entropy_weights, cu_seqlens=cu_seqlens, groups=groups,
         statistics=statistics, lengths=lengths, response_mean_log_ratios=response_mean_log_ratios,
-        advantage_level=advantage_level,
+        advantage_level=advantage_level, loss_scale=loss_scale,
     )  # fmt: skip
     name = backend_for(logits, backend)
     if inplace and logits.requires_grad:
@@ -243,6 +247,7 @@ def logprob_policy_loss(
     lengths: Tensor | None = None,
     response_mean_log_ratios: Tensor | None = None,
     advantage_level: AdvantageLevel | None = None,
+    loss_scale: float | Tensor = 1.0,
     skip_inactive: bool = True,
     backend: Backend = "auto",
 ) -> PolicyLossOutput:
@@ -253,8 +258,8 @@ def logprob_policy_loss(
         advantages: [B], [B, T] or [N].
         entropy: floating, shaped like logprobs; required for an entropy bonus, differentiated through.
         old_logprobs, ref_logprobs, mask, token_weights, entropy_weights, cu_seqlens, groups, objective, statistics,
-            lengths, response_mean_log_ratios, advantage_level: as in :func:`policy_loss`, with "shaped like tokens"
-            read as "shaped like logprobs".
+            lengths, response_mean_log_ratios, advantage_level, loss_scale: as in :func:`policy_loss`, with "shaped
+            like tokens" read as "shaped like logprobs".
         skip_inactive: accepted so that calls can be exchanged with :func:`policy_loss`. Every row's log-probability is
             already known, and returned.
         backend: as in :func:`policy_loss`.
@@ -280,7 +285,7 @@ def logprob_policy_loss(
         resolved, "logprobs", shape, device, None, advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
         mask=mask, token_weights=token_weights, entropy_weights=entropy_weights, cu_seqlens=cu_seqlens, groups=groups,
         statistics=statistics, lengths=lengths, response_mean_log_ratios=response_mean_log_ratios,
-        advantage_level=advantage_level,
+        advantage_level=advantage_level, loss_scale=loss_scale,
     )  # fmt: skip
     name = backend_for(logprobs, backend)
     if entropy is not None:

@@ -149,6 +149,7 @@ def logprob_policy_loss(
     objective: str | Objective = "mhpo_ahpo",
     statistics: BatchStatistics | None = None,
     advantage_level: str | None = None,
+    loss_scale: float | Tensor = 1.0,
 ) -> Tensor:
     """The loss of the README's table; arguments as :func:`hpo_fused.logprob_policy_loss`."""
     objective = resolve_objective(objective)
@@ -225,7 +226,7 @@ def logprob_policy_loss(
             bonus = n * objective.entropy_coef if weight is None else of_response(weight, i, place)
             loss = loss - bonus * entropy[place][keep[place]]
         total = total + average * loss.sum()
-    return total
+    return total * loss_scale
 
 
 def policy_loss(

@@ -23,7 +23,7 @@ from .batch import (
     check_level,
     check_mask,
 )
-from .checks import check_floating, check_tensor, check_token_ids, described, same_device
+from .checks import check_factor, check_floating, check_tensor, check_token_ids, described, same_device
 from .interface import (
     ADVANTAGE,
     ENTROPY_WEIGHT,
@@ -62,6 +62,7 @@ def check_batch(
     lengths: Tensor | None,
     response_mean_log_ratios: Tensor | None,
     advantage_level: object,
+    loss_scale: object = 1.0,
 ) -> Batch:
     """The arguments of a loss call as plain values.
 
@@ -140,13 +141,15 @@ def check_batch(
     elif isinstance(objective.weighting, AdaptiveHysteretic):
         weighting, alpha = "adaptive", objective.weighting.alpha_min
     totals: tuple[Count, Count, Count, Count] | None = None
+    scale, scale_tensor = check_factor("loss_scale", loss_scale, device)
     if statistics is not None:
         totals = statistics.responses, statistics.tokens, statistics.positive, statistics.negative
+        scale *= statistics.gradient_average
     return Batch(
         rows, responses, _unit_stride(tokens), _unit_stride(mask), advantages, token_weights, entropy_weights,
         _unit_stride(old_logprobs), _unit_stride(ref_logprobs), _unit_stride(cu_seqlens), log_ratios, normalization,
         normalizers, max_length, weighting, float(alpha), float(objective.kl_coef), float(objective.entropy_coef),
-        totals, 1.0 if statistics is None else float(statistics.gradient_average),
+        totals, scale, scale_tensor,
     )  # fmt: skip
 
 
@@ -175,10 +178,11 @@ def _given_log_ratios(
     if isinstance(objective.shaping, GeometricMean):
         raise ValueError(f"{name}: expected None for GeometricMean, which bounds log-ratios before their mean")
     stays = level == "sequence_token" or isinstance(objective.shaping, (TruncatedRatio, GammaGate))
-    if not stays and not constant:
+    if not stays and (not constant or level == "sequence_sum"):
         raise ValueError(
-            f"{name}: expected advantages and token_weights [B] for ratio_level={level!r}, got some per token; their "
-            "other parts would be needed, see ratio_level='sequence_token'"
+            f"{name}: expected ratio_level='sequence_token', or 'sequence' with advantages and token_weights [B], for "
+            f"{type(objective.shaping).__name__}, whose derivative by the ratio takes the response's other parts, got "
+            f"ratio_level={level!r}" + ("" if constant else " with some per token")
         )
     if objective.kl == "k3_ratio" and objective.kl_coef != 0 and (level == "sequence" or old_logprobs is None):
         need = "old_logprobs" if old_logprobs is None else "another ratio_level"
@@ -244,7 +248,8 @@ def token_terms(batch: Batch, spec: LossSpec, vocabulary: int | None, skip_inact
     normalizer = _normalizer(batch, layout, lengths, responses, tokens)
     if isinstance(normalizer, Tensor):
         normalizer = normalizer.to(torch.float32)
-    penalty = mask.to(torch.float32) * (batch.gradient_average / normalizer)
+    scale = batch.scale if batch.loss_scale is None else batch.scale * batch.loss_scale.detach().to(torch.float32)
+    penalty = mask.to(torch.float32) * (scale / normalizer)
     policy = penalty
     if batch.weighting != "none":  # not masked_fill: on CUDA it would fetch alpha, a tensor, to the host
         alpha = hysteretic_weight(batch, positive, negative)
@@ -269,7 +274,7 @@ def token_terms(batch: Batch, spec: LossSpec, vocabulary: int | None, skip_inact
         if batch.entropy_weights is None:
             weights = batch.entropy_coef * penalty
         else:
-            given = batch.gradient_average * batch.entropy_weights.detach().to(torch.float32)
+            given = scale * batch.entropy_weights.detach().to(torch.float32)
             weights = torch.where(mask, layout.rows(given), 0.0)
         values[ENTROPY_WEIGHT] = weights
         live = live | (weights != 0)

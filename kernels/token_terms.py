@@ -172,7 +172,7 @@ def _policy_terms(
     debug=True,
     do_not_specialize=[
         "values", "targets", "active", "response_statistics", "tokens", "mask", "advantages", "token_weights",
-        "entropy_weights", "old_logprobs", "ref_logprobs", "cu_seqlens", "normalizers", "total_responses",
+        "entropy_weights", "loss_scale", "old_logprobs", "ref_logprobs", "cu_seqlens", "normalizers", "total_responses",
         "total_tokens", "total_positive", "total_negative", "N", "T", "B", "V", "tokens_stride", "mask_stride",
         "advantages_stride", "advantages_step", "weights_stride", "weights_step", "entropy_stride", "entropy_step",
         "old_stride", "ref_stride", "every_advantage",
@@ -188,6 +188,7 @@ def token_terms_kernel(
     advantages,
     token_weights,
     entropy_weights,
+    loss_scale,
     old_logprobs,
     ref_logprobs,
     cu_seqlens,
@@ -196,7 +197,7 @@ def token_terms_kernel(
     total_tokens,  # on the host
     total_positive,
     total_negative,
-    factors,  # factor, alpha, kl_coef, entropy_coef, gradient_average; with given totals then tokens, N+ and N-
+    factors,  # factor, alpha, kl_coef, entropy_coef, scale; with given totals then tokens, N+ and N-
     N,  # rows in all
     T,
     B,  # responses
@@ -230,6 +231,10 @@ def token_terms_kernel(
         penalty = penalty / tl.maximum(tl.load(response_statistics + response), 1).to(tl.float32)
     elif NORMALIZATION == "given":
         penalty = penalty / tl.load(normalizers + response)
+    scale = factors[4]
+    if loss_scale is not None:
+        penalty *= to_float32(tl.load(loss_scale))
+        scale *= to_float32(tl.load(loss_scale))
     first, last = response_range(response, cu_seqlens, N, T)
     signals = tl.full((), 0, tl.int32)
     if SEQUENCE:
@@ -258,7 +263,7 @@ def token_terms_kernel(
             bonus = weight * factors[3]
             if entropy_weights is not None:
                 bonus = to_float32(_entries(entropy_weights, response, row, unmasked, entropy_stride, entropy_step))
-                bonus = bonus * factors[4]
+                bonus = bonus * scale
             live = live | (bonus != 0)
             tl.store(values + ENTROPY_WEIGHT * N + row, bonus, mask=inside)
         target = tl.zeros([TOKENS_BLOCK], tl.int32)
@@ -316,8 +321,8 @@ def token_terms(batch: Batch, spec: LossSpec, vocabulary: int | None, skip_inact
             *advantages_steps, **launch,
         )  # fmt: skip
         token_terms_kernel[(responses,)](
-            values, targets, active, response_statistics, tokens, mask, *levels, old, ref, batch.cu_seqlens,
-            batch.normalizers, *totals, factors, rows, T, responses, vocabulary or 0, tokens_stride, mask_stride,
+            values, targets, active, response_statistics, tokens, mask, *levels, batch.loss_scale, old, ref,
+            batch.cu_seqlens, batch.normalizers, *totals, factors, rows, T, responses, vocabulary or 0, tokens_stride, mask_stride,
             *advantages_steps, *weights_steps, *entropy_steps, old_stride, ref_stride, int(spec.every_advantage),
             NORMALIZATION=batch.normalization, WEIGHTING=batch.weighting, GIVEN_TOTALS=batch.totals is not None,
             KL=spec.kl != "none", ENTROPY_BONUS=spec.entropy_bonus, SEQUENCE=spec.response_ratio, SKIP=skip_inactive,
@@ -342,10 +347,10 @@ def _steps(value: torch.Tensor | None, batch: Batch) -> tuple[int, int]:
 def _given_totals(batch: Batch) -> tuple[tuple[torch.Tensor | None, ...], tuple[float, ...]]:
     """The kernel's ``totals`` and ``factors``."""
     responses = batch.responses if batch.totals is None else batch.totals[0]
-    factor = batch.gradient_average / batch.max_length
+    factor = batch.scale / batch.max_length
     if batch.normalization in ("response", "constant") and not isinstance(responses, torch.Tensor):
         factor /= responses or 1
-    factors = (factor, batch.alpha, batch.kl_coef, batch.entropy_coef, batch.gradient_average)
+    factors = (factor, batch.alpha, batch.kl_coef, batch.entropy_coef, batch.scale)
     if batch.totals is None:
         return (None,) * 4, factors
     pointers = tuple(total if isinstance(total, torch.Tensor) else None for total in batch.totals)

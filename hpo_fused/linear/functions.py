@@ -33,8 +33,8 @@ def linear_policy_loss(
     token_weights: Tensor | None = None, entropy_weights: Tensor | None = None, cu_seqlens: Tensor | None = None,
     groups: Tensor | None = None, objective: str | Objective = "mhpo_ahpo", statistics: BatchStatistics | None = None,
     lengths: Tensor | None = None, response_mean_log_ratios: Tensor | None = None,
-    advantage_level: AdvantageLevel | None = None, temperature: float = 1.0, softcap: float | None = None,
-    skip_inactive: bool = True, entropy: bool = True, chunk_bytes: int | None = None,
+    advantage_level: AdvantageLevel | None = None, loss_scale: float | Tensor = 1.0, temperature: float = 1.0,
+    softcap: float | None = None, skip_inactive: bool = True, entropy: bool = True, chunk_bytes: int | None = None,
     logits_dtype: torch.dtype | None = None, active_count: int | None = None, weight_grad: Tensor | None = None,
     backend: Backend = "auto",
 ) -> PolicyLossOutput:  # fmt: skip
@@ -57,8 +57,8 @@ def linear_policy_loss(
         tokens, advantages: as in :func:`policy_loss`.
         bias: [V] of weight's dtype, or None.
         old_logprobs, ref_logprobs, mask, token_weights, entropy_weights, cu_seqlens, groups, objective, statistics,
-            lengths, response_mean_log_ratios, advantage_level, temperature, softcap, entropy, backend: as in
-            :func:`policy_loss`.
+            lengths, response_mean_log_ratios, advantage_level, loss_scale, temperature, softcap, entropy, backend: as
+            in :func:`policy_loss`.
         skip_inactive: leave unmasked rows without a learning signal uncomputed (their logprobs and entropy are NaN).
             False adds one GEMM for them.
         chunk_bytes: memory for a chunk's logits, at least one row. None: 4096 rows (1024 on a CPU), at most 896 MiB.
@@ -100,7 +100,7 @@ def linear_policy_loss(
         resolved, "tokens", shape, device, tokens, advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
         mask=mask, token_weights=token_weights, entropy_weights=entropy_weights, cu_seqlens=cu_seqlens, groups=groups,
         statistics=statistics, lengths=lengths, response_mean_log_ratios=response_mean_log_ratios,
-        advantage_level=advantage_level,
+        advantage_level=advantage_level, loss_scale=loss_scale,
     )  # fmt: skip
     into = check_weight_grad(weight_grad, weight)
     settings = Settings(dtypes, transform, chunk_bytes, backend_for(hidden, backend))
