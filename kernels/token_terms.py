@@ -322,8 +322,9 @@ def token_terms(batch: Batch, spec: LossSpec, vocabulary: int | None, skip_inact
         )  # fmt: skip
         token_terms_kernel[(responses,)](
             values, targets, active, response_statistics, tokens, mask, *levels, batch.loss_scale, old, ref,
-            batch.cu_seqlens, batch.normalizers, *totals, factors, rows, T, responses, vocabulary or 0, tokens_stride, mask_stride,
-            *advantages_steps, *weights_steps, *entropy_steps, old_stride, ref_stride, int(spec.every_advantage),
+            batch.cu_seqlens, batch.normalizers, *totals, factors, rows, T, responses, vocabulary or 0, tokens_stride,
+            mask_stride, *advantages_steps, *weights_steps, *entropy_steps, old_stride, ref_stride,
+            int(spec.every_advantage),
             NORMALIZATION=batch.normalization, WEIGHTING=batch.weighting, GIVEN_TOTALS=batch.totals is not None,
             KL=spec.kl != "none", ENTROPY_BONUS=spec.entropy_bonus, SEQUENCE=spec.response_ratio, SKIP=skip_inactive,
             **launch,
