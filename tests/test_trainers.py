@@ -20,8 +20,10 @@ from torch import Tensor
 import hpo_fused as hf
 from hpo_fused import Clip, Objective, SoftGate, TruncatedRatio
 
+from .samples import leaves
+
 LENGTHS = torch.tensor([6, 3, 4, 1, 5, 0, 6, 4])
-DUAL, CLIP = Clip(0.2, 0.28, dual=1.5), Clip(0.2, 0.28)
+CLIP, REINFORCE = Clip(0.2, 0.28), TruncatedRatio(1.0, 1.0)
 
 
 class Batch:
@@ -51,6 +53,11 @@ class Batch:
 BATCH = Batch()
 
 
+def gradient(loss: Tensor, *inputs: Tensor) -> Tensor:
+    """By log-probabilities and, where they were in reach, entropies: [1, 8, 6] or [2, 8, 6]."""
+    return torch.stack(torch.autograd.grad(loss, inputs, materialize_grads=True, allow_unused=True))
+
+
 @dataclasses.dataclass
 class Row:
     """Options of a package, the objective that says the same, and the rest of the call."""
@@ -61,41 +68,49 @@ class Row:
     call: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def ours(self, objective: Objective) -> tuple[Tensor, Tensor]:
-        logprobs = BATCH.logprobs.clone().requires_grad_()
+        logprobs, entropy = leaves(BATCH.logprobs, BATCH.entropy)
         call = {"advantages": BATCH.advantages, "old_logprobs": BATCH.old, "ref_logprobs": BATCH.ref, **self.call}
         loss = hf.logprob_policy_loss(
-            logprobs, mask=BATCH.mask, objective=objective, entropy=BATCH.entropy, backend="torch", **call
+            logprobs, mask=BATCH.mask, objective=objective, entropy=entropy, backend="torch", **call
         ).loss
-        return loss.detach(), torch.autograd.grad(loss, logprobs)[0]
+        return loss.detach(), gradient(loss, logprobs, entropy)
 
     def wrong(self) -> Iterator[Objective]:
         """Objectives that differ in one field which matters to the row."""
         right, off_policy = self.objective, self.call.get("old_logprobs", BATCH.old) is not None
+        shaping: Any = right.shaping
         changes: list[dict[str, Any]] = [
             {"normalization": "response" if right.normalization != "response" else "mean_length"},
-            {"shaping": Clip(0.3, 0.3) if off_policy else SoftGate(2.0, 2.0)},
+            {"shaping": Clip() if isinstance(shaping, SoftGate) else SoftGate()},
         ]
-        weighted = not isinstance(right.shaping, TruncatedRatio) or right.shaping.high != right.shaping.low
-        if off_policy and weighted and not isinstance(right.shaping, hf.GeometricMean):
-            levels = ("token", "sequence", "sequence_sum")
-            changes += [{"ratio_level": level} for level in levels if level not in right.ratio_level]
+        if off_policy and shaping != REINFORCE:
+            parameters = {name: value for name, value in vars(shaping).items() if isinstance(value, float)}
+            smaller = ({name: 0.8 * value} for name, value in parameters.items())
+            changes += [{"shaping": dataclasses.replace(shaping, **parameter)} for parameter in smaller]
+            if not isinstance(shaping, hf.GeometricMean):
+                levels = ("token", "sequence", "sequence_sum")
+                changes += [{"ratio_level": level} for level in levels if level != right.ratio_level]
         if right.kl_coef:
             # On-policy the value and the gradient of "k3_ratio" and "k3+" are the same.
             same = {right.kl} if off_policy else {right.kl, "k3+", "k3_ratio"}
+            if isinstance(shaping, hf.GeometricMean):  # has no ratio
+                same.add("k3_ratio")
             changes += [{"kl": kl} for kl in {"k1", "k2", "k3", "k3+", "k3_ratio"} - same]
         return (dataclasses.replace(right, **change) for change in changes)
 
-    def check(self, loss: Tensor, gradient: Tensor) -> None:
-        """Ours equals a loss and its gradient to 1e-6; objectives with one field changed do not."""
-        limits = {"rtol": 0.0, "atol": 1e-6 * gradient.abs().max().item()}
-        loss_limits = {"rtol": 1e-6, "atol": 1e-6 * gradient.abs().sum().item()}
-        got, got_gradient = self.ours(self.objective)
-        torch.testing.assert_close(got.double(), loss, **loss_limits)
-        torch.testing.assert_close(got_gradient.double(), gradient, **limits)
-        for objective in self.wrong():
+    def check(self, loss: Tensor, logprobs: Tensor, entropy: Tensor) -> None:
+        """Ours has this loss and its gradient to 1e-6; objectives with one field changed have not."""
+        wanted, wanted_gradient = loss.detach(), gradient(loss, logprobs, entropy)
+
+        def close(objective: Objective) -> bool:
             got, got_gradient = self.ours(objective)
-            same_loss = torch.allclose(got.double(), loss, **loss_limits)
-            assert not (same_loss and torch.allclose(got_gradient.double(), gradient, **limits)), objective
+            scale = wanted_gradient.abs()  # of a token's gradient and, as all are of order 1, of its loss
+            error, gradient_error = (got.double() - wanted).abs(), (got_gradient.double() - wanted_gradient).abs()
+            return bool((error < 1e-6 * (wanted.abs() + scale.sum())) & (gradient_error.max() < 1e-6 * scale.max()))
+
+        assert close(self.objective)
+        for objective in self.wrong():
+            assert not close(objective), objective
 
 
 def double(value: Any) -> Any:
@@ -118,9 +133,9 @@ TRL_LOSSES: dict[str, tuple[Any, hf.objective.Normalization]] = {
     "sapo": (SoftGate(1.0, 1.05), "response"),
     "vespo": (hf.GammaGate(), "mean_length"),
 }
-EPSILON_HIGH = {"cispo": 1.28}
+LEVELS: tuple[hf.objective.RatioLevel, ...] = ("token", "sequence")
 KLS: dict[str, dict[str, Any]] = {
-    "": {},
+    "": {"beta": 0.0},
     "k3": {"beta": 0.1, "use_bias_correction_kl": False},
     "k3_ratio": {"beta": 0.1, "use_bias_correction_kl": True},
 }
@@ -130,17 +145,21 @@ def kl_fields(kl: str) -> dict[str, Any]:
     return {"kl_coef": 0.1, "kl": kl} if kl else {}
 
 
+def grpo_row(loss: str, level: hf.objective.RatioLevel, kl: str, **call: Any) -> Row:
+    """A loss of GRPOTrainer's, which Liger computes too."""
+    shaping, normalization = TRL_LOSSES[loss]
+    level_of_loss = "sequence_sum" if loss == "vespo" else level
+    length = 9 if loss == "dr_grpo" else None
+    objective = Objective(level_of_loss, shaping, None, normalization, max_length=length, **kl_fields(kl))
+    options = {"loss_type": loss, "importance_sampling_level": level, **KLS[kl]}
+    return Row(f"{loss}-{level}-{kl}", options, objective, call)
+
+
 def trl_rows() -> Iterator[Row]:
-    for (loss, (shaping, normalization)), level, kl in product(TRL_LOSSES.items(), ("token", "sequence"), KLS):
-        if loss == "vespo" and level == "sequence":  # which there is the ratio of k3_ratio alone: of no use
-            continue
-        objective = Objective(
-            "sequence_sum" if loss == "vespo" else level, shaping, None, normalization,
-            max_length=9 if loss == "dr_grpo" else None, **kl_fields(kl),
-        )  # fmt: skip
-        call = {"statistics": LOCAL_STATISTICS} if loss == "bnpo" else {}
-        options = {"loss_type": loss, "importance_sampling_level": level, **KLS[kl]}
-        yield Row(f"{loss}-{level}-{kl}", options, objective, call)
+    for loss, level, kl in product(TRL_LOSSES, LEVELS, KLS):
+        if loss != "vespo" or level == "token":  # to VESPO the level is that of k3_ratio's ratio alone: of no use
+            call = {"statistics": LOCAL_STATISTICS} if loss == "bnpo" else {}
+            yield grpo_row(loss, level, kl, **call)
     grpo = Objective("token", CLIP, None, "response")
     kept = (BATCH.advantages >= 0) | (((BATCH.old - BATCH.logprobs) * BATCH.mask).sum(-1) <= 0.05 * BATCH.mask.sum(-1))
     per_process = 0.05 / (WINDOW * PROCESSES)
@@ -187,7 +206,7 @@ def test_trl(row: Row) -> None:
     from trl.trainer.rloo_trainer import RLOOTrainer
 
     row.call.setdefault("statistics", TRL_STATISTICS)
-    logprobs = BATCH.logprobs.double().requires_grad_()
+    logprobs, entropy = leaves(BATCH.logprobs.double(), BATCH.entropy.double())
     options = {"loss_type": "grpo", "importance_sampling_level": "token", "beta": 0.0, **row.options}
     accelerator = SimpleNamespace(
         num_processes=PROCESSES, reduce=lambda value, reduction: value, gather=lambda value: value, sync_gradients=False
@@ -198,10 +217,10 @@ def test_trl(row: Row) -> None:
         use_bias_correction_kl=options.get("use_bias_correction_kl"),
     )  # fmt: skip
     attributes = {
-        "_get_per_token_logps_and_entropies": lambda *_, **__: (logprobs, BATCH.entropy.double(), None),
+        "_get_per_token_logps_and_entropies": lambda *_, **__: (logprobs, entropy, None),
         "_metrics": {"train": defaultdict(list)}, "_entropy_bonus_enabled": False, "accelerator": accelerator,
         "args": arguments, "aux_loss_enabled": False, "current_gradient_accumulation_steps": WINDOW,
-        "epsilon_high": EPSILON_HIGH.get(options["loss_type"], 0.28), "epsilon_low": 0.2,
+        "epsilon_high": 1.28 if options["loss_type"] == "cispo" else 0.28, "epsilon_low": 0.2,
         "get_gamma_weights": GRPOTrainer.get_gamma_weights, "get_high_entropy_mask": lambda *_: BATCH.high.double(),
         "get_off_policy_mask": GRPOTrainer.get_off_policy_mask, "max_completion_length": 9,
         "model": SimpleNamespace(training=True), "off_policy_mask_threshold": None, "top_entropy_quantile": 1.0,
@@ -219,31 +238,23 @@ def test_trl(row: Row) -> None:
     trainers = {"GMPOTrainer": GMPOTrainer, "RLOOTrainer": RLOOTrainer}
     trainer = trainers.get(row.name.partition("-")[0], GRPOTrainer)
     loss = trainer._compute_loss(SimpleNamespace(**{**attributes, **options}), None, batch)
-    row.check(loss.detach(), torch.autograd.grad(loss, logprobs)[0])
+    row.check(loss, logprobs, entropy)
 
 
 def liger_rows() -> Iterator[Row]:
-    for (loss, (shaping, normalization)), level, kl in product(TRL_LOSSES.items(), ("token", "sequence"), KLS):
+    for loss, level, kl in product(TRL_LOSSES, LEVELS, KLS):
         if loss in ("cispo", "sapo", "vespo") and level == "sequence":
             continue  # refused
         if loss == "luspo" and (level == "token" or kl):
             continue  # counts padding, unlike TRL and the paper
-        objective = Objective(
-            "sequence_sum" if loss == "vespo" else level, shaping, None, normalization,
-            max_length=9 if loss == "dr_grpo" else None, **kl_fields(kl),
-        )  # fmt: skip
         tokens = BATCH.mask.sum() if loss == "bnpo" else TOKENS
-        call = {"statistics": hf.BatchStatistics(len(LENGTHS), tokens, 0, 0)}
-        options = {"loss_type": loss, "importance_sampling_level": level, "beta": 0.0, **KLS[kl]}
-        yield Row(f"{loss}-{level}-{kl}", options, objective, call)
+        yield grpo_row(loss, level, kl, statistics=hf.BatchStatistics(len(LENGTHS), tokens, 0, 0))
     grpo = Objective("token", CLIP, None, "mean_length")
     call = {"statistics": hf.BatchStatistics(len(LENGTHS), TOKENS, 0, 0)}
-    options = {"loss_type": "dapo", "beta": 0.0}
+    options = {"loss_type": "dapo"}
     delta = dataclasses.replace(grpo, shaping=Clip(0.2, 0.28, delta=1.4))
     yield Row("delta", {"delta": 1.4, **options}, delta, call)
-    yield Row(
-        "sampler", {"vllm_is_ratio": BATCH.weights, **options}, grpo, {"token_weights": BATCH.weights, **call}
-    )
+    yield Row("sampler", {"vllm_is_ratio": BATCH.weights, **options}, grpo, {"token_weights": BATCH.weights, **call})
 
 
 @pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in liger_rows()])
@@ -252,14 +263,16 @@ def test_liger(row: Row) -> None:
     pytest.importorskip("liger_kernel")
     from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOFunction
 
-    logprobs, mask = BATCH.logprobs.double().requires_grad_(), BATCH.mask.double()
-    options = {name: double(value) for name, value in row.options.items()}
+    logprobs, entropy = leaves(BATCH.logprobs.double(), BATCH.entropy.double())
+    mask = BATCH.mask.double()
+    options = {"beta": 0.0, **{name: double(value) for name, value in row.options.items()}}
     loss, _ = LigerFusedLinearGRPOFunction.ppo_loss_fn(
         logprobs, mask, BATCH.advantages.double(), mask, ref_per_token_logps=BATCH.ref.double(),
-        old_per_token_logps=BATCH.old.double(), epsilon_low=0.2, epsilon_high=EPSILON_HIGH.get(options["loss_type"], 0.28),
-        max_completion_length=9, num_items_in_batch=torch.tensor(float(TOKENS)), **options,
+        old_per_token_logps=BATCH.old.double(), epsilon_low=0.2,
+        epsilon_high=1.28 if options["loss_type"] == "cispo" else 0.28, max_completion_length=9,
+        num_items_in_batch=torch.tensor(float(TOKENS)), **options,
     )  # fmt: skip
-    row.check(loss.detach(), torch.autograd.grad(loss, logprobs)[0])
+    row.check(loss, logprobs, entropy)
 
 
 VERL_TOTALS = {"dp_size": 2, "batch_num_tokens": TOKENS, "global_batch_size": 12, "loss_scale_factor": 40}
@@ -271,11 +284,11 @@ VERL_MODES: dict[str, tuple[hf.objective.Normalization, int]] = {  # with the to
     "seq-mean-token-sum-norm": ("constant", TOKENS),
 }
 VERL_LOSSES: dict[str, tuple[hf.objective.RatioLevel, Any]] = {
-    "vanilla": ("token", DUAL),
+    "vanilla": ("token", Clip(0.2, 0.28, dual=1.5)),
     "gspo": ("sequence_token", CLIP),
     "sapo": ("token", SoftGate(1.0, 1.05)),
     "cispo": ("token", TruncatedRatio(1.28, 0.8)),
-    "gpg": ("token", TruncatedRatio(1.0, 1.0)),
+    "gpg": ("token", REINFORCE),
     "dro": ("token", hf.DRO(0.3)),
     "dppo_tv": ("token", TruncatedRatio(1.5)),
     "dppo_kl": ("token", TruncatedRatio(1.5)),
@@ -329,7 +342,7 @@ def test_verl(row: Row) -> None:
         clip_ratio_c=1.5, policy_loss=PolicyLossConfig(dro_beta=0.3),
     )  # fmt: skip
     config.global_batch_info.update(VERL_TOTALS)
-    logprobs = BATCH.logprobs.double().requires_grad_()
+    logprobs, entropy = leaves(BATCH.logprobs.double(), BATCH.entropy.double())
     advantages = row.call.get("advantages", BATCH.advantages[:, None].expand_as(logprobs)).double()
     loss, _ = get_policy_loss_fn(row.options["loss_mode"])(
         BATCH.old.double(), logprobs, advantages, BATCH.mask, mode, config, BATCH.weights.double()
@@ -337,4 +350,4 @@ def test_verl(row: Row) -> None:
     if "kl_penalty" in row.options:
         kl = kl_penalty(logprobs, BATCH.ref.double(), row.options["kl_penalty"])
         loss = loss + 0.1 * agg_loss(kl, BATCH.mask, mode, **VERL_TOTALS)
-    row.check(loss.detach(), torch.autograd.grad(loss, logprobs)[0])
+    row.check(loss, logprobs, entropy)
