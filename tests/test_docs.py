@@ -84,6 +84,31 @@ def test_example_of_the_linear_path_runs() -> None:
         assert parameter.grad.isfinite().all()
 
 
+def test_examples_of_other_trainers_run() -> None:
+    """TRL's totals (which tests/test_trainers.py holds against TRL), a KL with a mean of its own, and two steps."""
+    generator = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(8, 50, bias=False)
+    logprobs = -torch.rand(4, 6, generator=generator)
+    old, ref = logprobs + 0.2 * torch.randn(4, 6, generator=generator), logprobs - 0.3
+    mask, advantages = torch.arange(6) < torch.tensor([6, 3, 5, 1])[:, None], torch.tensor([1.0, -1.0, 0.5, -0.5])
+    scope: dict[str, Any] = {
+        "hf": hf, "torch": torch, "mask": mask, "advantages": advantages, "lm_head": head, "logprobs": logprobs,
+        "hidden": torch.randn(4, 6, 8, generator=generator), "tokens": torch.randint(50, (4, 6), generator=generator),
+        "old_logprobs": old, "ref_logprobs": ref, "rewards": torch.tensor([1, 0, 1, 0]), "num_items_in_batch": 40,
+    }  # fmt: skip
+    trl, means, two_steps = blocks("docs/trainers.md")
+    exec(trl, scope)
+    assert scope["loss"].isfinite()
+    exec(means, scope)
+    alone = hf.logprob_policy_loss(logprobs, advantages, old_logprobs=old, mask=mask, objective="gspo").loss
+    d = (ref - logprobs)[mask]
+    torch.testing.assert_close(scope["loss"], alone + 0.01 * (d.exp() - d - 1).mean())
+    exec(two_steps, scope)
+    scope["loss"].backward()
+    assert head.weight.grad is not None
+    assert head.weight.grad.isfinite().all()
+
+
 def test_readme_names_every_preset() -> None:
     section = README.partition("## Objectives")[2].partition("## ")[0]
     assert re.findall(r"^\| `(\w+)`", section, flags=re.MULTILINE) == list(hf.Objective.presets())
