@@ -197,6 +197,7 @@ def trl_rows() -> Iterator[Row]:
     )  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")
 @pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in trl_rows()])
 def test_trl(row: Row) -> None:
     """A trainer's own ``_compute_loss``, called with log-probabilities in the place of a model."""
