@@ -119,11 +119,11 @@ def _soft_gate(x: Tensor, advantages: Tensor, tau_pos: float, tau_neg: float) ->
     return 4 / tau * gate * advantages, 4 * gate * complement * ratio * advantages
 
 
-def _of_sign(advantages: Tensor, parameters: Sequence[float]) -> list[Tensor]:
-    """Each parameter as one entry per token: from the first half for A > 0, from the second otherwise."""
+def _of_sign(advantages: Tensor, parameters: Sequence[float]) -> list[Tensor | float]:
+    """Each parameter by its token's sign: from the first half for A > 0, from the second otherwise; a number if equal."""
     half, positive = len(parameters) // 2, advantages > 0
     return [
-        torch.full_like(advantages, below).masked_fill(positive, above)
+        above if above == below else torch.full_like(advantages, below).masked_fill(positive, above)
         for above, below in zip(parameters[:half], parameters[half:], strict=True)
     ]
 
