@@ -120,7 +120,7 @@ def _soft_gate(x: Tensor, advantages: Tensor, tau_pos: float, tau_neg: float) ->
 
 
 def _of_sign(advantages: Tensor, parameters: Sequence[float]) -> list[Tensor | float]:
-    """Each parameter by its token's sign: from the first half for A > 0, from the second otherwise; a number if equal."""
+    """Each parameter by its token's sign: from the first half for A > 0, else from the second; a number if equal."""
     half, positive = len(parameters) // 2, advantages > 0
     return [
         above if above == below else torch.full_like(advantages, below).masked_fill(positive, above)
