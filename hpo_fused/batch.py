@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .checks import check_positive, check_tensor, described, same_device, values_readable
 from .interface import MASKED, Count, TokenTerms
-from .objective import AdaptiveHysteretic, Hysteretic
+from .objective import AdaptiveHysteretic, Weighting
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -123,23 +123,29 @@ def check_level(
     device: torch.device,
     level: str | None = None,
     kind: str = "number",
+    *,
+    scalar: bool = False,
 ) -> Tensor:
-    """A tensor that has one entry per response or per token: as [B], or as [B, T], packed [1, N].
+    """A tensor that has one entry per response or per token: as [B], or as [B, T], packed [1, N]; 0-d stays.
 
     Takes [B] and [B, 1], per token [B, T], or packed [N] and [1, N]. A tensor that is expanded along T is per response.
 
     Args:
         level: "response" or "token", where the caller said which; None: its shape tells.
         kind: of its dtype, see :func:`check_tensor`.
+        scalar: whether one for all, 0-d, is allowed too.
 
     Raises:
-        TypeError, ValueError: another dtype than integer or floating, another shape or device; packed with as many
+        TypeError, ValueError: another dtype than ``kind``, another shape or device; packed with as many
             responses as tokens, [N] without a level.
     """
     packed, (count, length) = len(shape) == 1, (1, shape[0]) if len(shape) == 1 else shape
     per_response = [] if level == "token" else [(responses,), (responses, 1)]
     per_token = [] if level == "response" else [tuple(shape), (count, length)]
-    checked = check_tensor(name, value, [*per_response, *per_token], kind, device)
+    shapes = [*per_response, *per_token]
+    checked = check_tensor(name, value, [(), *shapes] if scalar else shapes, kind, device)
+    if checked.dim() == 0:
+        return checked
     if packed and checked.dim() == 1 and responses == length > 1 and level is None:
         hint = "advantage_level='response' or 'token'" if name == "advantages" else "[B, 1] or [1, N]"
         raise ValueError(
@@ -249,13 +255,6 @@ class BatchStatistics:
         if (self.group_ids is None) != (self.group_lengths is None):
             raise ValueError("group_lengths: expected together with group_ids, got only one of them")
 
-    def check_device(self, device: torch.device) -> None:
-        """ValueError unless every tensor among the totals is on ``device``."""
-        for name in ("responses", "tokens", "positive", "negative", "group_ids", "group_lengths"):
-            value = getattr(self, name)
-            if isinstance(value, Tensor) and not same_device(value.device, device):
-                raise ValueError(f"statistics: expected {name} on {device}, got {described(value)}")
-
     @classmethod
     def from_batch(
         cls,
@@ -281,30 +280,12 @@ class BatchStatistics:
 
         Raises:
             TypeError, ValueError: as :func:`policy_loss` does for the same arguments; also when the lengths of
-                the responses cannot be told (advantages [B] with neither mask nor cu_seqlens).
+                the responses cannot be told (neither mask nor cu_seqlens with advantages [B], or [B, 1] that
+                ``advantage_level`` does not call those of tokens).
         """
-        if not isinstance(advantages, Tensor):
-            raise TypeError(f"advantages: expected a tensor, got {described(advantages)}")
-        if mask is not None and not isinstance(mask, Tensor):
-            raise TypeError(f"mask: expected a tensor or None, got {described(mask)}")
-        if mask is not None:
-            name, shape = "mask", mask.shape
-        elif isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() == 1 and len(cu_seqlens) > 0:
-            name, shape = "cu_seqlens", torch.Size([int(cu_seqlens[-1])])
-        elif advantages.dim() == 2:
-            name, shape = "advantages", advantages.shape
-        else:
-            raise ValueError(
-                "mask: expected a mask, cu_seqlens or per-token advantages to tell the responses' "
-                f"lengths from, got None with advantages {described(advantages)}"
-            )
-        responses, device = check_boundaries(name, shape, advantages.device, cu_seqlens), advantages.device
-        if mask is not None:
-            check_mask(mask, shape, device)
-        values = check_level("advantages", advantages, shape, responses, device, check_choice(advantage_level))
-        rows = (1, shape[0]) if len(shape) == 1 else tuple(shape)
-        layout = Layout.of(as_mask(mask, rows, device), responses, cu_seqlens)
-        local = cls._of_layout(layout, values, check_groups(groups, responses, device), gradient_average)
+        layout, values = _counted(advantages, mask, cu_seqlens, advantage_level)
+        groups = check_groups(groups, layout.responses, advantages.device)
+        local = cls._of_layout(layout, values, groups, gradient_average)
         return local if process_group is None else local._all_reduced(process_group)
 
     @classmethod
@@ -370,11 +351,24 @@ class BatchStatistics:
         count = (ids[1:] != ids[:-1]).sum() + 1
         return (count * (total[last] - total[first]).clamp(min=1)).to(torch.float32)
 
-    def alpha(self, weighting: Hysteretic | AdaptiveHysteretic | None) -> float | Tensor:
+    def alpha(self, weighting: Weighting | None) -> float | Tensor:
         """Weight of negative advantages in this optimiser batch: 1, alpha, or the adaptive one."""
         if isinstance(weighting, AdaptiveHysteretic):
             return adaptive_alpha(self.positive, self.negative, weighting.alpha_min)
         return 1.0 if weighting is None else weighting.alpha
+
+
+def check_statistics(statistics: object, device: torch.device) -> BatchStatistics | None:
+    """``statistics`` itself; TypeError or ValueError unless it is None or a BatchStatistics on ``device``."""
+    if statistics is None:
+        return None
+    if not isinstance(statistics, BatchStatistics):
+        raise TypeError(f"statistics: expected a BatchStatistics or None, got {described(statistics)}")
+    for name in ("responses", "tokens", "positive", "negative", "group_ids", "group_lengths"):
+        value = getattr(statistics, name)
+        if isinstance(value, Tensor) and not same_device(value.device, device):
+            raise ValueError(f"statistics: expected {name} on {device}, got {described(value)}")
+    return statistics
 
 
 def adaptive_alpha(positive: Count, negative: Count, alpha_min: float) -> float | Tensor:
@@ -384,3 +378,80 @@ def adaptive_alpha(positive: Count, negative: Count, alpha_min: float) -> float 
     negative = torch.as_tensor(negative).to(torch.float32)
     quotient = torch.as_tensor(positive).to(torch.float32) / torch.where(negative == 0, 1.0, negative)
     return torch.where(negative == 0, 1.0, quotient).clamp(alpha_min, 1.0)
+
+
+def _counted(
+    advantages: object, mask: object, cu_seqlens: Tensor | None, level: object, *, any_length: bool = False
+) -> tuple[Layout, Tensor]:
+    """The layout that advantages, mask and boundaries tell, and the advantages as in ``Batch``; checked here.
+
+    ``any_length``: responses whose lengths are not told may have one token each.
+    """
+    if not isinstance(advantages, Tensor):
+        raise TypeError(f"advantages: expected a tensor, got {described(advantages)}")
+    if mask is not None and not isinstance(mask, Tensor):
+        raise TypeError(f"mask: expected a tensor or None, got {described(mask)}")
+    if mask is not None:
+        name, shape = "mask", mask.shape
+    elif isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() == 1 and len(cu_seqlens) > 0:
+        name, shape = "cu_seqlens", torch.Size([int(cu_seqlens[-1])])
+    elif advantages.dim() == 2 and (advantages.shape[1] != 1 or level == "token"):
+        name, shape = "advantages", advantages.shape
+    elif any_length and advantages.dim() > 0:
+        name, shape = "advantages", torch.Size((len(advantages), 1))
+    else:
+        raise ValueError(
+            "mask: expected a mask, cu_seqlens or per-token advantages to tell the responses' "
+            f"lengths from, got None with advantages {described(advantages)}"
+        )
+    responses, device = check_boundaries(name, shape, advantages.device, cu_seqlens), advantages.device
+    if mask is not None:
+        check_mask(mask, shape, device)
+    values = check_level("advantages", advantages, shape, responses, device, check_choice(level))
+    rows = (1, shape[0]) if len(shape) == 1 else tuple(shape)
+    return Layout.of(as_mask(mask, rows, device), responses, cu_seqlens), values
+
+
+def hysteretic_advantages(
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    weighting: Weighting | None = AdaptiveHysteretic(),  # noqa: B008 (immutable)
+    statistics: BatchStatistics | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    advantage_level: AdvantageLevel | None = None,
+) -> Tensor:
+    """Advantages with the hysteretic weight folded in, for losses that know no weighting: alpha A where A < 0.
+
+    Every shaping but :class:`DRO` is homogeneous in A, s(x, alpha A) = alpha s(x, A) for alpha > 0, so that a loss of
+    these advantages without weighting is that of the given ones with it. DRO's weighting scales its quadratic term too,
+    which the advantages do not reach.
+
+    Args:
+        advantages: [B], or one per token: [B, T] or packed [N].
+        mask: [B, T] or [N], bool or 0/1, for the counts; None: every token counts.
+        weighting: :class:`AdaptiveHysteretic`, :class:`Hysteretic` or None.
+        statistics: totals of the optimiser batch, from the advantages as they are here; None: these are all of it.
+        cu_seqlens: integer [B + 1], boundaries of packed responses.
+        advantage_level: as in :func:`policy_loss`.
+
+    Returns:
+        Tensor of the advantages' shape and dtype; float32 for integers. Nothing is synchronised, unless packed
+        advantages on a GPU come without a mask, when N is read from cu_seqlens.
+
+    Raises:
+        TypeError, ValueError: as :func:`policy_loss` does for the same arguments.
+
+    Examples:
+        >>> hysteretic_advantages(torch.tensor([1.0, -1.0, -1.0, -0.5, -2.0]))
+        tensor([ 1.0000, -0.2500, -0.2500, -0.1250, -0.5000])
+    """
+    if weighting is not None and not isinstance(weighting, get_args(Weighting)):
+        raise TypeError(f"weighting: expected a Hysteretic, AdaptiveHysteretic or None, got {weighting!r}")
+    layout, values = _counted(advantages, mask, cu_seqlens, advantage_level, any_length=True)
+    check_statistics(statistics, advantages.device)
+    if statistics is None:
+        statistics = BatchStatistics._of_layout(layout, values, None)
+    exact = advantages.to(torch.promote_types(advantages.dtype, torch.float32))
+    weighed = torch.where(exact < 0, exact * statistics.alpha(weighting), exact)
+    return weighed.to(advantages.dtype) if advantages.is_floating_point() else weighed

@@ -13,7 +13,7 @@ from .batch import AdvantageLevel, BatchStatistics
 from .checks import check_floating, check_logits, check_tensor, check_transform, described
 from .interface import Batch, TokenTerms
 from .metrics import MetricSums, metric_sums
-from .objective import Objective, resolve_objective
+from .objective import Objective, ObjectiveLike, resolve_objective
 from .token_terms import check_batch
 
 
@@ -120,7 +120,7 @@ def policy_loss(
     entropy_weights: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     groups: Tensor | None = None,
-    objective: str | Objective = "mhpo_ahpo",
+    objective: ObjectiveLike = "mhpo_ahpo",
     statistics: BatchStatistics | None = None,
     lengths: Tensor | None = None,
     response_mean_log_ratios: Tensor | None = None,
@@ -155,7 +155,7 @@ def policy_loss(
             step without a synchronisation.
         cu_seqlens: integer [B + 1], boundaries of packed responses, from 0 to N.
         groups: integer [B], the prompt of each response; for normalization "group_mean_length".
-        objective: a preset's name or an :class:`Objective`.
+        objective: an :class:`Objective`, a preset's name, or a mapping that :meth:`Objective.from_mapping` reads.
         statistics: totals of the optimiser batch, :class:`BatchStatistics`; None: this call is the whole batch.
         lengths: integer [B], unmasked tokens of each whole response, where this call has a part of it (context
             parallelism); needs ``statistics``. Without it, normalisation by response and ratios of responses are
@@ -242,7 +242,7 @@ def logprob_policy_loss(
     entropy_weights: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     groups: Tensor | None = None,
-    objective: str | Objective = "mhpo_ahpo",
+    objective: ObjectiveLike = "mhpo_ahpo",
     statistics: BatchStatistics | None = None,
     lengths: Tensor | None = None,
     response_mean_log_ratios: Tensor | None = None,

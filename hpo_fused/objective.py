@@ -7,10 +7,12 @@ in ``surrogate.py`` (torch), ``kernels/surrogate.py`` (device) and ``reference.p
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
 from .interface import Batch, LossSpec
+from .mapping import arguments_of, as_mapping
 from .shaping import (
     SHAPINGS,
     Clip,
@@ -178,7 +180,7 @@ class Objective:
             ValueError: unknown name (the message lists the known ones), or a value that the field refuses.
             TypeError: an override that is not a field.
         """
-        if name not in _PRESETS:
+        if name not in tuple(_PRESETS):
             raise ValueError(f"objective: expected one of {', '.join(_PRESETS)}, got {name!r}")
         if not overrides:  # the path that torch.compile traces, which cannot look into a class's fields
             return _PRESETS[name]
@@ -199,6 +201,41 @@ class Objective:
         """
         return dict(_PRESETS)
 
+    @classmethod
+    def from_mapping(cls, value: str | Mapping[str, Any]) -> Objective:
+        """An objective from plain values, as JSON, YAML and command lines give them; see docs/objectives.md.
+
+        Args:
+            value: a preset's name, or a mapping of fields by name; those not named are the ``"preset"``'s, if that key
+                is there, else the defaults. ``shaping`` and ``weighting`` are mappings of their ``"kind"``, the class's
+                name in snake case, and of its fields; ``hazard`` is one of its fields. Any of the three may be an
+                instance, the latter two None.
+
+        Raises:
+            TypeError, ValueError: a key or kind that does not exist (the message lists those that do), or a value that
+                its field refuses; the message begins with the path to it, as in ``shaping.low``.
+
+        Examples:
+            >>> drop = {"kind": "truncated_ratio", "low": 0.8, "high": 1.2, "outside": "zero"}
+            >>> Objective.from_mapping({"preset": "cispo", "shaping": drop}).shaping
+            TruncatedRatio(high=1.2, low=0.8, outside='zero', high_neg=None, low_neg=None)
+            >>> Objective.from_mapping("grpo").to_mapping()["shaping"]
+            {'kind': 'clip', 'low': 0.2, 'high': 0.2, 'delta': None, 'dual': None}
+        """
+        if isinstance(value, str):
+            return cls.preset(value)
+        if not isinstance(value, Mapping):
+            raise TypeError(
+                f"objective: expected a preset's name, a mapping or an Objective, got {value!r} of type "
+                f"{type(value).__name__}"
+            )
+        arguments = arguments_of(cls, value, "", "preset")
+        return cls.preset(value["preset"], **arguments) if "preset" in value else cls(**arguments)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Every field as plain values, of the types that JSON has; :meth:`from_mapping` reads them back."""
+        return as_mapping(self)
+
     def lower(self, batch: Batch) -> LossSpec:
         """The plain values that a backend needs for a batch."""
         kind, parameters = self.shaping.lower()
@@ -209,6 +246,9 @@ class Objective:
             "sequence_token" if given else self.ratio_level,
         )  # fmt: skip
 
+
+# What the loss functions take as their objective.
+ObjectiveLike: TypeAlias = str | Mapping[str, Any] | Objective
 
 _PRESETS: dict[str, Objective] = {
     "grpo": Objective("token", Clip(0.2, 0.2), None, "response"),
@@ -230,10 +270,6 @@ _PRESETS: dict[str, Objective] = {
 }
 
 
-def resolve_objective(objective: str | Objective) -> Objective:
-    """The :class:`Objective` for a preset's name or an instance; ValueError/TypeError otherwise."""
-    if isinstance(objective, Objective):
-        return objective
-    if isinstance(objective, str):
-        return Objective.preset(objective)
-    raise TypeError(f"objective: expected a preset's name or an Objective, got {type(objective).__name__}")
+def resolve_objective(objective: ObjectiveLike) -> Objective:
+    """The :class:`Objective` itself, or that of a preset's name or a mapping; ValueError or TypeError otherwise."""
+    return objective if isinstance(objective, Objective) else Objective.from_mapping(objective)

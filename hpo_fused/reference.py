@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .batch import BatchStatistics
-from .objective import AdaptiveHysteretic, Hysteretic, Objective, resolve_objective
+from .objective import AdaptiveHysteretic, Hysteretic, Objective, ObjectiveLike, resolve_objective
 from .shaping import DRO, Clip, GammaGate, GeometricMean, LogFidelity, SoftGate, TruncatedRatio
 
 
@@ -146,7 +146,7 @@ def logprob_policy_loss(
     entropy_weights: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     groups: Tensor | None = None,
-    objective: str | Objective = "mhpo_ahpo",
+    objective: ObjectiveLike = "mhpo_ahpo",
     statistics: BatchStatistics | None = None,
     advantage_level: str | None = None,
     loss_scale: float | Tensor = 1.0,

@@ -186,7 +186,7 @@ class TruncatedRatio:
                 check_number(
                     f"TruncatedRatio.{high}", getattr(self, high), "a finite number > 0", low=0.0, open_low=True
                 )
-            upper = self.bounds(negative=bool(suffix))[1]
+            upper = self.high if getattr(self, high) is None else getattr(self, high)
             expected = f"a number in [0, {high}={upper}] or None"
             if getattr(self, low) is not None:
                 check_number(

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .batch import (
-    AdvantageLevel,
     BatchStatistics,
     Layout,
     adaptive_alpha,
@@ -22,8 +21,9 @@ from .batch import (
     check_lengths,
     check_level,
     check_mask,
+    check_statistics,
 )
-from .checks import check_factor, check_floating, check_tensor, check_token_ids, described, same_device
+from .checks import check_factor, check_tensor, check_token_ids, described
 from .interface import (
     ADVANTAGE,
     ENTROPY_WEIGHT,
@@ -83,21 +83,15 @@ def check_batch(
     def per_token(name: str, value: Tensor | None) -> Tensor | None:
         return None if value is None else check_tensor(name, value, [tuple(shape)], "floating", device)
 
-    def any_level(name: str, value: Tensor | None, level: AdvantageLevel | None = None) -> Tensor | None:
-        return None if value is None else check_level(name, value, shape, responses, device, level)
+    def any_level(name: str, value: Tensor | None, scalar: bool = False) -> Tensor | None:
+        return None if value is None else check_level(name, value, shape, responses, device, scalar=scalar)
 
     if mask is not None:
         mask = check_mask(mask, shape, device)
     advantages = check_level("advantages", advantages, shape, responses, device, check_choice(advantage_level))
     token_weights = any_level("token_weights", token_weights)
-    if not (isinstance(entropy_weights, Tensor) and entropy_weights.dim() == 0):
-        entropy_weights = any_level("entropy_weights", entropy_weights)
-    elif not same_device(check_floating("entropy_weights", entropy_weights).device, device):
-        raise ValueError(f"entropy_weights: expected a tensor on {device}, got {described(entropy_weights)}")
-    if statistics is not None:
-        if not isinstance(statistics, BatchStatistics):
-            raise TypeError(f"statistics: expected a BatchStatistics or None, got {described(statistics)}")
-        statistics.check_device(device)
+    entropy_weights = any_level("entropy_weights", entropy_weights, scalar=True)
+    statistics = check_statistics(statistics, device)
     if statistics is None or objective.normalization == "group_mean_length":  # else nobody asks
         groups = check_groups(groups, responses, device)
     if objective.kl_coef != 0 and ref_logprobs is None:
@@ -131,7 +125,7 @@ def check_batch(
             )
         normalization, normalizers = "given", counted.group_normalizer(groups)
     elif normalization == "response" and lengths is not None:
-        assert isinstance(statistics, BatchStatistics)
+        assert statistics is not None
         normalization, normalizers = "given", (_at_least_one(statistics.responses) * lengths.clamp(min=1)).float()
     elif normalization in ("constant", "response_sum"):
         normalization, max_length = "constant", objective.max_length or 1 if normalization == "constant" else 1
@@ -163,6 +157,12 @@ def _given_log_ratios(
     derivative where they are all the same: no other part of the response is needed.
     """
     level, name = objective.ratio_level, "response_mean_log_ratios"
+    if isinstance(objective.shaping, GeometricMean) and level != "token" and not (means is None and lengths is None):
+        name = name if lengths is None else "lengths"
+        raise ValueError(
+            f"{name}: expected None for GeometricMean at ratio_level={level!r}, which needs whole responses: it bounds "
+            f"log-ratios before their mean; got {described(means if lengths is None else lengths)}"
+        )
     if means is None:
         if lengths is not None and level != "token":
             raise ValueError(
@@ -174,19 +174,21 @@ def _given_log_ratios(
     if level == "token":
         raise ValueError(f"{name}: expected None for ratio_level='token', got {described(means)}")
     if lengths is None:
-        raise ValueError(f"{name}: expected lengths [B] of the whole responses beside it, got None")
-    if isinstance(objective.shaping, GeometricMean):
-        raise ValueError(f"{name}: expected None for GeometricMean, which bounds log-ratios before their mean")
+        raise ValueError(f"lengths: expected those of the whole responses, [B], beside {name}, got None")
     stays = level == "sequence_token" or isinstance(objective.shaping, (TruncatedRatio, GammaGate))
-    if not stays and (not constant or level == "sequence_sum"):
+    if not stays and not constant:
         raise ValueError(
-            f"{name}: expected ratio_level='sequence_token', or 'sequence' with advantages and token_weights [B], for "
-            f"{type(objective.shaping).__name__}, whose derivative by the ratio takes the response's other parts, got "
-            f"ratio_level={level!r}" + ("" if constant else " with some per token")
+            f"{name}: expected advantages and token_weights [B] for ratio_level={level!r}, got some per token; their "
+            "other parts would be needed, see ratio_level='sequence_token'"
         )
-    if objective.kl == "k3_ratio" and objective.kl_coef != 0 and (level == "sequence" or old_logprobs is None):
-        need = "old_logprobs" if old_logprobs is None else "another ratio_level"
-        raise ValueError(f"{name}: expected {need} beside it for kl='k3_ratio' at ratio_level={level!r}, got None")
+    if objective.kl == "k3_ratio" and objective.kl_coef != 0:
+        if level == "sequence":
+            raise ValueError(
+                f"{name}: expected None for kl='k3_ratio' at ratio_level='sequence', whose gradient needs the "
+                f"responses' other parts, got {described(means)}"
+            )
+        if old_logprobs is None:
+            raise ValueError(f"old_logprobs: expected them beside {name} for kl='k3_ratio', got None")
     means = means.detach().to(torch.float32)
     return means * lengths if level == "sequence_sum" else means
 

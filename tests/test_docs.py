@@ -22,8 +22,10 @@ WITH_EXAMPLES = sorted(
 )
 
 
-def blocks(document: str) -> list[str]:
+def blocks(document: str, start: str = "") -> list[str]:
+    """The Python code of a document, from a heading on."""
     text = (ROOT / document).read_text(encoding="utf-8")
+    text = text[text.index(start) :]
     return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
 
 
@@ -107,6 +109,12 @@ def test_examples_of_other_trainers_run() -> None:
     scope["loss"].backward()
     assert head.weight.grad is not None
     assert head.weight.grad.isfinite().all()
+
+
+def test_examples_of_mappings_run() -> None:
+    codes = blocks("docs/objectives.md", "## From a file or a command line")
+    assert len(codes) == 3
+    exec("\n".join(codes), {"hf": hf, "torch": torch})
 
 
 def test_readme_names_every_preset() -> None:

@@ -33,6 +33,11 @@ LOSSES = ("policy_loss", "linear_policy_loss", "logprob_policy_loss")
 GROUPED = {"objective": hf.Objective.preset("ahpo", normalization="group_mean_length")}
 HALF = {"hidden": HIDDEN.bfloat16(), "weight": WEIGHT.bfloat16()}
 INPLACE = ("policy_loss",)
+# A batch of as many responses as tokens, and responses of which a call has parts.
+SINGLES = {"packed": True, "cu_seqlens": torch.arange(7), "advantages": torch.ones(6, 1)}
+PARTS = {"lengths": torch.tensor([3, 9]), "statistics": hf.BatchStatistics(2, 12, 1, 1)}
+MEANS = {**PARTS, "response_mean_log_ratios": torch.zeros(2)}
+REFERRED = {"ref_logprobs": torch.zeros(2, 3), "objective": hf.Objective.preset("gspo", kl="k3_ratio", kl_coef=0.1)}
 Wrong = tuple[dict[str, Any], type[Exception], str]
 
 
@@ -77,6 +82,84 @@ BATCH: dict[str, Wrong] = {
     "advantages-type": ({"advantages": 1.0}, TypeError, "advantages: .*float"),
     "advantages-bool": ({"advantages": torch.ones(2).bool()}, TypeError, "advantages: .*bool"),
     "advantages-device": ({"advantages": META[:2, 0]}, ValueError, "advantages: .*cpu.*meta"),
+    "level-name": ({"advantage_level": "sequence"}, ValueError, "advantage_level: expected one of .*'sequence'"),
+    "level-token": ({"advantage_level": "token"}, ValueError, r"advantages: expected shape \[2, 3\], got .*\[2\]"),
+    "level-response": (
+        {"advantages": ONES, "advantage_level": "response"},
+        ValueError, r"advantages: .*\[2\] or \[2, 1\], got .*\[2, 3\]",
+    ),
+    "advantages-ambiguous": (
+        {**SINGLES, "advantages": torch.ones(6)},
+        ValueError, "advantages: expected advantage_level='response' or 'token'.*as many responses as tokens",
+    ),
+    "weights-ambiguous": (
+        {**SINGLES, "token_weights": torch.ones(6)}, ValueError, r"token_weights: expected \[B, 1\] or \[1, N\].*\[6\]"
+    ),
+    "entropy-weights-ambiguous": (
+        {**SINGLES, "entropy_weights": torch.ones(6)}, ValueError, r"entropy_weights: expected \[B, 1\] or \[1, N\]"
+    ),
+    "entropy-weights-number": (
+        {"entropy_weights": 0.1}, TypeError, r"entropy_weights: .*\[\] or \[2\] or \[2, 1\] or \[2, 3\], got float 0.1"
+    ),
+    "entropy-weights-shape": ({"entropy_weights": torch.ones(3)}, ValueError, r"entropy_weights: .*\[2\].*\[3\]"),
+    "entropy-weights-one": ({"entropy_weights": torch.ones(1)}, ValueError, r"entropy_weights: .*\[1\]"),
+    "entropy-weights-dtype": ({"entropy_weights": ONES.bool()}, TypeError, "entropy_weights: .*bool"),
+    "entropy-weights-device": ({"entropy_weights": META[0, 0]}, ValueError, "entropy_weights: .*cpu.*meta"),
+    "lengths-type": ({**PARTS, "lengths": [3, 9]}, TypeError, "lengths: .*list"),
+    "lengths-dtype": ({**PARTS, "lengths": torch.ones(2)}, TypeError, "lengths: expected an integer.*float32"),
+    "lengths-shape": ({**PARTS, "lengths": CU}, ValueError, r"lengths: .*\[2\].*\[3\]"),
+    "lengths-device": ({**PARTS, "lengths": META[:2, 0].long()}, ValueError, "lengths: .*cpu.*meta"),
+    "lengths-alone": ({"lengths": PARTS["lengths"]}, ValueError, "lengths: .*statistics beside it.*None"),
+    "lengths-short": (
+        {**PARTS, "lengths": torch.tensor([3, 2])}, ValueError, r"lengths: expected at least .*\[3, 2\] for \[3, 3\]"
+    ),
+    "lengths-of-ratios": (
+        {**PARTS, "objective": "gspo"}, ValueError, "response_mean_log_ratios: .*beside lengths.*None; .*first sweep"
+    ),
+    "lengths-of-bounded-ratios": (
+        {**PARTS, "objective": "gmpo"}, ValueError, r"lengths: expected None for GeometricMean.*int64 \[2\]"
+    ),
+    "means-of-bounded-ratios": (
+        {"response_mean_log_ratios": torch.zeros(2), "objective": "gmpo"},
+        ValueError, r"response_mean_log_ratios: expected None for GeometricMean.*float32 \[2\]",
+    ),
+    "means-of-tokens": (
+        {**MEANS, "objective": "grpo"}, ValueError, "response_mean_log_ratios: expected None for ratio_level='token'"
+    ),
+    "means-alone": (
+        {"response_mean_log_ratios": torch.zeros(2), "objective": "gspo"},
+        ValueError, "lengths: expected .*beside response_mean_log_ratios, got None",
+    ),
+    "means-type": (
+        {**MEANS, "objective": "gspo", "response_mean_log_ratios": 0.0}, TypeError, "response_mean_log_ratios: .*float"
+    ),
+    "means-dtype": (
+        {**MEANS, "objective": "gspo", "response_mean_log_ratios": torch.tensor([0, 0])},
+        TypeError, "response_mean_log_ratios: expected a floating.*int64",
+    ),
+    "means-shape": (
+        {**MEANS, "objective": "gspo", "response_mean_log_ratios": ONES},
+        ValueError, r"response_mean_log_ratios: .*\[2\].*\[2, 3\]",
+    ),
+    "means-device": (
+        {**MEANS, "objective": "gspo", "response_mean_log_ratios": META[:2, 0]},
+        ValueError, "response_mean_log_ratios: .*cpu.*meta",
+    ),
+    "means-per-token": (
+        {**MEANS, "objective": "gspo", "advantages": ONES},
+        ValueError, r"response_mean_log_ratios: expected advantages and token_weights \[B\].*per token",
+    ),
+    "means-weighted": (
+        {**MEANS, "objective": "gspo", "token_weights": ONES},
+        ValueError, r"response_mean_log_ratios: expected advantages and token_weights \[B\].*per token",
+    ),
+    "means-k3-ratio": (
+        {**MEANS, **REFERRED}, ValueError, "response_mean_log_ratios: expected None for kl='k3_ratio'.*float32"
+    ),
+    "means-k3-ratio-old": (
+        {**MEANS, **REFERRED, "objective": hf.Objective.preset("gspo_token", kl="k3_ratio", kl_coef=0.1)},
+        ValueError, "old_logprobs: expected .*response_mean_log_ratios for kl='k3_ratio', got None",
+    ),
     "old-shape": ({"old_logprobs": torch.zeros(2)}, ValueError, r"old_logprobs: .*\[2, 3\].*\[2\]"),
     "old-dtype": ({"old_logprobs": TOKENS}, TypeError, "old_logprobs: .*int64"),
     "ref-missing": ({"objective": hf.Objective(kl_coef=0.1)}, ValueError, "ref_logprobs: .*kl_coef=0.1.*None"),
@@ -118,6 +201,7 @@ BATCH: dict[str, Wrong] = {
     "max-length": ({"objective": "dr_grpo"}, ValueError, "max_length: .*constant.*None"),
     "objective-name": ({"objective": "grpoo"}, ValueError, "objective: expected one of grpo.*'grpoo'"),
     "objective-type": ({"objective": 3}, TypeError, "objective: .*int"),
+    "objective-kind": ({"objective": {"shaping": {"kind": "ppo"}}}, ValueError, "shaping.kind: .*one of clip.*'ppo'"),
     "statistics-device": (
         {"statistics": hf.BatchStatistics(2, 6, 1, torch.tensor(1, device="meta"))},
         ValueError, "statistics: expected negative on cpu.*meta",
@@ -146,6 +230,9 @@ OF_LOGPROBS: dict[str, Wrong] = {
     "logprobs-dims": ({"logprobs": LOGITS}, ValueError, r"logprobs: .*\[2, 3, 11\]"),
     "entropy-missing": (
         {"objective": hf.Objective(entropy_coef=0.1)}, ValueError, "entropy: .*entropy_coef=0.1.*None"
+    ),
+    "entropy-missing-weights": (
+        {"entropy_weights": torch.tensor(0.1)}, ValueError, "entropy: .*for entropy_weights, got None"
     ),
     "entropy-shape": ({"entropy": torch.zeros(2)}, ValueError, r"entropy: .*\[2, 3\]"),
     "backend-name": ({"backend": "cuda"}, ValueError, "backend: expected one of .*'cuda'"),

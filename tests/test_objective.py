@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import pickle
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +16,8 @@ import torch
 import hpo_fused as hf
 from hpo_fused import reference
 from hpo_fused.interface import ADVANTAGE, OLD_LOGPROB, POLICY_WEIGHT, TERMS
+from hpo_fused.mapping import kind_of
+from hpo_fused.shaping import SHAPINGS
 from hpo_fused.surrogate import token_loss
 
 VECTORS = json.loads((Path(__file__).parent / "objectives.json").read_text())
@@ -123,11 +129,14 @@ def test_mhpo_multiplier_peaks_near_a_ratio_of_1_78() -> None:
         (lambda: hf.Objective(max_log_ratio=1e3), ValueError, "max_log_ratio.*1000"),
         (lambda: hf.Objective(max_length=0), ValueError, "max_length.*0"),
         (lambda: hf.Objective(max_length=1.5), TypeError, "max_length.*1.5"),
+        (lambda: hf.Objective(kl="k4"), ValueError, "kl: expected one of .*k3_ratio.*'k4'"),
+        (lambda: hf.Objective(kl=None), ValueError, "kl: .*None"),
         (
-            lambda: hf.Objective("sequence", hf.TruncatedRatio()),
+            lambda: hf.Objective(kl="k3_ratio", max_log_ratio=60),
             ValueError,
-            "shaping: TruncatedRatio.*sequence",
+            r"max_log_ratio: .*\(0, 40\].*k3_ratio.*60",
         ),
+        (lambda: hf.Objective.preset("gmpo", kl="k3_ratio"), ValueError, "kl: .*'k3_ratio' for GeometricMean"),
         (lambda: hf.Clip(low=1.5), ValueError, r"Clip.low.*\[0, 1\].*1.5"),
         (lambda: hf.Clip(high=-0.1), ValueError, "Clip.high"),
         (lambda: hf.Clip(delta=0.0), ValueError, "Clip.delta"),
@@ -138,7 +147,20 @@ def test_mhpo_multiplier_peaks_near_a_ratio_of_1_78() -> None:
         (lambda: hf.Hazard(lambda_neg=math.inf), ValueError, "Hazard.lambda_neg"),
         (lambda: hf.SoftGate(tau_pos=0.0), ValueError, "SoftGate.tau_pos"),
         (lambda: hf.TruncatedRatio(high=0.0), ValueError, "TruncatedRatio.high"),
+        (lambda: hf.TruncatedRatio(high=None), TypeError, "TruncatedRatio.high: .*None"),
         (lambda: hf.TruncatedRatio(high=1.0, low=2.0), ValueError, "TruncatedRatio.low"),
+        (lambda: hf.TruncatedRatio(low="a"), TypeError, r"TruncatedRatio.low: .*\[0, high=5.0\].*'a' of type str"),
+        (lambda: hf.TruncatedRatio(outside="drop"), ValueError, "TruncatedRatio.outside: .*'clip' or 'zero'.*'drop'"),
+        (lambda: hf.TruncatedRatio(high_neg=-1.0), ValueError, "TruncatedRatio.high_neg: .*-1.0"),
+        (lambda: hf.TruncatedRatio(low=0.5, high_neg=0.2), ValueError, "TruncatedRatio.high_neg: .*>= low=0.5.*0.2"),
+        (lambda: hf.TruncatedRatio(low_neg=6.0), ValueError, r"TruncatedRatio.low_neg: .*5.0\].*6.0"),
+        (lambda: hf.TruncatedRatio(high_neg=2.0, low_neg=3.0), ValueError, r"TruncatedRatio.low_neg: .*2.0\].*3.0"),
+        (lambda: hf.GammaGate(k_pos=-1.0), ValueError, "GammaGate.k_pos: .*>= 0.*-1.0"),
+        (lambda: hf.GammaGate(lambda_neg=0), ValueError, "GammaGate.lambda_neg: .*> 0.*0"),
+        (lambda: hf.GeometricMean(low=-0.4), ValueError, "GeometricMean.low: .*>= 0.*-0.4"),
+        (lambda: hf.GeometricMean(high=math.nan), ValueError, "GeometricMean.high: .*nan"),
+        (lambda: hf.DRO(0.0), ValueError, "DRO.beta: .*> 0.*0.0"),
+        (lambda: hf.DRO("1"), TypeError, "DRO.beta: .*'1' of type str"),
         (lambda: hf.Hysteretic(1.2), ValueError, r"Hysteretic.alpha.*\[0, 1\].*1.2"),
         (lambda: hf.Hysteretic(True), TypeError, "Hysteretic.alpha"),
         (lambda: hf.AdaptiveHysteretic(-0.1), ValueError, "AdaptiveHysteretic.alpha_min"),
@@ -147,3 +169,148 @@ def test_mhpo_multiplier_peaks_near_a_ratio_of_1_78() -> None:
 def test_bad_settings(build, error, words) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(error, match=words):
         build()
+
+
+OBJECTIVES = [
+    *hf.Objective.presets().values(),
+    hf.Objective(shaping=hf.Clip(0.1, 0.3, delta=4.0, dual=3), weighting=hf.Hysteretic(0.5), normalization="response"),
+    hf.Objective(shaping=hf.LogFidelity(2.0, hf.Hazard(lambda_neg=0.5)), normalization="constant", max_length=64),
+    hf.Objective("sequence_token", hf.LogFidelity(hazard=None), kl="k3+", kl_coef=0.1, entropy_coef=-0.01),
+    hf.Objective(shaping=hf.TruncatedRatio(2.0, 0.5, "zero", 3.0, 0.25), weighting=None, max_log_ratio=10),
+    hf.Objective(shaping=hf.DRO(0.1)),
+]
+DROP = {"kind": "truncated_ratio", "low": 0.8, "high": 1.2, "outside": "zero"}
+FORMS: list[tuple[Any, hf.Objective]] = [
+    ("gspo", hf.Objective.preset("gspo")),
+    ({"preset": "gspo"}, hf.Objective.preset("gspo")),
+    ({"preset": "cispo", "shaping": DROP}, hf.Objective.preset("cispo", shaping=hf.TruncatedRatio(1.2, 0.8, "zero"))),
+    ({"preset": "ahpo", "weighting": None, "kl_coef": 1}, hf.Objective.preset("dapo", shaping=hf.Clip(), kl_coef=1)),
+    ({"preset": "grpo", "shaping": hf.DRO(2)}, hf.Objective.preset("grpo", shaping=hf.DRO(2))),
+    ({}, hf.Objective()),
+    ({"shaping": {"kind": "log_fidelity", "hazard": None}}, hf.Objective(shaping=hf.LogFidelity(hazard=None))),
+    (
+        {"shaping": {"kind": "log_fidelity", "hazard": {"k_neg": 3}}},
+        hf.Objective(shaping=hf.LogFidelity(hazard=hf.Hazard(k_neg=3))),
+    ),
+    ({"weighting": {"kind": "hysteretic", "alpha": 0.5}}, hf.Objective(weighting=hf.Hysteretic(0.5))),
+]
+
+
+def read_only(value: Any) -> Any:
+    """A mapping of another type than dict, as configuration libraries have them."""
+    return MappingProxyType({k: read_only(v) for k, v in value.items()}) if isinstance(value, dict) else value
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: objective.shaping.__class__.__name__)
+def test_plain_values_and_back(objective: hf.Objective) -> None:
+    plain = json.loads(json.dumps(objective.to_mapping()))
+    assert plain == objective.to_mapping()
+    assert list(plain) == [field.name for field in dataclasses.fields(hf.Objective)]
+    assert hf.Objective.from_mapping(read_only(plain)) == objective
+
+
+@pytest.mark.parametrize(("form", "objective"), FORMS)
+def test_from_mapping(form: Any, objective: hf.Objective) -> None:
+    assert hf.Objective.from_mapping(read_only(form)) == objective
+
+
+def test_kinds_are_those_that_backends_know() -> None:
+    named = {kind_of(shaping) for shaping in SHAPINGS}
+    assert named == {objective.shaping.lower()[0] for objective in OBJECTIVES}
+    assert len(named) == len(SHAPINGS)
+
+
+def test_numbers_of_other_kinds_become_plain() -> None:
+    numpy = pytest.importorskip("numpy")
+    for number in (numpy.float32(0.5), numpy.float64(0.5), numpy.int64(1)):
+        objective = hf.Objective(shaping=hf.Clip(high=number), kl_coef=number)
+        plain = objective.to_mapping()
+        assert type(plain["kl_coef"]) is type(plain["shaping"]["high"]) is float
+        assert hf.Objective.from_mapping(json.loads(json.dumps(plain))) == objective
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES[::5], ids=str)
+def test_copies_after_use(objective: hf.Objective) -> None:
+    """Whatever a loss call does with an objective, its fields alone make another."""
+    twin = dataclasses.replace(objective)
+    hf.logprob_policy_loss(
+        torch.zeros(2, 3), torch.ones(2), ref_logprobs=torch.zeros(2, 3), objective=objective
+    ).metrics()
+    copies = [hf.Objective(**objective.__dict__), dataclasses.replace(objective), pickle.loads(pickle.dumps(objective))]
+    for copy in (*copies, hf.Objective.from_mapping(objective.to_mapping())):
+        assert copy == twin == objective
+        assert hash(copy) == hash(twin) == hash(objective)
+    assert dataclasses.replace(objective, kl_coef=0.5) == hf.Objective(**{**objective.__dict__, "kl_coef": 0.5})
+
+
+def test_losses_take_mappings() -> None:
+    hidden, weight, tokens = torch.randn(2, 3, 4), torch.randn(7, 4), torch.zeros(2, 3, dtype=torch.long)
+    advantages, options = torch.tensor([1.0, -1.0]), {"old_logprobs": torch.full((2, 3), -2.0)}
+    for form in ({"preset": "sapo", "shaping": DROP}, "sapo"):
+        objective = hf.Objective.from_mapping(form)
+        for function, inputs in (
+            (hf.policy_loss, (hidden @ weight.t(), tokens)),
+            (hf.linear_policy_loss, (hidden, weight, tokens)),
+            (hf.logprob_policy_loss, (hidden[..., 0],)),
+        ):
+            ours, plain = (function(*inputs, advantages, objective=o, **options).loss for o in (form, objective))
+            assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "words"),
+    [
+        (3, TypeError, "^objective: expected a preset's name, a mapping or an Objective, got 3 of type int"),
+        (None, TypeError, "^objective: .*None"),
+        ({"preset": "ppo2"}, ValueError, "^objective: expected one of grpo, .*'ppo2'"),
+        ({"preset": ["grpo"]}, ValueError, r"^objective: expected one of grpo, .*\['grpo'\]"),
+        ({"preset": None}, ValueError, "^objective: expected one of grpo, .*None"),
+        ({"presets": "grpo"}, ValueError, "^objective: expected keys among preset, ratio_level, .*kl, got 'presets'"),
+        ({1: 2}, ValueError, "^objective: expected keys among .*got 1"),
+        ({"kl_coef": "1e-3"}, TypeError, r"^kl_coef: expected a number, got the string '1e-3' .*3.0e-4"),
+        ({"kl_coef": "low"}, TypeError, "^kl_coef: .*'low' of type str"),
+        ({"kl_coef": {}}, TypeError, "^kl_coef: .* of type dict"),
+        ({"kl_coef": True}, TypeError, "^kl_coef: .*True of type bool"),
+        ({"max_length": 4096.0}, TypeError, "^max_length: .*4096.0"),
+        ({"max_length": "4096"}, TypeError, "^max_length: expected a number, got the string '4096'"),
+        ({"ratio_level": ["token"]}, ValueError, r"^ratio_level: .*\['token'\]"),
+        ({"shaping": "clip"}, TypeError, "^shaping: expected a mapping with a kind, one of clip, .*dro, got 'clip'"),
+        ({"shaping": None}, TypeError, "^shaping: .*None"),
+        ({"shaping": {}}, ValueError, "^shaping.kind: expected one of clip, log_fidelity, .*dro, got None"),
+        ({"shaping": {"kind": "Clip"}}, ValueError, "^shaping.kind: expected one of clip, .*'Clip'"),
+        ({"shaping": {"kind": ["clip"]}}, ValueError, r"^shaping.kind: .*\['clip'\]"),
+        ({"shaping": {"kind": "hysteretic"}}, ValueError, "^shaping.kind: .*'hysteretic'"),
+        (
+            {"shaping": {"kind": "clip", "upper": 1}},
+            ValueError,
+            "^shaping: expected keys among kind, low, high, delta, dual, got 'upper'",
+        ),
+        ({"shaping": {"kind": "clip", "low": "3e-4"}}, TypeError, "^shaping.low: expected a number.*'3e-4'"),
+        ({"shaping": {**DROP, "low": [0.8]}}, TypeError, r"^shaping.low: expected .*\[0.8\] of type list"),
+        ({"shaping": {**DROP, "low": 2.0}}, ValueError, r"^shaping.low: expected a number in \[0, high=1.2\].*2.0"),
+        ({"shaping": {**DROP, "outside": "drop"}}, ValueError, "^shaping.outside: .*'drop'"),
+        ({"shaping": {"kind": "dro"}}, ValueError, "^shaping.beta: expected a value"),
+        (
+            {"shaping": {"kind": "log_fidelity", "hazard": 1.0}},
+            TypeError,
+            "^shaping.hazard: expected a mapping of k_pos, lambda_pos, k_neg, lambda_neg, got 1.0",
+        ),
+        (
+            {"shaping": {"kind": "log_fidelity", "hazard": {"kind": "hazard"}}},
+            ValueError,
+            "^shaping.hazard: expected keys among k_pos, .*got 'kind'",
+        ),
+        (
+            {"shaping": {"kind": "log_fidelity", "hazard": {"k_pos": None}}},
+            TypeError,
+            "^shaping.hazard.k_pos: .*None of type NoneType",
+        ),
+        ({"weighting": 0.6}, TypeError, "^weighting: expected a mapping with a kind, one of hysteretic, adaptive_hys"),
+        ({"weighting": {"kind": "hysteretic", "alpha": 2}}, ValueError, r"^weighting.alpha: .*\[0, 1\], got 2"),
+        ({"weighting": hf.Clip()}, TypeError, "^weighting: .*Clip"),
+        ({"kl": "k3_ratio", "max_log_ratio": 60}, ValueError, "^max_log_ratio: .*60"),
+    ],
+)
+def test_bad_mapping(value: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        hf.Objective.from_mapping(value)

@@ -15,7 +15,7 @@ from hpo_fused.batch import AdvantageLevel, BatchStatistics, as_mask, check_mask
 from hpo_fused.checks import check_tensor, check_transform
 from hpo_fused.logprobs import TokenLogprobs
 from hpo_fused.losses import PolicyLossOutput, policy_output
-from hpo_fused.objective import Objective, resolve_objective
+from hpo_fused.objective import ObjectiveLike, resolve_objective
 from hpo_fused.token_terms import check_batch, token_targets
 
 from . import autograd
@@ -31,7 +31,7 @@ def linear_policy_loss(
     hidden: Tensor, weight: Tensor, tokens: Tensor, advantages: Tensor, *, bias: Tensor | None = None,
     old_logprobs: Tensor | None = None, ref_logprobs: Tensor | None = None, mask: Tensor | None = None,
     token_weights: Tensor | None = None, entropy_weights: Tensor | None = None, cu_seqlens: Tensor | None = None,
-    groups: Tensor | None = None, objective: str | Objective = "mhpo_ahpo", statistics: BatchStatistics | None = None,
+    groups: Tensor | None = None, objective: ObjectiveLike = "mhpo_ahpo", statistics: BatchStatistics | None = None,
     lengths: Tensor | None = None, response_mean_log_ratios: Tensor | None = None,
     advantage_level: AdvantageLevel | None = None, loss_scale: float | Tensor = 1.0, temperature: float = 1.0,
     softcap: float | None = None, skip_inactive: bool = True, entropy: bool = True, chunk_bytes: int | None = None,
