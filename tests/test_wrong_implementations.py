@@ -300,6 +300,11 @@ _made("caller_weights_on_the_kl_term", KL_WEIGHT, lambda terms, batch: _weighted
 _made("caller_weights_on_the_entropy", ENTROPY_WEIGHT, lambda terms, batch: _weighted(terms, batch, ENTROPY_WEIGHT))
 
 
+wrong(
+    "minus_inf_capped", BOTH, _of_backends("policy_loss"), lambda f, logits, *rest: f(logits.clamp(min=-1e9), *rest)
+)  # fmt: skip
+
+
 @mutant(BOTH, *TERMS)
 def hysteretic_weight_on_positives(f: Any, batch: Batch, *rest: Any) -> TokenTerms:
     right, flipped = f(batch, *rest), f(batch._replace(advantages=-batch.advantages), *rest)
