@@ -38,8 +38,8 @@ def softcapped(z, transform):
     """v of raw logits, and dv'/dz up to the constant 1 / temperature: 1, or 1 - tanh^2 under a softcap.
 
     With q = 1 / (1 + exp2(2 log2(e) z / softcap)): tanh = 1 - 2q, absolute error one ulp of 1; 1 - tanh^2 = 4q(1 - q).
-    q as the square of rsqrt: one MUFU.RSQ, where a division costs range checks as well. Of -inf v is -1 and the slope 0:
-    enough for a gradient of 0, not for the sums, see :func:`_summand`.
+    q as the square of rsqrt: one MUFU.RSQ, where a division costs range checks as well. Of -inf v is -1 and the slope
+    0: enough for a gradient of 0, not for the sums, see :func:`_summand`.
     """
     z = to_float32(z)
     if transform[2] is not None:
