@@ -21,6 +21,7 @@ from hpo_fused.autograd import consume, first_order
 from hpo_fused.backend import implementation
 from hpo_fused.interface import LOGPROB, LOSS, SKIPPED, LogitTransform, LossSpec, SoftmaxStatistics, TokenTerms
 
+from .arguments import check_still_held
 from .head import GemmDtypes, Gradients, Head, HeadGradients, Inputs
 from .keep import Keep
 from .memory import ChunkPlan
@@ -173,6 +174,7 @@ class _TokenStatistics(torch.autograd.Function):
         # All watched for changes until backward.
         ctx.save_for_backward(hidden, weight, bias, statistics, *(settings.keep or ()))
         ctx.rows, ctx.settings, ctx.into = selections[0], settings, into
+        ctx.shapes = weight.shape, None if bias is None else bias.shape
         ctx.set_materialize_grads(False)
         return tuple(entries.clone() for entries in statistics[: 1 + entropy])
 
@@ -182,6 +184,8 @@ class _TokenStatistics(torch.autograd.Function):
         if all(gradient is None for gradient in upstream):
             return (None,) * 7
         hidden, weight, bias, statistics, *_ = ctx.saved_tensors
+        for name, value, shape in zip(("weight", "bias"), (weight, bias), ctx.shapes, strict=True):
+            check_still_held(name, value, shape)
         c, *h = upstream
         with _plain(statistics):
             c = torch.zeros_like(statistics[0]) if c is None else c
