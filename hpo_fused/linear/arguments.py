@@ -116,10 +116,10 @@ def check_still_held(name: str, value: Tensor | None, shape: torch.Size | None) 
     if value is not None and value.shape != shape:
         raise RuntimeError(
             f"{name}: expected shape {list(shape or ())} in backward as in forward, got {described(value)}; "
-            "DeepSpeed's ZeRO-3, for one, releases what it gathered after forward. Call the loss inside the forward of a module "
-            f"that {name} is registered with (deepspeed.zero.register_external_parameter), keep it gathered until "
-            "after backward (deepspeed.zero.GatheredParameters), or, where it is frozen, take a token-level objective, "
-            "whose backward does not read it (but in float16)"
+            "DeepSpeed's ZeRO-3, for one, releases what it gathered after forward. Call the loss inside the forward of "
+            f"a module that {name} is registered with (deepspeed.zero.register_external_parameter), keep it gathered "
+            "until after backward (deepspeed.zero.GatheredParameters), or, where it is frozen, take a token-level "
+            "objective, whose backward does not read it (but in float16)"
         )
 
 
