@@ -35,7 +35,7 @@ class Layout(NamedTuple):
         """The layout of a bool mask [B, T], packed [1, N], and its boundaries, asserted where they were not read."""
         if cu_seqlens is not None and not values_readable(cu_seqlens):
             message = f"cu_seqlens: expected boundaries that rise from 0 to N = {mask.shape[1]}"
-            torch._assert_async(_rises(cu_seqlens, mask.shape[1]), message)
+            torch._assert_async(rises(cu_seqlens, mask.shape[1]), message)
         return cls._of(mask, responses, cu_seqlens)
 
     @classmethod
@@ -181,13 +181,14 @@ def check_boundaries(name: str, shape: torch.Size, device: torch.device, cu_seql
     if cu_seqlens.shape[0] == 1 and shape[0] > 0:
         raise ValueError(f"cu_seqlens: expected boundaries of a response at least for N = {shape[0]}, got one entry")
     boundaries = check_tensor("cu_seqlens", cu_seqlens, [tuple(cu_seqlens.shape)], "integer", device)
-    if values_readable(boundaries) and not bool(_rises(boundaries, shape[0])):
+    if values_readable(boundaries) and not bool(rises(boundaries, shape[0])):
         shown = boundaries.tolist() if len(boundaries) <= 16 else described(cu_seqlens)
         raise ValueError(f"cu_seqlens: expected boundaries that rise from 0 to N = {shape[0]}, got {shown}")
     return boundaries.shape[0] - 1
 
 
-def _rises(boundaries: Tensor, rows: int) -> Tensor:
+def rises(boundaries: Tensor, rows: int) -> Tensor:
+    """Whether integer ``boundaries`` never fall from 0 to ``rows``, bool 0-d."""
     return (boundaries[1:] >= boundaries[:-1]).all() & (boundaries[0] == 0) & (boundaries[-1] == rows)
 
 

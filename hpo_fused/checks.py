@@ -30,10 +30,10 @@ _ARTICLE = {
 
 
 def described(value: object) -> str:
-    """A value in words: dtype, shape and device of a tensor, type and value of anything else."""
+    """A value in words: dtype, shape and device of a tensor, a module's type, type and value of anything else."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
-    return f"{type(value).__name__} {value!r}"
+    return type(value).__name__ if isinstance(value, torch.nn.Module) else f"{type(value).__name__} {value!r}"
 
 
 def _listed(shapes: Sequence[tuple[int, ...]]) -> str:

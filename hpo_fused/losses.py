@@ -168,7 +168,8 @@ def policy_loss(
             such as one over the accumulation steps. A factor on ``out.loss`` is as right, but costs another read and
             write of the logits' gradient.
         temperature: logits are divided by it, > 0.
-        softcap: z is replaced by softcap * tanh(z / softcap) before the temperature; None: no cap.
+        softcap: z is replaced by softcap * tanh(z / softcap) before the temperature; None: no cap. A logit of -inf
+            stays -inf: it marks a token that could not be sampled.
         skip_inactive: leave rows without a learning signal uncomputed (their logprobs and entropy are NaN). False
             computes their statistics and skips only their gradient.
         inplace: write the gradient over the logits' storage. An operation that saved the logits before this call

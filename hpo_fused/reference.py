@@ -45,7 +45,7 @@ def token_logprobs(
     keep = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
     z = logits[keep]
     if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
+        z = torch.where(z == -torch.inf, z, softcap * torch.tanh(z / softcap))
     log_p = torch.log_softmax(z / temperature, dim=-1)
     logprobs = log_p.gather(-1, tokens[keep].long().unsqueeze(-1)).squeeze(-1)
     # p log p -> 0 as p -> 0; without the where, -inf logits give 0 * inf.

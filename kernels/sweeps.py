@@ -21,6 +21,8 @@ from .row_tiles import edge_columns, frame, group_mask, load_step, tile_offsets,
 # Finite start of the running maximum and finite stand-in for a scaled -inf: no inf - inf and no 0 * inf can arise,
 # and a difference with any float32 is still finite.
 LOWEST = tl.constexpr(-1e30)
+# Times any finite float32 it is above -8.
+TINY = tl.constexpr(2.0**-125)
 
 
 @triton.jit
@@ -36,7 +38,8 @@ def softcapped(z, transform):
     """v of raw logits, and dv'/dz up to the constant 1 / temperature: 1, or 1 - tanh^2 under a softcap.
 
     With q = 1 / (1 + exp2(2 log2(e) z / softcap)): tanh = 1 - 2q, absolute error one ulp of 1; 1 - tanh^2 = 4q(1 - q).
-    q as the square of rsqrt: one MUFU.RSQ, where a division costs range checks as well.
+    q as the square of rsqrt: one MUFU.RSQ, where a division costs range checks as well. Of -inf v is -1 and the slope
+    0: enough for a gradient of 0, not for the sums, see :func:`_summand`.
     """
     z = to_float32(z)
     if transform[2] is not None:
@@ -45,6 +48,18 @@ def softcapped(z, transform):
         return 1.0 - 2.0 * q, 4.0 * q * (1.0 - q)
     else:
         return z, 1.0
+
+
+@triton.jit
+def _summand(z, transform):
+    """v of raw logits as the sums take it: a token whose logit is -inf is impossible under a softcap, too.
+
+    Of finite logits TINY z + 9 is at least 1, the largest v. (Comparisons took registers that AMD had to spill.)
+    """
+    v, _ = softcapped(z, transform)
+    if transform[2] is not None:
+        v = tl.minimum(v, to_float32(z) * TINY + 9.0)
+    return v
 
 
 @triton.jit
@@ -77,8 +92,8 @@ def _absorb(
 @triton.jit
 def _target_terms(z_y, maximum, others, transform):
     """Of the sampled token: u, exp2(u), the softcap's slope; of the row: the log of its sum of exponentials."""
-    v, slope = softcapped(z_y, transform)
-    u = multiply_subtract(v, transform[0], maximum * LOG2E)
+    _, slope = softcapped(z_y, transform)
+    u = multiply_subtract(_summand(z_y, transform), transform[0], maximum * LOG2E)
     e = tl.exp2(u)
     log_total = tl.where(others < e, u * LN2 + log1p_unit(others / e), tl.log(others + e))
     return u, e, slope, log_total
@@ -109,8 +124,8 @@ def lane_statistics(
     if edge > 0:
         columns = edge_columns(lead, groups, LANES, VEC)
         mask = tl.arange(0, LANES) < edge
-        v, _ = softcapped(tl.load(row + columns, mask=mask, other=float("-inf")), transform)
-        v = tl.where(mask & (columns != y), v, float("-inf"))
+        v = _summand(tl.load(row + columns, mask=mask, other=float("-inf")), transform)
+        v = tl.where(columns != y, v, float("-inf"))
         peak, total, moment = _absorb(peak, total, moment, (v[:, None],), scale, 1, ENTROPY, True)
 
     body = tl.multiple_of(row + lead, 16)
@@ -120,8 +135,7 @@ def lane_statistics(
         raw = load_step(body, step, groups, LANES, VEC, UNROLL, False, EVICTION)
         tiles = ()
         for i in tl.static_range(UNROLL):
-            v, _ = softcapped(raw[i], transform)
-            tiles = tiles + (v,)  # type: ignore[assignment]
+            tiles = tiles + (_summand(raw[i], transform),)  # type: ignore[assignment]
         y_in_step = y_element - step * (LANES * VEC * UNROLL)
         if (y_in_step >= 0) & (y_in_step < LANES * VEC * UNROLL):
             without_y = ()
@@ -133,10 +147,7 @@ def lane_statistics(
         raw = load_step(body, steps, groups, LANES, VEC, UNROLL, True, EVICTION)
         for i in tl.static_range(UNROLL):
             if (steps * UNROLL + i) * LANES < groups:  # a tile beyond the row costs its (masked) load and this branch
-                v, _ = softcapped(raw[i], transform)
-                if transform[2] is not None:  # a padded -inf has become -1, the smallest legitimate value
-                    v = tl.where(group_mask(steps, i, groups, LANES, UNROLL), v, float("-inf"))
-                v = without_target(v, steps, i, y_element, LANES, VEC, UNROLL)
+                v = without_target(_summand(raw[i], transform), steps, i, y_element, LANES, VEC, UNROLL)
                 peak, total, moment = _absorb(peak, total, moment, (v,), scale, 1, ENTROPY)
     return peak, total, moment
 
@@ -155,8 +166,7 @@ def row_statistics(lanes, z_y, transform, ENTROPY: tl.constexpr):
         ENTROPY: whether the lanes have moments; the entropy is 0 otherwise.
     """
     peak, total, moment = lanes
-    v_y, _ = softcapped(z_y, transform)
-    maximum = tl.maximum(tl.max(peak, axis=0), v_y * transform[0]) * LN2
+    maximum = tl.maximum(tl.max(peak, axis=0), _summand(z_y, transform) * transform[0]) * LN2
     shift = peak - maximum * LOG2E
     decay = tl.exp2(shift)
     others = tl.sum(decay * total, axis=0)

@@ -238,7 +238,7 @@ def logit_gradient(
     slope = torch.full_like(z, 1 / temperature)
     if softcap is not None:
         slope = slope / torch.cosh(z / softcap) ** 2
-        z = softcap * torch.tanh(z / softcap)
+        z = torch.where(z == -torch.inf, z, softcap * torch.tanh(z / softcap))
     z = z / temperature
     p, log_p = z.softmax(-1), z.log_softmax(-1)
     chosen = torch.zeros_like(p).scatter_(-1, tokens.long().clamp(min=0).unsqueeze(-1), 1.0)

@@ -65,6 +65,7 @@ class LinearCase(Case):
     stored: torch.dtype | None = None  # inputs in another dtype, under autocast
     weight_grad: bool = False
     slack: int | None = None  # active_count, this much above the number of active rows
+    keep: str | None = None  # "ids" or "bits": the form of a kept set
 
     @classmethod
     def of(cls, case: Case, name: str = "", **changes: Any) -> LinearCase:
@@ -92,11 +93,44 @@ class LinearInputs(Arguments):
     weight: Tensor
     bias: Tensor | None
     active: Tensor
+    kept: Tensor | None  # bool [..., V]
+    keep: Any  # the same as the argument
+
+    def restricted(self, z: Tensor) -> Tensor:
+        """Logits with -inf outside the kept set."""
+        return z if self.kept is None else torch.where(self.kept, z, -torch.inf)
 
     @property
     def attached(self) -> bool:
         """Whether anything needs a gradient."""
         return any(value is not None and value.requires_grad for value in (self.base, self.weight, self.bias))
+
+
+def kept_set(tokens: Tensor, mask: Tensor, vocabulary: int) -> Tensor:
+    """bool [..., V]: of the rows in turn next to nothing, few ids, many, all; masked rows may keep nothing at all."""
+    generator = torch.Generator().manual_seed(tokens.numel())
+    share = torch.tensor((0.0, 0.1, 0.6, 1.0))[torch.arange(tokens.numel()).reshape(tokens.shape) % 4]
+    kept = torch.rand(*tokens.shape, vocabulary, generator=generator) < share.unsqueeze(-1)
+    sampled = torch.zeros_like(kept).scatter_(-1, tokens.clamp(min=0).unsqueeze(-1), True)
+    return kept | sampled & mask.unsqueeze(-1)
+
+
+def id_lists(kept: Tensor) -> tuple[Tensor, Tensor]:
+    """``keep`` of a bool mask as ids and offsets: ids descend, every third of them is there twice."""
+    vocabulary = kept.shape[-1]
+    rows, ids = kept.reshape(-1, vocabulary).nonzero(as_tuple=True)
+    rows, ids = (value.repeat_interleave(1 + (ids % 3 == 0).long()) for value in (rows, ids))
+    order = (rows * vocabulary - ids).argsort()
+    counts = torch.bincount(rows, minlength=kept[..., 0].numel())
+    return ids[order].short(), torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+
+
+def bit_mask(kept: Tensor) -> Tensor:
+    """``keep`` of a bool mask as int32 words, of strided memory, all bits beyond V set."""
+    *shape, vocabulary = kept.shape
+    bits = torch.nn.functional.pad(kept, (0, -vocabulary % 32), value=True).reshape(*shape, -1, 32)
+    words = torch.zeros(*(size + 1 for size in bits.shape[:-1]), dtype=torch.int32)[tuple(map(slice, bits.shape[:-1]))]
+    return words.copy_((bits.long() << torch.arange(32)).sum(-1))
 
 
 def build_linear(case: LinearCase, device: torch.device, *, skip_inactive: bool = True) -> LinearInputs:
@@ -119,9 +153,11 @@ def build_linear(case: LinearCase, device: torch.device, *, skip_inactive: bool 
     bias = offset.to(stored) if case.bias else None
 
     keywords = dict(made.keywords)
-    inputs = LinearInputs(made.positional, keywords, mask, hidden, hidden, weight, bias, mask)
     tokens, advantages = made.positional
+    kept = None if case.keep is None else kept_set(tokens, mask, case.vocabulary)
+    inputs = LinearInputs(made.positional, keywords, mask, hidden, hidden, weight, bias, mask, kept, None)
     product = exact_logits(inputs, case.dtype)[0].to(case.logits_dtype or case.dtype).double()
+    product = inputs.restricted(product)
     after, before = (
         reference.token_logprobs(values, tokens, mask=mask, **inputs.transform).logprobs
         for values in (product, made.logits.detach().double())
@@ -144,6 +180,9 @@ def build_linear(case: LinearCase, device: torch.device, *, skip_inactive: bool 
     inputs.bias = None if bias is None else bias.to(device).requires_grad_("bias" not in case.frozen)
     inputs.positional = tokens.to(device), advantages.to(device)
     inputs.mask, inputs.active = mask.to(device), inputs.active.to(device)
+    if kept is not None:
+        inputs.kept = kept.to(device)
+        inputs.keep = bit_mask(kept).to(device) if case.keep == "bits" else tuple(x.to(device) for x in id_lists(kept))
     if device.type != "cpu":
         on_device = build(case, device).keywords  # statistics and groups
         inputs.keywords = on_device | {k: v.to(device) for k, v in keywords.items() if isinstance(v, Tensor)}
@@ -384,6 +423,9 @@ def hold_logits(case: LinearCase, inputs: LinearInputs, z: Tensor, known: Tensor
     """The GEMM's logits: one rounding of a float32 sum, in exactly the rows ``known``."""
     assert torch.equal(~z.isnan().any(-1), known), "other rows than expected entered a GEMM"
     exact, size = exact_logits(inputs, case.dtype)
+    if inputs.kept is not None:
+        assert torch.equal(z == -torch.inf, known.unsqueeze(-1) & ~inputs.kept), "another set than the kept one"
+        z, exact = (torch.where(inputs.kept, value, 0.0) for value in (z, exact))
     radius = gemm_error(inputs.weight.shape[1], z.device) * size
     hold("logits", z[known], Bounds.around(exact, radius).rows(known).rounded(case.logits_dtype or case.dtype))
 
@@ -391,7 +433,7 @@ def hold_logits(case: LinearCase, inputs: LinearInputs, z: Tensor, known: Tensor
 def options_of(case: LinearCase, inputs: LinearInputs, rows: Tensor) -> dict[str, Any]:
     """Keywords of both functions that say how, not what, to compute; ``rows`` enter the GEMMs."""
     options: dict[str, Any] = {
-        "chunk_bytes": case.chunk_bytes(inputs.weight.device), "logits_dtype": case.logits_dtype,
+        "chunk_bytes": case.chunk_bytes(inputs.weight.device), "logits_dtype": case.logits_dtype, "keep": inputs.keep,
     }  # fmt: skip
     if case.weight_grad:
         start = torch.randn(inputs.weight.shape, generator=torch.Generator().manual_seed(7))

@@ -74,13 +74,18 @@ def test_readme_code_runs_and_agrees() -> None:
 
 
 def test_example_of_the_linear_path_runs() -> None:
-    (code,) = blocks("docs/linear.md")
     head = torch.nn.Linear(8, 50)
     scope = {
         "hf": hf, "torch": torch, "lm_head": head, "hidden": torch.randn(4, 6, 8),
         "tokens": torch.randint(50, (4, 6)), "mask": torch.ones(4, 6), "advantages": torch.tensor([1.0, -1.0, 0, 0.5]),
     }  # fmt: skip
-    exec(code, scope)
+    tokens = torch.nn.functional.one_hot(scope["tokens"], 50).bool()
+    scope["scores"] = torch.where((torch.rand(4, 6, 50) < 0.2) | tokens, 0.0, -torch.inf)
+    for code in blocks("docs/linear.md"):
+        exec(code, scope)
+    ours, same = (torch.autograd.grad(scope[name].loss, head.weight)[0] for name in ("out", "same"))
+    torch.testing.assert_close(ours, same, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(scope["out"].logprobs, scope["same"].logprobs, rtol=1e-5, atol=1e-6, equal_nan=True)
     for parameter in head.parameters():
         assert parameter.grad is not None
         assert parameter.grad.isfinite().all()

@@ -114,7 +114,7 @@ def difficult_rows() -> list[Case]:
         Case(f"{rows}-{str(dtype)[6:]}", objective, dtype, rows=rows, on_policy=rows == "peaked")
         for rows, objective in kinds
         for dtype in (torch.float32, torch.bfloat16)
-    ]
+    ] + [Case("minus_inf-transform", bonus, rows="minus_inf", options={"temperature": 0.7, "softcap": 6.0})]
 
 
 def vocabularies() -> list[Case]:

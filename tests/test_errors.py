@@ -31,6 +31,10 @@ LOGITS_PATH = ("policy_loss", "token_logprobs")
 HEAD = ("linear_policy_loss", "linear_token_logprobs")
 LOSSES = ("policy_loss", "linear_policy_loss", "logprob_policy_loss")
 GROUPED = {"objective": hf.Objective.preset("ahpo", normalization="group_mean_length")}
+# Every row keeps its token: as id lists, and as the whole vocabulary.
+IDS, OFFSETS, WORDS = TOKENS.flatten(), torch.arange(7), torch.full((2, 3, 1), -1, dtype=torch.int32)
+LORA = torch.nn.Linear(4, 11)
+LORA.base_layer, LORA.lora_A = torch.nn.Linear(4, 11), torch.nn.ModuleDict()
 HALF = {"hidden": HIDDEN.bfloat16(), "weight": WEIGHT.bfloat16()}
 INPLACE = ("policy_loss",)
 # A batch of as many responses as tokens, and responses of which a call has parts.
@@ -246,6 +250,8 @@ OF_HEAD: dict[str, Wrong] = {
     "hidden-four": ({"hidden": HIDDEN[None]}, ValueError, r"hidden: .*\[1, 2, 3, 4\]"),
     "hidden-empty": ({"hidden": HIDDEN[..., :0]}, ValueError, r"hidden: .*H > 0.*\[2, 3, 0\]"),
     "weight-list": ({"weight": [1.0]}, TypeError, "weight: expected a float16.*list"),
+    "weight-module": ({"weight": torch.nn.Linear(4, 11)}, TypeError, r"weight: .* got Linear; pass its \.weight"),
+    "weight-lora": ({"weight": LORA}, TypeError, r"weight: .*got Linear.*base \+ scale \* B @ A.*get_delta_weight"),
     "weight-float64": ({"weight": WEIGHT.double()}, TypeError, r"weight: .*float64 \[11, 4\]"),
     "weight-dims": ({"weight": WEIGHT[0]}, ValueError, r"weight: expected shape \[V, 4\].*\[4\]"),
     "weight-transposed": ({"weight": WEIGHT.t()}, ValueError, r"weight: .*nn.Linear.*\[4, 11\]"),
@@ -283,6 +289,33 @@ OF_HEAD: dict[str, Wrong] = {
     "count-negative": ({"active_count": -1}, ValueError, "active_count: expected between 0 and 6 rows, got -1"),
     "count-high": ({"active_count": 7}, ValueError, "active_count: .*between 0 and 6 rows, got 7"),
     "count-low": ({"active_count": 5}, ValueError, "active_count: expected at least the 6 active rows, got 5"),
+    "keep-list": ({"keep": [1]}, TypeError, r"keep: expected a tuple \(ids, .* \[2, 3, 1\], got list \[1\]"),
+    "keep-bool": ({"keep": torch.ones(2, 3, 11).bool()}, TypeError, r"keep: .*int32.*got bool \[2, 3, 11\]"),
+    "keep-shape": ({"keep": WORDS[..., :0]}, ValueError, r"keep: expected shape \[2, 3, 1\], got .*\[2, 3, 0\]"),
+    "keep-device": ({"keep": WORDS.to("meta")}, ValueError, "keep: expected a tensor on cpu.*meta"),
+    "keep-without": (
+        {"keep": WORDS.index_fill(1, torch.tensor([2]), 0)},
+        ValueError, rf"keep: expected every unmasked row's sampled token in its own set, got token {int(TOKENS[0, 2])} "
+        r"at \[0, 2\]",
+    ),
+    "keep-one": ({"keep": (IDS,)}, TypeError, r"keep: expected a tuple \(ids, offsets\) of two.*got \(int64 \[6\]"),
+    "keep-ids-list": ({"keep": ([1], OFFSETS)}, TypeError, r"keep: expected a tuple \(ids, offsets\) of two.*list"),
+    "keep-ids-dtype": ({"keep": (IDS.float(), OFFSETS)}, TypeError, "keep's ids: expected an integer.*float32"),
+    "keep-ids-dims": ({"keep": (TOKENS, OFFSETS)}, ValueError, r"keep's ids: expected shape \[6\], got .*\[2, 3\]"),
+    "keep-ids-device": ({"keep": (IDS.to("meta"), OFFSETS)}, ValueError, "keep's ids: .*on cpu.*meta"),
+    "keep-ids-high": ({"keep": (IDS * 0 + 11, OFFSETS)}, ValueError, r"keep's ids: .* in \[0, 11\), got 11 to"),
+    "keep-ids-negative": ({"keep": (IDS - 20, OFFSETS)}, ValueError, r"keep's ids: expected ids in \[0, 11\), got -"),
+    "keep-offsets-list": ({"keep": (IDS, [0])}, TypeError, r"keep's offsets: .*\[7\].*list"),
+    "keep-offsets-shape": ({"keep": (IDS, OFFSETS[1:])}, ValueError, r"keep's offsets: .*\[7\], got .*\[6\]"),
+    "keep-offsets-dtype": ({"keep": (IDS, OFFSETS.float())}, TypeError, "keep's offsets: .*float32"),
+    "keep-offsets-end": (
+        {"keep": (IDS, OFFSETS.clamp(max=5))},
+        ValueError, "keep's offsets: expected to rise from 0 to the number of ids, 6, got 0 to 5, falling 0 times",
+    ),
+    "keep-offsets-falling": (
+        {"keep": (IDS, torch.tensor([0, 2, 1, 3, 4, 5, 6]))}, ValueError, "keep's offsets: .*0 to 6, falling 1 times"
+    ),
+    "keep-ids-without": ({"keep": ((IDS + 1) % 11, OFFSETS)}, ValueError, "keep: expected every .* at \\[0, 0\\]"),
     "main-grad-list": ({"weight_grad": [1.0]}, TypeError, r"weight_grad: expected a float32 tensor \[11, 4\].* list"),
     "main-grad-dtype": ({"weight_grad": WEIGHT.bfloat16()}, TypeError, "weight_grad: .*float32.*bfloat16"),
     "main-grad-shape": ({"weight_grad": torch.zeros(4, 11)}, ValueError, r"weight_grad: .*\[11, 4\].*\[4, 11\]"),

@@ -274,7 +274,7 @@ def test_second_backward_leaves_the_buffer_alone(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("name", [*TOKEN_AND_SEQUENCE, "logprobs"])
-@pytest.mark.parametrize("changed", ["hidden", "weight", "bias", "tokens", "mask"])
+@pytest.mark.parametrize("changed", ["hidden", "weight", "bias", "tokens", "mask", "keep"])
 def test_inputs_changed_before_backward(name: str, changed: str, device: torch.device) -> None:
     """The right gradient, or an error where backward would need what was overwritten; never another gradient."""
     values, weights, tokens, advantages, old = hidden_arguments(device)
@@ -283,7 +283,8 @@ def test_inputs_changed_before_backward(name: str, changed: str, device: torch.d
     def step(overwrite: bool) -> tuple[list[Tensor], str]:
         both = leaves(values, weights, weights[:, 0])
         inputs = {"hidden": both[0], "weight": both[1], "bias": both[2], "tokens": tokens.clone(), "mask": mask.clone()}
-        chosen, given = inputs["tokens"], {"mask": inputs["mask"], "bias": both[2]}
+        inputs["keep"] = torch.full((5, 4, 7), -1, dtype=torch.int32, device=device)
+        chosen, given = inputs["tokens"], {"mask": inputs["mask"], "bias": both[2], "keep": inputs["keep"]}
         if name == "logprobs":
             total = hf.linear_token_logprobs(*both[:2], chosen, **given).logprobs.sum()
         else:
@@ -301,6 +302,27 @@ def test_inputs_changed_before_backward(name: str, changed: str, device: torch.d
     assert ours or "modified by an inplace operation" in message
     for gradient, right in zip(ours, expected, strict=False):
         torch.testing.assert_close(gradient, right, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("emptied", ["weight", "bias"])
+def test_emptied_before_backward(emptied: str, device: torch.device) -> None:
+    """As ZeRO-3 does with a gathered parameter: refused where backward would read it, and where not, the gradient."""
+    values, weights, tokens, advantages, _ = hidden_arguments(device)
+
+    def gradient(name: str, empty: bool) -> Tensor | None:
+        hidden, weight, bias = leaves(values, weights, weights[:, 0])
+        weight.requires_grad_(name == "gspo")
+        bias.requires_grad_(name == "gspo")
+        loss = linear(hidden, weight, tokens, advantages, bias=bias, objective=name).loss
+        if empty:
+            {"weight": weight, "bias": bias}[emptied].data = torch.empty(0, device=device)
+        loss.backward()
+        return hidden.grad
+
+    shape = r"\[211, 24\]" if emptied == "weight" else r"\[211\]"
+    with pytest.raises(RuntimeError, match=rf"^{emptied}: expected shape {shape} .* got float32 \[0\].*Gathered"):
+        gradient("gspo", empty=True)
+    close(gradient("grpo", empty=True), gradient("grpo", empty=False))
 
 
 @pytest.mark.parametrize("name", TOKEN_AND_SEQUENCE)

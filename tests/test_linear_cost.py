@@ -13,9 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hpo_fused as hf
 from hpo_fused.interface import MASKED, SKIPPED
 from hpo_fused.linear import head as linear_head
+from hpo_fused.linear import keep as linear_keep
 from hpo_fused.linear import rows as linear_rows
-from hpo_fused.linear.rows import choose_rows
+from hpo_fused.linear.keep import check_keep
+from hpo_fused.linear.rows import Rows, choose_rows
 
+from .linear_equivalence import bit_mask, id_lists, kept_set
 from .samples import hidden_arguments
 
 BATCH, STEPS, WIDTH, VOCABULARY = 6, 5, 16, 101
@@ -56,6 +59,7 @@ class Allocations(TorchDispatchMode):
         self.shapes: list[tuple[int, ...]] = []
         self.dtypes: list[torch.dtype] = []
         self.names: list[str] = []
+        self.largest = 0  # bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.append(func.overloadpacket.__name__)
@@ -69,6 +73,7 @@ class Allocations(TorchDispatchMode):
             if isinstance(value, Tensor) and value.untyped_storage().data_ptr() not in known:
                 self.shapes.append(tuple(value.shape))
                 self.dtypes.append(value.dtype)
+                self.largest = max(self.largest, value.untyped_storage().nbytes())
         return result
 
     def rows(self, width: int, dtype: torch.dtype) -> int:
@@ -379,6 +384,57 @@ def test_choosing_too_few_is_asserted_on_the_device(monkeypatch: pytest.MonkeyPa
         choose_rows(torch.ones(2, 3, dtype=torch.int32), torch.ones(2, 3, dtype=torch.bool), 5, idle=False)
 
 
+FORMS = {"ids": id_lists, "bits": bit_mask}
+
+
+def kept_by(values: dict[str, Tensor], form: str | None) -> Any:
+    """A kept set of ``arguments`` as the argument, on their device."""
+    if form is None:
+        return None
+    keep = FORMS[form](kept_set(values["tokens"].cpu(), values["mask"].cpu(), VOCABULARY))
+    return tuple(part.to(values["mask"].device) for part in keep) if isinstance(keep, tuple) else keep.to("cuda")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("everything", [False, True], ids=["some", "all"])
+def test_kept_sets_look_at_nothing(
+    form: str, everything: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a device whose values cannot be read for nothing; and they work in slices, of whatever rows a chunk has."""
+    tile, vocabulary = 1 << 14, 3001
+    targets, active = chosen(device)
+    tokens, active = targets.clamp(min=0).long(), torch.ones_like(active) if everything else active
+    kept = kept_set(tokens.cpu(), active.cpu(), vocabulary).to(device)
+    keep = FORMS[form](kept.cpu())
+    keep = tuple(part.to(device) for part in keep) if isinstance(keep, tuple) else keep.to(device)
+    monkeypatch.setattr(linear_head, "TILE_BYTES", (tile, tile))
+    monkeypatch.setattr(linear_keep, "values_readable", lambda value: False)
+    rows = Rows.all(tokens.int()) if everything else Rows.at(active.view(-1).nonzero().squeeze(1), targets)
+    rows = rows.part(slice(6, 17))
+    logits = torch.randn(len(rows), vocabulary, device=device)
+    expected = logits.masked_fill(~rows.of(kept), -torch.inf)
+    with Allocations() as made:
+        found = check_keep(keep, tokens, active, vocabulary)
+        assert found is not None
+        found.restrict(logits, rows)
+    assert torch.equal(logits, expected)
+    assert not SYNCHRONISING & set(made.names)
+    # A slice; the table over bytes, and the listed ids' own logits.
+    assert made.largest <= max(tile, 256 * 8 * 8, len(keep[0]) * 4 if form == "ids" else 0)
+
+
+def test_an_id_beyond_the_vocabulary_is_asserted_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_keep, "values_readable", lambda value: False)
+    tokens, offsets = torch.zeros(1, 2, dtype=torch.long), torch.tensor([0, 1, 2])
+    for ids, boundaries, words in (
+        ([0, 11], offsets, "keep's ids: expected ids in"),
+        ([0, 0], offsets - 1, "keep's offsets: expected to rise"),
+        ([0, 1], offsets, "keep: expected every unmasked row's"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            check_keep((torch.tensor(ids), boundaries), tokens, None, 11)
+
+
 @pytest.mark.parametrize("function", ["linear_policy_loss", "policy_loss"])
 def test_adaptive_alpha_stays_on_the_device(function: str, device: torch.device) -> None:
     """masked_fill with a 0-d tensor fetches it to the host on CUDA."""
@@ -401,9 +457,10 @@ def test_adaptive_alpha_stays_on_the_device(function: str, device: torch.device)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", ["grpo", "gspo"])
 @pytest.mark.parametrize("slack", [0, 4])
-def test_a_known_number_needs_no_synchronisation(name: str, slack: int, device: torch.device) -> None:
+@pytest.mark.parametrize("form", [None, *FORMS])
+def test_a_known_number_needs_no_synchronisation(name: str, slack: int, form: str | None, device: torch.device) -> None:
     values = requiring(arguments(device, torch.bfloat16))
-    options: dict[str, Any] = {"objective": name, "chunk_bytes": 5 * VOCABULARY * 2}
+    options: dict[str, Any] = {"objective": name, "chunk_bytes": 5 * VOCABULARY * 2, "keep": kept_by(values, form)}
     warm(values, **options)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -413,8 +470,9 @@ def test_a_known_number_needs_no_synchronisation(name: str, slack: int, device: 
         with torch.no_grad():
             quiet = call(values, active_count=ACTIVE + slack, **options)
             hf.linear_token_logprobs(
-                values["base"][:, :-1], values["weight"], values["tokens"], mask=values["mask"], active_count=UNMASKED
-            )
+                values["base"][:, :-1], values["weight"], values["tokens"], mask=values["mask"], keep=options["keep"],
+                active_count=UNMASKED,
+            )  # fmt: skip
         with pytest.raises(RuntimeError, match="synchroniz"):  # the mode does notice
             call(values, **options)
     finally:
@@ -425,11 +483,15 @@ def test_a_known_number_needs_no_synchronisation(name: str, slack: int, device: 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", ["grpo", "gspo"])
-def test_captured_in_a_cuda_graph(name: str, device: torch.device) -> None:
+@pytest.mark.parametrize("form", [None, *FORMS])
+def test_captured_in_a_cuda_graph(name: str, form: str | None, device: torch.device) -> None:
     """Replayed with other hidden states in place: the gradient of those."""
     values = requiring(arguments(device, torch.bfloat16))
     other = torch.randn_like(values["base"])
-    options: dict[str, Any] = {"objective": name, "active_count": ACTIVE + 4, "chunk_bytes": 5 * VOCABULARY * 2}
+    options: dict[str, Any] = {
+        "objective": name, "active_count": ACTIVE + 4, "chunk_bytes": 5 * VOCABULARY * 2,
+        "keep": kept_by(values, form),
+    }  # fmt: skip
     twin = {key: value.detach().clone() for key, value in values.items()}
     twin["base"] = other.clone()
     expected = call(requiring(twin), **options)

@@ -127,8 +127,14 @@ def variations() -> list[LinearCase]:
         cases.append(small(f"{name}-autocast-half", PRESETS[name], torch.bfloat16, stored=torch.float16, chunk_rows=3))
         cases.append(
             small(f"{name}-all", PRESETS[name], torch.bfloat16, stored=torch.float32, logits_dtype=torch.float32,
-                  weight_grad=True, slack=2, chunk_rows=3, frozen=("hidden",))
+                  weight_grad=True, slack=2, chunk_rows=3, frozen=("hidden",), keep="ids")
         )  # fmt: skip
+        for form in ("ids", "bits"):
+            for rows, slack in ((None, None), (3, None), (3, 4)):
+                options = {"keep": form, "chunk_rows": rows, "slack": slack, "bias": True}
+                cases.append(small(f"{name}-{form}-{rows}-{slack}", PRESETS[name], torch.bfloat16, **options))
+        objective = hf.Objective.preset(name, **BOTH)
+        cases.append(small(f"{name}-capped-bits", objective, keep="bits", options={"softcap": 4.0, "temperature": 0.6}))
     return cases
 
 
@@ -157,6 +163,9 @@ def test_matches_the_oracle_at_large(case: LinearCase, device: torch.device) -> 
         small("autocast", PRESETS["mhpo_ahpo"], torch.bfloat16, stored=torch.float32, chunk_rows=3, bias=True),
         small("bound-token", PRESETS["mhpo_ahpo"], torch.bfloat16, slack=6, chunk_rows=4, bias=True),
         small("bound-sequence", PRESETS["gspo"], torch.bfloat16, slack=6, chunk_rows=4, bias=True),
+        small("kept-ids", hf.Objective.preset("mhpo_ahpo", **BOTH), torch.bfloat16, keep="ids", chunk_rows=3, bias=True,
+              options={"temperature": 0.7, "softcap": 6.0}),
+        small("kept-bits", PRESETS["gspo"], layout="packed", keep="bits", chunk_rows=4),
     ],
     ids=str,
 )  # fmt: skip
@@ -317,6 +326,8 @@ def test_logprobs_match_the_oracle(case: LinearCase, outputs: str, backend: str,
         LinearCase("bound", INPUTS, torch.bfloat16, slack=5, chunk_rows=3, bias=True),
         LinearCase("peaked", INPUTS, torch.bfloat16, rows="peaked", chunk_rows=3),
         LinearCase("peaked-float32", INPUTS, rows="peaked"),
+        LinearCase("kept-ids", INPUTS, torch.bfloat16, keep="ids", chunk_rows=3, options={"softcap": 4.0}),
+        LinearCase("kept-bits", INPUTS, torch.float16, keep="bits", layout="packed", slack=1, chunk_rows=3, bias=True),
     ],
     ids=str,
 )

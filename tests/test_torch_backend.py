@@ -110,7 +110,7 @@ def test_float32_matches_float64_autograd(
 
 
 @pytest.mark.parametrize("width", [MINIMUM_WIDTH, MINIMUM_WIDTH + 1, 50257])
-@pytest.mark.parametrize("transform", [PLAIN, LogitTransform(0.7)], ids=str)
+@pytest.mark.parametrize("transform", [PLAIN, LogitTransform(0.7, 6.0)], ids=str)
 def test_compiled_float32_matches_float64_autograd(width: int, transform: LogitTransform) -> None:
     check_float32(width, transform)
 

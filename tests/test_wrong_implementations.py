@@ -36,6 +36,7 @@ from hpo_fused.linear import autograd as linear_autograd
 from hpo_fused.linear import functions as linear_functions
 from hpo_fused.linear import head as linear_head
 from hpo_fused.linear.head import Head, HeadGradients
+from hpo_fused.linear.keep import KeptBits, KeptIds
 from hpo_fused.linear.memory import ChunkPlan
 from hpo_fused.linear.rows import Rows
 from hpo_fused.torch_backend import operations
@@ -77,6 +78,8 @@ LINEAR = [
     LinearCase("main-grad", PRESETS["mhpo_ahpo"], torch.bfloat16, chunk_rows=3, weight_grad=True),
     LinearCase("bound", PRESETS["mhpo_ahpo"], torch.bfloat16, chunk_rows=4, slack=12),
     LinearCase("float32-logits", PRESETS["mhpo_ahpo"], torch.bfloat16, bias=True, logits_dtype=torch.float32),
+    LinearCase("kept-ids", PRESETS["gspo"], chunk_rows=3, small_ratios=True, slack=1, keep="ids"),
+    LinearCase("kept-bits", PRESETS["mhpo_ahpo"], chunk_rows=3, keep="bits"),
 ]
 
 
@@ -298,6 +301,11 @@ def _weighted(terms: TokenTerms, batch: Batch, term: int) -> Tensor:
 
 _made("caller_weights_on_the_kl_term", KL_WEIGHT, lambda terms, batch: _weighted(terms, batch, KL_WEIGHT))
 _made("caller_weights_on_the_entropy", ENTROPY_WEIGHT, lambda terms, batch: _weighted(terms, batch, ENTROPY_WEIGHT))
+
+
+wrong(
+    "minus_inf_capped", BOTH, _of_backends("policy_loss"), lambda f, logits, *rest: f(logits.clamp(min=-1e9), *rest)
+)  # fmt: skip
 
 
 @mutant(BOTH, *TERMS)
@@ -739,6 +747,24 @@ def logits_of_backward_differ(f: Any, *arguments: Any) -> Any:
 
     with pytest.MonkeyPatch.context() as inner:
         Mutant([(Head, "logits")], off, False).apply(inner)
+        return f(*arguments)
+
+
+RESTRICT = [(form, "restrict") for form in (KeptIds, KeptBits)]  # (logits, rows)
+for form, attribute in RESTRICT:
+    wrong(f"{form.__name__}_ignored", LINEAR_LOSS, [(form, attribute)], lambda *_: None)
+    wrong(
+        f"{form.__name__}_of_the_row_before", LINEAR_LOSS, [(form, attribute)],
+        lambda f, keep, logits, rows: f(
+            keep, logits, dataclasses.replace(rows, positions=(rows.positions - 1).clamp(min=0))
+        ),
+    )  # fmt: skip
+
+
+@mutant(LINEAR_LOSS, (linear_autograd._TokenStatistics, "backward"))
+def kept_set_forgotten_in_backward(f: Any, *arguments: Any) -> Any:
+    with pytest.MonkeyPatch.context() as inner:
+        Mutant(RESTRICT, lambda *_: None, False).apply(inner)
         return f(*arguments)
 
 

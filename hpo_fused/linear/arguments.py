@@ -50,6 +50,18 @@ def gathered(name: str, value: Tensor) -> Tensor:
     return full
 
 
+def _hint(value: object) -> str:
+    """What to pass instead of a module, if ``value`` is one."""
+    if not isinstance(value, torch.nn.Module):
+        return ""
+    if hasattr(value, "base_layer") and hasattr(value, "lora_A"):
+        return (
+            "; a LoRA layer's .weight is the frozen base alone (log-probabilities without the adapter, and no gradient "
+            "for it): pass base + scale * B @ A, in peft layer.base_layer.weight + layer.get_delta_weight(adapter)"
+        )
+    return "; pass its .weight"
+
+
 def check_head(hidden: object, weight: object, bias: object, logits_dtype: object) -> tuple[Inputs, GemmDtypes]:
     """Hidden states (packed ones as [1, N, H]) and head as plain tensors, a sharded weight gathered; and GEMMs' dtypes.
 
@@ -63,8 +75,9 @@ def check_head(hidden: object, weight: object, bias: object, logits_dtype: objec
     given = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
     for name, value in given.items():
         if not isinstance(value, Tensor) or value.dtype not in LOGIT_DTYPES:
-            hint = "; pass its .weight" if isinstance(value, torch.nn.Module) else ""
-            raise TypeError(f"{name}: expected a float16, bfloat16 or float32 tensor, got {described(value)}{hint}")
+            raise TypeError(
+                f"{name}: expected a float16, bfloat16 or float32 tensor, got {described(value)}{_hint(value)}"
+            )
     assert isinstance(hidden, Tensor) and isinstance(weight, Tensor)
     if hidden.dim() not in (2, 3) or hidden.shape[-1] == 0:
         raise ValueError(f"hidden: expected shape [B, T, H] or [N, H] with H > 0, got {described(hidden)}")
@@ -96,6 +109,18 @@ def check_head(hidden: object, weight: object, bias: object, logits_dtype: objec
     dtypes = GemmDtypes.of(operands, logits_dtype, hidden.device)
     rows = hidden if hidden.dim() == 3 else hidden.unsqueeze(0)
     return (rows, gathered("weight", weight), bias), dtypes
+
+
+def check_still_held(name: str, value: Tensor | None, shape: torch.Size | None) -> None:
+    """RuntimeError unless ``value``, saved by forward with ``shape``, still has it in backward."""
+    if value is not None and value.shape != shape:
+        raise RuntimeError(
+            f"{name}: expected shape {list(shape or ())} in backward as in forward, got {described(value)}; "
+            "DeepSpeed's ZeRO-3, for one, releases what it gathered after forward. Call the loss inside the forward of "
+            f"a module that {name} is registered with (deepspeed.zero.register_external_parameter), keep it gathered "
+            "until after backward (deepspeed.zero.GatheredParameters), or, where it is frozen, take a token-level "
+            "objective, whose backward does not read it (but in float16)"
+        )
 
 
 def check_weight_grad(weight_grad: object, weight: Tensor) -> Tensor | None:

@@ -21,7 +21,9 @@ from hpo_fused.autograd import consume, first_order
 from hpo_fused.backend import implementation
 from hpo_fused.interface import LOGPROB, LOSS, SKIPPED, LogitTransform, LossSpec, SoftmaxStatistics, TokenTerms
 
+from .arguments import check_still_held
 from .head import GemmDtypes, Gradients, Head, HeadGradients, Inputs
+from .keep import Keep
 from .memory import ChunkPlan
 from .rows import Rows
 
@@ -33,6 +35,7 @@ class Settings(NamedTuple):
     transform: LogitTransform
     chunk_bytes: int | None
     backend: str
+    keep: Keep | None
 
 
 class _Chunks:
@@ -40,7 +43,7 @@ class _Chunks:
 
     def __init__(self, inputs: Inputs, rows: Rows, settings: Settings) -> None:
         self.inputs = self.hidden, weight, bias = inputs
-        self.rows, self.head = rows, Head(weight, bias, settings.dtypes)
+        self.rows, self.head, self.keep = rows, Head(weight, bias, settings.dtypes), settings.keep
         vocabulary, width = weight.shape
         self.plan = ChunkPlan.of(len(rows), vocabulary, width, settings.dtypes, weight.device, settings.chunk_bytes)
 
@@ -52,6 +55,8 @@ class _Chunks:
             x = self.head.operand(rows.hidden(self.hidden))
             logits = buffer[: len(rows)]
             self.head.logits(x, logits)
+            if self.keep is not None:
+                self.keep.restrict(logits, rows)
             yield rows, x, logits.unsqueeze(0)
             del x, logits  # before the next are made
 
@@ -166,8 +171,10 @@ class _TokenStatistics(torch.autograd.Function):
         entropy: bool, into: Tensor | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         statistics = _all_statistics((hidden, weight, bias), selections, settings, entropy)
-        ctx.save_for_backward(hidden, weight, bias, statistics)  # all watched for changes until backward
+        # All watched for changes until backward.
+        ctx.save_for_backward(hidden, weight, bias, statistics, *(settings.keep or ()))
         ctx.rows, ctx.settings, ctx.into = selections[0], settings, into
+        ctx.shapes = weight.shape, None if bias is None else bias.shape
         ctx.set_materialize_grads(False)
         return tuple(entries.clone() for entries in statistics[: 1 + entropy])
 
@@ -176,12 +183,14 @@ class _TokenStatistics(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(gradient is None for gradient in upstream):
             return (None,) * 7
-        *inputs, statistics = ctx.saved_tensors
+        hidden, weight, bias, statistics, *_ = ctx.saved_tensors
+        for name, value, shape in zip(("weight", "bias"), (weight, bias), ctx.shapes, strict=True):
+            check_still_held(name, value, shape)
         c, *h = upstream
         with _plain(statistics):
             c = torch.zeros_like(statistics[0]) if c is None else c
             coefficients = torch.stack([value.to(torch.float32) for value in (c, *h) if value is not None])
-            chunks = _Chunks((inputs[0], inputs[1], inputs[2]), ctx.rows, ctx.settings)
+            chunks = _Chunks((hidden, weight, bias), ctx.rows, ctx.settings)
             gradients = chunks.gradients(ctx.needs_input_grad[:3], ctx.into)
             for chunk, x, logits in chunks:
                 c, *h = chunk.gather(coefficients)

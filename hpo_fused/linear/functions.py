@@ -21,6 +21,7 @@ from hpo_fused.token_terms import check_batch, token_targets
 from . import autograd
 from .arguments import check_head, check_weight_grad
 from .autograd import Settings
+from .keep import check_keep
 from .rows import Rows, choose_rows
 
 _UNTRACEABLE = "the number of active rows is known only at run time; call it between compiled graphs"
@@ -34,9 +35,9 @@ def linear_policy_loss(
     groups: Tensor | None = None, objective: ObjectiveLike = "mhpo_ahpo", statistics: BatchStatistics | None = None,
     lengths: Tensor | None = None, response_mean_log_ratios: Tensor | None = None,
     advantage_level: AdvantageLevel | None = None, loss_scale: float | Tensor = 1.0, temperature: float = 1.0,
-    softcap: float | None = None, skip_inactive: bool = True, entropy: bool = True, chunk_bytes: int | None = None,
-    logits_dtype: torch.dtype | None = None, active_count: int | None = None, weight_grad: Tensor | None = None,
-    backend: Backend = "auto",
+    softcap: float | None = None, keep: Tensor | tuple[Tensor, Tensor] | None = None, skip_inactive: bool = True,
+    entropy: bool = True, chunk_bytes: int | None = None, logits_dtype: torch.dtype | None = None,
+    active_count: int | None = None, weight_grad: Tensor | None = None, backend: Backend = "auto",
 ) -> PolicyLossOutput:  # fmt: skip
     """:func:`policy_loss` of ``hidden @ weight.T + bias``, whose logits never exist but for one chunk of rows.
 
@@ -59,6 +60,11 @@ def linear_policy_loss(
         old_logprobs, ref_logprobs, mask, token_weights, entropy_weights, cu_seqlens, groups, objective, statistics,
             lengths, response_mean_log_ratios, advantage_level, loss_scale, temperature, softcap, entropy, backend: as
             in :func:`policy_loss`.
+        keep: the ids over which the sampler normalised (top-p, top-k), row by row; all results are those of logits with
+            -inf elsewhere. Either a tuple (ids, offsets): row b * T + t keeps ``ids[offsets[row]:offsets[row + 1]]``,
+            integer [M] and [B * T + 1] (packed [N + 1]), ids in [0, V), in any order. Or a bit mask, int32
+            [B, T, ceil(V / 32)] (packed [N, ceil(V / 32)]), any strides: bit j % 32 of word j // 32 is set where id j
+            is kept; bits beyond V are ignored. What masked rows keep is of no meaning.
         skip_inactive: leave unmasked rows without a learning signal uncomputed (their logprobs and entropy are NaN).
             False adds one GEMM for them.
         chunk_bytes: memory for a chunk's logits, at least one row. None: 4096 rows (1024 on a CPU), at most 896 MiB.
@@ -77,7 +83,9 @@ def linear_policy_loss(
 
     Raises:
         TypeError, ValueError: as :func:`policy_loss`; hidden, weight or bias of another dtype, shape or device;
-            chunk_bytes below one row; active_count below the number of active rows (a device-side assert on GPU).
+            chunk_bytes below one row; active_count below the number of active rows (a device-side assert on GPU); an
+            unmasked row whose sampled token is not in its own kept set, for the sampler cannot have drawn it, an id
+            outside [0, V) or offsets that do not rise from 0 to M (likewise).
 
     Examples:
         >>> hidden = torch.zeros(2, 3, 4, requires_grad=True)
@@ -103,9 +111,10 @@ def linear_policy_loss(
         advantage_level=advantage_level, loss_scale=loss_scale,
     )  # fmt: skip
     into = check_weight_grad(weight_grad, weight)
-    settings = Settings(dtypes, transform, chunk_bytes, backend_for(hidden, backend))
-    spec = resolved.lower(batch)
-    terms = ops.token_terms(batch, spec, weight.shape[0], skip_inactive, settings.backend)
+    spec, served_by = resolved.lower(batch), backend_for(hidden, backend)
+    terms = ops.token_terms(batch, spec, weight.shape[0], skip_inactive, served_by)
+    kept = check_keep(keep, tokens, mask, weight.shape[0])
+    settings = Settings(dtypes, transform, chunk_bytes, served_by, kept)
     rows, *idle = choose_rows(terms.targets, terms.active, active_count, idle=not skip_inactive)
     entropy = entropy or spec.entropy_bonus
     # A loss scaler's factor must enter before a gradient is rounded to float16.
@@ -121,9 +130,9 @@ def linear_policy_loss(
 @torch.compiler.disable(reason=_UNTRACEABLE)  # type: ignore[untyped-decorator]
 def linear_token_logprobs(
     hidden: Tensor, weight: Tensor, tokens: Tensor, *, bias: Tensor | None = None, mask: Tensor | None = None,
-    entropy: bool = True, temperature: float = 1.0, softcap: float | None = None, chunk_bytes: int | None = None,
-    logits_dtype: torch.dtype | None = None, active_count: int | None = None, weight_grad: Tensor | None = None,
-    backend: Backend = "auto",
+    keep: Tensor | tuple[Tensor, Tensor] | None = None, entropy: bool = True, temperature: float = 1.0,
+    softcap: float | None = None, chunk_bytes: int | None = None, logits_dtype: torch.dtype | None = None,
+    active_count: int | None = None, weight_grad: Tensor | None = None, backend: Backend = "auto",
 ) -> TokenLogprobs:  # fmt: skip
     """:func:`token_logprobs` of ``hidden @ weight.T + bias``, a chunk of unmasked rows at a time.
 
@@ -132,7 +141,7 @@ def linear_token_logprobs(
     gradients is one chunk of logits and, with several chunks, dweight's float32 accumulator (:func:`linear_memory`).
 
     Args:
-        hidden, weight, bias, chunk_bytes, logits_dtype, weight_grad, backend: as in :func:`linear_policy_loss`.
+        hidden, weight, bias, keep, chunk_bytes, logits_dtype, weight_grad, backend: as in :func:`linear_policy_loss`.
         tokens: integer [B, T] or [N], ids in [0, V) where unmasked, anything elsewhere.
         mask: bool or 0/1, shaped like tokens: rows to compute; None: all.
         entropy: whether to compute the entropy too.
@@ -159,9 +168,10 @@ def linear_token_logprobs(
     if mask is not None:
         mask = check_mask(mask, shape, device)
     into = check_weight_grad(weight_grad, weight)
-    settings = Settings(dtypes, transform, chunk_bytes, backend_for(hidden, backend))
     row_mask = as_mask(mask, inputs[0].shape[:2], device)
     targets = token_targets(tokens, row_mask, vocabulary)
+    kept = check_keep(keep, tokens, mask, vocabulary)
+    settings = Settings(dtypes, transform, chunk_bytes, backend_for(hidden, backend), kept)
     if mask is None and active_count is None:
         selections = [Rows.all(targets)]
     else:

@@ -104,7 +104,7 @@ def float32_gemms(device: torch.device, dtype: torch.dtype) -> Float32Gemms:
     return able
 
 
-def _slices(length: int, row_bytes: int, device: torch.device) -> Iterator[slice]:
+def slices(length: int, row_bytes: int, device: torch.device) -> Iterator[slice]:
     """A matrix of ``length`` rows in slices of rows small enough to be made aside; in one where rows take no bytes."""
     step = max(TILE_BYTES[device.type != "cpu"] // row_bytes, 1) if row_bytes else length
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
@@ -134,7 +134,7 @@ class Head:
     def parts(self, rows: int, *, widened: bool) -> Iterator[slice]:
         """The vocabulary, in parts of which float32 [part, H] and [rows, part] can be made aside where ``widened``."""
         length, width = self.weight.shape
-        return _slices(length, 4 * max(width, rows) if widened else 0, self.weight.device)
+        return slices(length, 4 * max(width, rows) if widened else 0, self.weight.device)
 
     def logits(self, x: Tensor, out: Tensor) -> None:
         """out [r, V] = x [r, H] weight^T + bias, rounded once to its dtype; ``x`` is an operand."""
@@ -186,7 +186,7 @@ class HeadGradients:
         """A chunk's contributions: ``x`` [r, H] an operand, ``gradient`` [r, V] of its logits."""
         if self.bias is not None:
             # Row by row, a slice at a time: the CPU makes a float32 copy of what it sums.
-            for part in _slices(len(gradient), 4 * gradient.shape[1], gradient.device):
+            for part in slices(len(gradient), 4 * gradient.shape[1], gradient.device):
                 self.bias.add_(gradient[part].sum(0, dtype=torch.float32))
         weight_sum = self.total if self.into is None else self.into
         flat = None if self.hidden is None else self.hidden.view(-1, x.shape[1])
@@ -224,7 +224,7 @@ def _accumulate(total: Tensor, gradient: Tensor, x: Tensor, *, fresh: bool) -> N
     elif able.add:
         torch.addmm(total, transposed, x, out_dtype=total.dtype, out=total)
     else:
-        for part in _slices(len(total), total.shape[1] * total.element_size(), total.device):
+        for part in slices(len(total), total.shape[1] * total.element_size(), total.device):
             rows = transposed[part]
             product = torch.mm(rows, x, out_dtype=total.dtype) if able.write else torch.mm(rows, x)
             if fresh:

@@ -117,7 +117,8 @@ def linear_memory(
     of the GEMMs' dtype and of the logits'.
 
     The chunk is released before the accumulator is cast to the gradient, so that they never add up. Not counted: the
-    gathered copy of a sharded weight and its gradient (2 V H s), and the torch backend's buffers on a GPU.
+    gathered copy of a sharded weight and its gradient (2 V H s), the torch backend's buffers on a GPU, and with
+    ``keep`` a slice (8 MiB on a CPU, 64 elsewhere) and l bytes for each listed id.
 
     Args:
         rows: rows that enter the GEMMs: the active ones.

@@ -49,7 +49,11 @@ class Rows:
 
     def part(self, part: slice) -> Rows:
         """The chunk of them in ``part``."""
-        positions = part if isinstance(self.positions, slice) else self.positions[part]
+        positions = self.positions
+        if isinstance(positions, slice):
+            positions = slice(positions.start + part.start, positions.start + part.stop)
+        else:
+            positions = positions[part]
         return Rows(positions, self.targets[part], self.exact)
 
     def gather(self, entries: Tensor) -> Tensor:
@@ -60,15 +64,18 @@ class Rows:
         """Writes the rows' ``entries`` [k, 1, n] to their places in ``whole``, contiguous [k, B, T]."""
         whole.view(len(whole), -1)[:, self.positions] = entries.squeeze(1)
 
+    def of(self, whole: Tensor) -> Tensor:
+        """The rows [n, k] of ``whole`` [B, T, k], not copied where they lie side by side."""
+        if whole.is_contiguous():
+            return whole.view(-1, whole.shape[-1])[self.positions]
+        positions, steps = self.positions, max(whole.shape[1], 1)
+        if isinstance(positions, slice):
+            positions = torch.arange(positions.start, positions.stop, device=whole.device)
+        return whole[positions.div(steps, rounding_mode="floor"), positions % steps]
+
     def hidden(self, hidden: Tensor) -> Tensor:
-        """The rows' hidden states [n, H], not copied where they lie side by side; zeros in rows that only fill up."""
-        if hidden.is_contiguous():
-            rows = hidden.view(-1, hidden.shape[-1])[self.positions]
-        else:
-            positions, steps = self.positions, max(hidden.shape[1], 1)
-            if isinstance(positions, slice):
-                positions = torch.arange(positions.start, positions.stop, device=hidden.device)
-            rows = hidden[positions.div(steps, rounding_mode="floor"), positions % steps]
+        """The rows' hidden states [n, H]; zeros in rows that only fill up."""
+        rows = self.of(hidden)
         if not self.exact:  # a NaN times their gradient of 0 would still be a NaN in dweight
             rows = torch.where((self.targets >= 0).unsqueeze(-1), rows, 0)
         return rows

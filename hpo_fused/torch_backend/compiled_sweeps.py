@@ -88,6 +88,13 @@ def _partial_sums(rows: Tensor, targets: Tensor, scale: Tensor, softcap: Tensor,
     column = torch.arange(_BLOCK, dtype=torch.int32)
     body = rows[:, : blocks * _BLOCK].view(count, blocks, _BLOCK)
     excluded = column == (targets[:, None] - _BLOCK * torch.arange(blocks, dtype=torch.int32))[:, :, None]
+    end = rows[:, width - _BLOCK :]
+    # The last block reaches back over columns already counted: a block of V mod 1024 columns would be another
+    # program where that is 0 or 1.
+    last = column + (width - _BLOCK)
+    excluded_end = (last < blocks * _BLOCK) | (last == targets[:, None])
+    if capped:  # where tanh would make -1 of -inf
+        excluded, excluded_end = excluded | (body == -torch.inf), excluded_end | (end == -torch.inf)
     constants = (scale, softcap, capped)
     # Written out twice: used twice, Inductor would keep the exponentials in an [n, V] buffer and read them again.
     exponential = torch.exp(_differences(body, shift[:, None, None], *constants))
@@ -95,12 +102,8 @@ def _partial_sums(rows: Tensor, targets: Tensor, scale: Tensor, softcap: Tensor,
     difference = _differences(body, shift[:, None, None], *constants)
     again = _differences(body, shift[:, None, None], *constants)
     moment = torch.where(excluded, 0.0, torch.exp(difference) * again).sum(-1)
-    # The last block reaches back over columns already counted: a block of V mod 1024 columns would be another
-    # program where that is 0 or 1.
-    last = column + (width - _BLOCK)
-    difference = _differences(rows[:, width - _BLOCK :], shift[:, None], *constants)
-    excluded = (last < blocks * _BLOCK) | (last == targets[:, None])
-    exponential = torch.where(excluded, 0.0, torch.exp(difference))
+    difference = _differences(end, shift[:, None], *constants)
+    exponential = torch.where(excluded_end, 0.0, torch.exp(difference))
     return shift, others, moment, exponential.sum(-1), (exponential * difference).sum(-1)
 
 

@@ -25,7 +25,8 @@ def _scale(transform: LogitTransform) -> float:
 
 def _transformed(logits: Tensor, transform: LogitTransform) -> Tensor:
     if transform.softcap is not None:
-        logits = transform.softcap * torch.tanh(logits / transform.softcap)
+        capped = transform.softcap * torch.tanh(logits / transform.softcap)
+        logits = torch.where(logits == -torch.inf, logits, capped)
     return logits / transform.temperature
 
 

@@ -108,9 +108,14 @@ class PlainSweeps(Sweeps):
         return values, shift
 
     def sums(self, rows: SelectedRows, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        differences, shift = self._differences(rows.load(self.buffer("values", torch.float32)), None)
+        values = rows.load(self.buffer("values", torch.float32))
+        # Where tanh would make -1 of -inf. (The gradient vanishes there as it is: so does the derivative of tanh.)
+        impossible = None if self.transform.softcap is None else values == -torch.inf
+        differences, shift = self._differences(values, None)
         exponentials = torch.exp(differences, out=self.buffer("exponentials", torch.float32))
         exponentials.scatter_(1, targets[: self.chunk_rows, None], 0.0)
+        if impossible is not None:
+            exponentials.masked_fill_(impossible, 0.0)
         others = exponentials.sum(-1)
         moment = exponentials.mul_(differences).sum(-1)
         return self.padded(shift), self.padded(others), self.padded(moment)
