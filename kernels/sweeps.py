@@ -21,8 +21,8 @@ from .row_tiles import edge_columns, frame, group_mask, load_step, tile_offsets,
 # Finite start of the running maximum and finite stand-in for a scaled -inf: no inf - inf and no 0 * inf can arise,
 # and a difference with any float32 is still finite.
 LOWEST = tl.constexpr(-1e30)
-# Times any finite float32 it is above -8.
-TINY = tl.constexpr(2.0**-125)
+# Times a logit it is below half a unit of 1 up to 2^100, and -inf of -inf.
+TINY = tl.constexpr(2.0**-126)
 
 
 @triton.jit
@@ -54,11 +54,11 @@ def softcapped(z, transform):
 def _summand(z, transform):
     """v of raw logits as the sums take it: a token whose logit is -inf is impossible under a softcap, too.
 
-    Of finite logits TINY z + 9 is at least 1, the largest v. (Comparisons took registers that AMD had to spill.)
+    One instruction. (A comparison takes registers that AMD has to spill.)
     """
     v, _ = softcapped(z, transform)
     if transform[2] is not None:
-        v = tl.minimum(v, to_float32(z) * TINY + 9.0)
+        v += to_float32(z) * TINY
     return v
 
 
