@@ -152,8 +152,8 @@ class _TokenStatistics(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         statistics = _statistics(logits, targets, transform, entropy, backend)
-        ctx.save_for_backward(logits, targets, *statistics)
-        ctx.transform, ctx.inplace, ctx.backend = transform, inplace, backend
+        ctx.save_for_backward(logits, targets, transform.temperatures, *statistics)
+        ctx.transform, ctx.inplace, ctx.backend = transform._replace(temperatures=None), inplace, backend
         ctx.set_materialize_grads(False)
         if statistics.entropy is None:
             return (statistics.logprobs,)
@@ -169,8 +169,8 @@ class _TokenStatistics(torch.autograd.Function):
             consume(ctx, "policy_loss(inplace=True)")
         if upstream_logprobs is None and upstream_entropy is None:
             return None, *nothing
-        logits, targets, *saved = ctx.saved_tensors
-        statistics = SoftmaxStatistics(*saved)
+        logits, targets, temperatures, *saved = ctx.saved_tensors
+        transform, statistics = ctx.transform._replace(temperatures=temperatures), SoftmaxStatistics(*saved)
         c, h = (
             None if upstream is None else upstream.to(torch.float32).contiguous()
             for upstream in (upstream_logprobs, upstream_entropy)
@@ -178,7 +178,7 @@ class _TokenStatistics(torch.autograd.Function):
         if c is None:
             c = torch.zeros_like(statistics.logprobs)
         out = logits.detach() if ctx.inplace else _gradient_like(logits)
-        ops.token_gradient(logits, targets, statistics, c, h, ctx.transform, out, ctx.backend)
+        ops.token_gradient(logits, targets, statistics, c, h, transform, out, ctx.backend)
         if ctx.inplace:
             torch.autograd.graph.increment_version(logits)
         return out, *nothing

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_positive, check_tensor, described, same_device, values_readable
-from .interface import MASKED, Count, TokenTerms
+from .interface import MASKED, Count, LogitTransform, TokenTerms
 from .objective import AdaptiveHysteretic, Weighting
 
 if TYPE_CHECKING:
@@ -206,6 +206,52 @@ def check_lengths(lengths: object, layout: Layout, statistics: BatchStatistics |
         torch._assert_async(enough, message)
     elif not bool(enough):
         raise ValueError(f"{message}, got {checked.tolist()} for {layout.lengths().tolist()}")
+
+
+def check_transform(
+    temperature: object,
+    softcap: object,
+    shape: torch.Size,
+    device: torch.device,
+    mask: Tensor | None,
+    responses: int | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> LogitTransform:
+    """The logits' transform; a tensor of temperatures becomes one for each row, in float32.
+
+    Args:
+        temperature: a number, or a tensor: 0-d, per response or per token as :func:`check_level` takes it.
+        softcap: a number or None.
+        shape, device: [B, T], or packed [N], of per-token tensors, and where they are.
+        mask: checked; None: nothing is masked.
+        responses, cu_seqlens: checked; without them packed temperatures are per token.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape or device; a temperature that requires grad; a number that is
+            not finite or not above 0, at an unmasked position of a tensor (a device-side assert on GPU).
+    """
+    cap = None if softcap is None else check_positive("softcap", softcap)
+    if not isinstance(temperature, Tensor):
+        return LogitTransform(check_positive("temperature", temperature, " or a tensor of such"), cap)
+    packed = len(shape) == 1
+    level = "token" if packed and responses is None else None
+    count = shape[0] if responses is None else responses
+    given = check_level("temperature", temperature, shape, count, device, level, scalar=True)
+    if given.requires_grad:
+        raise ValueError(
+            f"temperature: expected a tensor that does not require grad, for the loss is not differentiated by it, got "
+            f"{described(temperature)}; pass temperature.detach()"
+        )
+    unmasked = as_mask(mask, (1, shape[0]) if packed else shape, device)
+    rows = Layout.of(unmasked, count, cu_seqlens if given.dim() == 1 else None).rows(given.to(torch.float32))
+    rows = torch.where(unmasked, rows, 1.0)  # also a copy: the caller may write to theirs before backward
+    right = (rows > 0) & (rows < torch.inf)
+    message = "temperature: expected finite numbers > 0 at unmasked positions"
+    if not values_readable(rows):
+        torch._assert_async(right.all(), message)
+    elif not bool(right.all()):
+        raise ValueError(f"{message}, got {rows[~right][0].item()}")
+    return LogitTransform(1.0, cap, rows.contiguous())
 
 
 def check_groups(groups: object, responses: int, device: torch.device) -> Tensor | None:

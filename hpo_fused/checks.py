@@ -9,8 +9,6 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from .interface import LogitTransform
-
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -98,11 +96,14 @@ def check_logits(name: str, value: object) -> Tensor:
     return value
 
 
-def check_positive(name: str, value: object) -> float:
-    """``value`` as a float, if it is a finite number above zero; TypeError or ValueError otherwise."""
+def check_positive(name: str, value: object, otherwise: str = "") -> float:
+    """``value`` as a float, if it is a finite number above zero; TypeError or ValueError otherwise.
+
+    ``otherwise``: what else the caller would have taken, for the message.
+    """
     # int and float by name: while torch.compile traces, a symbolic float is one of them but no registered Real.
     if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
-        raise TypeError(f"{name}: expected a finite number > 0, got {described(value)}")
+        raise TypeError(f"{name}: expected a finite number > 0{otherwise}, got {described(value)}")
     number = float(value)
     if not 0 < number < math.inf:
         raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
@@ -126,14 +127,6 @@ def check_factor(name: str, value: object, device: torch.device) -> tuple[float,
     if not math.isfinite(float(value)):
         raise ValueError(f"{name}: expected a finite number, got {value!r}")
     return float(value), None
-
-
-def check_transform(temperature: object, softcap: object) -> LogitTransform:
-    """The logits' transform; TypeError or ValueError naming the argument unless both are finite and above zero."""
-    return LogitTransform(
-        check_positive("temperature", temperature),
-        None if softcap is None else check_positive("softcap", softcap),
-    )
 
 
 def values_readable(value: Tensor) -> bool:

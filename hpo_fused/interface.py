@@ -33,10 +33,14 @@ Count: TypeAlias = float | Tensor
 
 
 class LogitTransform(NamedTuple):
-    """Transformed logits z' = softcap * tanh(z / softcap) / temperature; no cap where ``softcap`` is None."""
+    """Transformed logits z' = softcap * tanh(z / softcap) / temperature; no cap where ``softcap`` is None.
+
+    ``temperatures``: float32 [B, T], contiguous, one for each row in place of ``temperature``, which is then 1.
+    """
 
     temperature: float = 1.0
     softcap: float | None = None
+    temperatures: Tensor | None = None
 
 
 class LossSpec(NamedTuple):

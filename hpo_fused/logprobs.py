@@ -9,8 +9,8 @@ from torch import Tensor
 
 from . import autograd
 from .backend import Backend, backend_for
-from .batch import as_mask, check_mask
-from .checks import check_logits, check_tensor, check_transform
+from .batch import as_mask, check_mask, check_transform
+from .checks import check_logits, check_tensor
 from .token_terms import token_targets
 
 
@@ -27,7 +27,7 @@ def token_logprobs(
     *,
     mask: Tensor | None = None,
     entropy: bool = True,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     backend: Backend = "auto",
 ) -> TokenLogprobs:
@@ -41,7 +41,7 @@ def token_logprobs(
         tokens: integer [B, T] or [N], ids in [0, V) where unmasked, anything elsewhere.
         mask: bool or 0/1, shaped like tokens: rows to compute; None: all.
         entropy: whether to compute the entropy too.
-        temperature, softcap, backend: as in :func:`policy_loss`.
+        temperature, softcap, backend: as in :func:`policy_loss`; a packed tensor of temperatures is one per token.
 
     Returns:
         :class:`TokenLogprobs`, both differentiable (not twice). Backward may run again with retain_graph=True: it
@@ -58,13 +58,13 @@ def token_logprobs(
         >>> result.entropy
         tensor([[1.3863, 1.3863]])
     """
-    transform = check_transform(temperature, softcap)
     check_logits("logits", logits)
     shape = logits.shape[:-1]
     tokens = check_tensor("tokens", tokens, [tuple(shape)], "integer", logits.device)
     if mask is not None:
         mask = check_mask(mask, shape, logits.device)
     rows = logits if logits.dim() == 3 else logits.unsqueeze(0)
+    transform = check_transform(temperature, softcap, shape, logits.device, mask)
     row_mask = as_mask(mask, rows.shape[:2], logits.device)
     logprobs, entropies = autograd.token_statistics(
         rows, token_targets(tokens, row_mask, logits.shape[-1]), transform, entropy=entropy, inplace=False,

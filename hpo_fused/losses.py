@@ -9,8 +9,8 @@ from torch import Tensor
 
 from . import autograd, ops
 from .backend import Backend, backend_for
-from .batch import AdvantageLevel, BatchStatistics
-from .checks import check_floating, check_logits, check_tensor, check_transform, described
+from .batch import AdvantageLevel, BatchStatistics, check_transform
+from .checks import check_floating, check_logits, check_tensor, described
 from .interface import Batch, TokenTerms
 from .metrics import MetricSums, metric_sums
 from .objective import Objective, ObjectiveLike, resolve_objective
@@ -126,7 +126,7 @@ def policy_loss(
     response_mean_log_ratios: Tensor | None = None,
     advantage_level: AdvantageLevel | None = None,
     loss_scale: float | Tensor = 1.0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     skip_inactive: bool = True,
     inplace: bool = False,
@@ -167,7 +167,8 @@ def policy_loss(
         loss_scale: finite number, or floating 0-d tensor on the device: a factor of the returned loss and its gradient,
             such as one over the accumulation steps. A factor on ``out.loss`` is as right, but costs another read and
             write of the logits' gradient.
-        temperature: logits are divided by it, > 0.
+        temperature: logits are divided by it, > 0: a number, or a tensor (0-d, [B], [B, 1] or shaped like tokens), used
+            in float32 and not differentiated.
         softcap: z is replaced by softcap * tanh(z / softcap) before the temperature; None: no cap. A logit of -inf
             stays -inf: it marks a token that could not be sampled.
         skip_inactive: leave rows without a learning signal uncomputed (their logprobs and entropy are NaN). False
@@ -198,7 +199,6 @@ def policy_loss(
         tensor([-0.1333,  0.0333,  0.0333,  0.0333,  0.0333])
     """
     resolved = resolve_objective(objective)
-    transform = check_transform(temperature, softcap)
     check_logits("logits", logits)
     shape, device = logits.shape[:-1], logits.device
     check_tensor("tokens", tokens, [tuple(shape)], "integer", device)
@@ -208,6 +208,7 @@ def policy_loss(
         statistics=statistics, lengths=lengths, response_mean_log_ratios=response_mean_log_ratios,
         advantage_level=advantage_level, loss_scale=loss_scale,
     )  # fmt: skip
+    transform = check_transform(temperature, softcap, shape, device, batch.mask, batch.responses, batch.cu_seqlens)
     name = backend_for(logits, backend)
     if inplace and logits.requires_grad:
         check_in_place(logits)

@@ -84,33 +84,34 @@ def token_gradient(
 def _policy_loss(
     logits: Tensor, targets: Tensor, values: Tensor, kind: str, parameters: Sequence[float], max_log_ratio: float,
     off_policy: bool, kl: str, entropy_bonus: bool, ratio_level: str, temperature: float, softcap: float | None,
-    results: Tensor, out: Tensor | None, backend: str,
+    temperatures: Tensor | None, results: Tensor, out: Tensor | None, backend: str,
 ) -> None:  # fmt: skip
     spec = LossSpec(kind, tuple(parameters), max_log_ratio, off_policy, kl, entropy_bonus, ratio_level)
-    transform = LogitTransform(temperature, softcap)
+    transform = LogitTransform(temperature, softcap, temperatures)
     implementation(backend).policy_loss(logits, targets, values, spec, transform, results, out)
 
 
 @torch.library.custom_op("hpo_fused::token_statistics", mutates_args=("logprobs", "maximum", "others", "entropy"))
 def _token_statistics(
-    logits: Tensor, targets: Tensor, temperature: float, softcap: float | None, logprobs: Tensor, maximum: Tensor,
-    others: Tensor, entropy: Tensor | None, backend: str,
+    logits: Tensor, targets: Tensor, temperature: float, softcap: float | None, temperatures: Tensor | None,
+    logprobs: Tensor, maximum: Tensor, others: Tensor, entropy: Tensor | None, backend: str,
 ) -> None:  # fmt: skip
+    transform = LogitTransform(temperature, softcap, temperatures)
     statistics = SoftmaxStatistics(logprobs, maximum, others, entropy)
-    implementation(backend).token_statistics(logits, targets, LogitTransform(temperature, softcap), statistics)
+    implementation(backend).token_statistics(logits, targets, transform, statistics)
 
 
 @torch.library.custom_op("hpo_fused::token_gradient", mutates_args=("out",))
 def _token_gradient(
     logits: Tensor, targets: Tensor, logprobs: Tensor, maximum: Tensor, others: Tensor, entropy: Tensor | None,
     logprob_coefficients: Tensor, entropy_coefficients: Tensor | None, temperature: float, softcap: float | None,
-    out: Tensor, backend: str,
+    temperatures: Tensor | None, out: Tensor, backend: str,
 ) -> None:  # fmt: skip
+    transform = LogitTransform(temperature, softcap, temperatures)
     statistics = SoftmaxStatistics(logprobs, maximum, others, entropy)
     implementation(backend).token_gradient(
-        logits, targets, statistics, logprob_coefficients, entropy_coefficients, LogitTransform(temperature, softcap),
-        out,
-    )  # fmt: skip
+        logits, targets, statistics, logprob_coefficients, entropy_coefficients, transform, out
+    )
 
 
 for operator in (_policy_loss, _token_statistics, _token_gradient):

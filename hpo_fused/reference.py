@@ -33,20 +33,41 @@ class ReferenceOutput(NamedTuple):
     entropy: Tensor
 
 
+def token_temperatures(
+    temperature: float | Tensor, tokens: Tensor, cu_seqlens: Tensor | None = None, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """The temperature of every token, shaped like tokens, from any form that :func:`hpo_fused.policy_loss` takes."""
+    value = torch.as_tensor(temperature, dtype=dtype, device=tokens.device)
+    places = list(_responses(tokens.shape, cu_seqlens))
+    if value.dim() == 0:
+        return value.expand(tokens.shape)
+    if value.shape not in ((len(places),), (len(places), 1)):
+        return value.reshape(tokens.shape)
+    rows = torch.empty(tokens.shape, dtype=dtype, device=tokens.device)
+    for i, place in enumerate(places):
+        rows[place] = value[i]
+    return rows
+
+
 def token_logprobs(
     logits: Tensor,
     tokens: Tensor,
     *,
     mask: Tensor | None = None,
-    temperature: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
 ) -> ReferenceLogprobs:
-    """log p(token) and entropy by log_softmax, unmasked rows only. Shapes as :func:`hpo_fused.token_logprobs`."""
+    """log p(token) and entropy by log_softmax, unmasked rows only. Shapes as :func:`hpo_fused.token_logprobs`.
+
+    ``cu_seqlens`` tells the responses of packed tokens, where each has a temperature.
+    """
     keep = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
     z = logits[keep]
     if softcap is not None:
         z = torch.where(z == -torch.inf, z, softcap * torch.tanh(z / softcap))
-    log_p = torch.log_softmax(z / temperature, dim=-1)
+    z = z / token_temperatures(temperature, tokens, cu_seqlens, logits.dtype)[keep].unsqueeze(-1)
+    log_p = torch.log_softmax(z, dim=-1)
     logprobs = log_p.gather(-1, tokens[keep].long().unsqueeze(-1)).squeeze(-1)
     # p log p -> 0 as p -> 0; without the where, -inf logits give 0 * inf.
     entropy = -(log_p.exp() * torch.where(log_p > -torch.inf, log_p, 0.0)).sum(-1)
@@ -235,11 +256,14 @@ def policy_loss(
     advantages: Tensor,
     *,
     mask: Tensor | None = None,
-    temperature: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     **arguments: Any,
 ) -> ReferenceOutput:
     """Loss, log-probabilities and entropy; arguments as :func:`hpo_fused.policy_loss`."""
-    result = token_logprobs(logits, tokens, mask=mask, temperature=temperature, softcap=softcap)
-    loss = logprob_policy_loss(result.logprobs, advantages, entropy=result.entropy, mask=mask, **arguments)
+    result = token_logprobs(logits, tokens, mask=mask, cu_seqlens=cu_seqlens, temperature=temperature, softcap=softcap)
+    loss = logprob_policy_loss(
+        result.logprobs, advantages, entropy=result.entropy, mask=mask, cu_seqlens=cu_seqlens, **arguments
+    )
     return ReferenceOutput(loss, result.logprobs, result.entropy)

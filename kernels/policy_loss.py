@@ -17,13 +17,14 @@ from hpo_fused.interface import LogitTransform, LossSpec
 from .launch import launch_configuration, on_device_of, same_alignment, transform_constants
 from .numerics import to_float32
 from .surrogate import token_log_ratio, token_loss
-from .sweeps import lane_statistics, row_gradient, row_offset, row_statistics, zero_row
+from .sweeps import lane_statistics, row_gradient, row_offset, row_scale, row_statistics, zero_row
 from .token_terms import ADVANTAGE, ENTROPY_WEIGHT, KL_WEIGHT, MASKED, OLD_LOGPROB, POLICY_WEIGHT, REF_LOGPROB
 
 
 @triton.jit(
     do_not_specialize=[
-        "targets", "values", "results", "N", "T", "V", "stride_b", "stride_t", "out_stride_b", "out_stride_t",
+        "targets", "values", "results", "temperatures", "N", "T", "V", "stride_b", "stride_t", "out_stride_b",
+        "out_stride_t",
     ]
 )  # fmt: skip
 def policy_loss_kernel(
@@ -33,6 +34,7 @@ def policy_loss_kernel(
     values,  # float32 [TERMS, B, T]: see TokenTerms
     results,  # float32 [2 or 3, B, T]: losses, log-probabilities, entropies
     transform,  # of launch.transform_constants
+    temperatures,  # float32 [B, T] by which transform is divided; None: 1
     parameters,  # this to ENTROPY_BONUS: fields of LossSpec
     max_log_ratio,
     N,  # B * T
@@ -66,7 +68,9 @@ def policy_loss_kernel(
         entropy = logprob
         start = logits + row_offset(row, T, stride_b, stride_t)
         if (y >= 0) & (y < V):
-            lanes = lane_statistics(start, V, y, transform, LANES, VEC, UNROLL, ENTROPY, FIRST_READ)
+            scale, inverse = row_scale(transform, temperatures, row)
+            own = (scale, inverse, transform[2])
+            lanes = lane_statistics(start, V, y, own, LANES, VEC, UNROLL, ENTROPY, FIRST_READ)
             # Asked for here, the row's terms arrive while the lanes meet, and occupy no register before. In place, the
             # lanes' barriers also give every thread its copy of z_y before any thread overwrites it.
             z_y = to_float32(tl.load(start + y))
@@ -80,7 +84,7 @@ def policy_loss_kernel(
                 ref_logprob = tl.load(values + REF_LOGPROB * N + row)
             if ENTROPY_BONUS:
                 entropy_weight = tl.load(values + ENTROPY_WEIGHT * N + row)
-            logprob, maximum, others, entropy = row_statistics(lanes, z_y, transform, ENTROPY)
+            logprob, maximum, others, entropy = row_statistics(lanes, z_y, own, ENTROPY)
             if OFF_POLICY:
                 difference = logprob - old_logprob
             log_ratio, slope = token_log_ratio(difference, advantage, parameters, KIND)
@@ -97,8 +101,11 @@ def policy_loss_kernel(
             destination = out + row_offset(row, T, out_stride_b, out_stride_t)
             # NaN differs from 0: an undefined row gets a NaN gradient, never a silent 0.
             if (c != 0) | (h != 0):
+                # Kept from above, they would crowd the registers.
+                scale, inverse = row_scale(transform, temperatures, row)
+                own = (scale, inverse, transform[2])
                 row_gradient(
-                    start, destination, V, y, z_y, maximum, others, entropy, c, h, transform,
+                    start, destination, V, y, z_y, maximum, others, entropy, c, h, own,
                     LANES, VEC, UNROLL, ENTROPY_BONUS, ALIGNED_OUT,
                 )  # fmt: skip
             else:
@@ -133,8 +140,8 @@ def policy_loss(
     out_stride_b, out_stride_t = (0, 0) if out is None else out.stride()[:2]
     with on_device_of(logits):
         policy_loss_kernel[launch.grid(B * T)](
-            logits, out, targets, values, results, transform_constants(*transform), spec.parameters,
-            spec.max_log_ratio, B * T, T, V, logits.stride(0), logits.stride(1), out_stride_b,
+            logits, out, targets, values, results, transform_constants(*transform[:2]), transform.temperatures,
+            spec.parameters, spec.max_log_ratio, B * T, T, V, logits.stride(0), logits.stride(1), out_stride_b,
             out_stride_t,
             KIND=spec.kind, OFF_POLICY=spec.off_policy, KL=spec.kl, ENTROPY_BONUS=spec.entropy_bonus,
             ENTROPY=entropy, ALIGNED_OUT=aligned, LANES=launch.lanes, UNROLL=launch.unroll,

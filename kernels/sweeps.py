@@ -9,7 +9,8 @@ once, after the last step (``row_tiles.py`` has the picture). The sampled token 
 exponentials, because subtracting it afterwards would cancel on peaked rows: the one step that contains it sees -inf
 there. All other steps pay one uniform branch.
 
-``transform`` is (scale, 1 / temperature, 2 log2(e) / softcap or None), see ``launch.transform_constants``.
+``transform`` is (scale, 1 / temperature, 2 log2(e) / softcap or None), see ``launch.transform_constants`` and, where
+rows have temperatures of their own, :func:`row_scale`.
 """
 
 import triton
@@ -31,6 +32,20 @@ def row_offset(row, T, stride_b, stride_t):
     b = row // T
     t = row - b * T
     return tl.cast(b, tl.int64) * stride_b + tl.cast(t, tl.int64) * stride_t
+
+
+@triton.jit
+def row_scale(transform, temperatures, row):
+    """First two constants of a row's transform: the call's where ``temperatures`` is None, else divided by the row's.
+
+    Divisions are IEEE's, for ``/`` may be off by two units. ``scale`` is then rounded twice instead of once, together
+    2^-23 at most: as if the temperature were off by that much, the same in both sweeps.
+    """
+    if temperatures is None:
+        return transform[0], transform[1]
+    else:
+        temperature = tl.load(temperatures + row)
+        return tl.div_rn(transform[0], temperature), tl.div_rn(transform[1], temperature)
 
 
 @triton.jit

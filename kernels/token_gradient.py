@@ -10,13 +10,13 @@ from hpo_fused.interface import LogitTransform, SoftmaxStatistics
 
 from .launch import launch_configuration, on_device_of, same_alignment, transform_constants
 from .numerics import to_float32
-from .sweeps import row_gradient, row_offset, zero_row
+from .sweeps import row_gradient, row_offset, row_scale, zero_row
 
 
 @triton.jit(
     do_not_specialize=[
-        "targets", "maxima", "others", "entropies", "logprob_coefficients", "entropy_coefficients", "N", "T", "V",
-        "stride_b", "stride_t", "out_stride_b", "out_stride_t",
+        "targets", "maxima", "others", "entropies", "logprob_coefficients", "entropy_coefficients", "temperatures", "N",
+        "T", "V", "stride_b", "stride_t", "out_stride_b", "out_stride_t",
     ]
 )  # fmt: skip
 def token_gradient_kernel(
@@ -29,6 +29,7 @@ def token_gradient_kernel(
     logprob_coefficients,  # float32 [B, T]
     entropy_coefficients,  # float32 [B, T] or None
     transform,  # of launch.transform_constants
+    temperatures,  # float32 [B, T] by which transform is divided; None: 1
     N,  # B * T
     T,
     V,
@@ -52,13 +53,15 @@ def token_gradient_kernel(
             entropy = tl.load(entropies + row)
         destination = out + row_offset(row, T, out_stride_b, out_stride_t)
         if (y >= 0) & (y < V) & ((c != 0) | (h != 0)):  # NaN differs from 0: an undefined row gets a NaN gradient
+            scale, inverse = row_scale(transform, temperatures, row)
+            own = (scale, inverse, transform[2])
             start = logits + row_offset(row, T, stride_b, stride_t)
             z_y = to_float32(tl.load(start + y))
             maximum = tl.load(maxima + row)
             total = tl.load(others + row)
             tl.debug_barrier()  # in place: every thread has its copy of z_y before any overwrites it
             row_gradient(
-                start, destination, V, y, z_y, maximum, total, entropy, c, h, transform,
+                start, destination, V, y, z_y, maximum, total, entropy, c, h, own,
                 LANES, VEC, UNROLL, entropy_coefficients is not None, ALIGNED_OUT,
             )  # fmt: skip
         else:
@@ -95,7 +98,7 @@ def token_gradient(
     with on_device_of(logits):
         token_gradient_kernel[launch.grid(B * T)](
             logits, out, targets, *statistics[1:], logprob_coefficients, entropy_coefficients,
-            transform_constants(*transform), B * T, T, V,
+            transform_constants(*transform[:2]), transform.temperatures, B * T, T, V,
             logits.stride(0), logits.stride(1), out.stride(0), out.stride(1),
             ALIGNED_OUT=aligned, LANES=launch.lanes, UNROLL=launch.unroll,
             num_warps=launch.num_warps, **launch.options,

@@ -10,12 +10,12 @@ from hpo_fused.interface import LogitTransform, SoftmaxStatistics
 
 from .launch import launch_configuration, on_device_of, transform_constants
 from .numerics import to_float32
-from .sweeps import lane_statistics, row_offset, row_statistics
+from .sweeps import lane_statistics, row_offset, row_scale, row_statistics
 
 
 @triton.jit(
     do_not_specialize=[
-        "targets", "logprobs", "maxima", "others", "entropies", "N", "T", "V", "stride_b", "stride_t",
+        "targets", "logprobs", "maxima", "others", "entropies", "temperatures", "N", "T", "V", "stride_b", "stride_t",
     ]
 )  # fmt: skip
 def token_statistics_kernel(
@@ -26,6 +26,7 @@ def token_statistics_kernel(
     others,
     entropies,
     transform,  # of launch.transform_constants
+    temperatures,  # float32 [B, T] by which transform is divided; None: 1
     N,  # B * T
     T,
     V,
@@ -42,10 +43,12 @@ def token_statistics_kernel(
         maximum, total, entropy = logprob, logprob, logprob
         y = tl.load(targets + row)
         if (y >= 0) & (y < V):
+            scale, inverse = row_scale(transform, temperatures, row)
+            own = (scale, inverse, transform[2])
             start = logits + row_offset(row, T, stride_b, stride_t)
-            lanes = lane_statistics(start, V, y, transform, LANES, VEC, UNROLL, ENTROPY, "evict_first")
+            lanes = lane_statistics(start, V, y, own, LANES, VEC, UNROLL, ENTROPY, "evict_first")
             z_y = to_float32(tl.load(start + y))
-            logprob, maximum, total, entropy = row_statistics(lanes, z_y, transform, ENTROPY)
+            logprob, maximum, total, entropy = row_statistics(lanes, z_y, own, ENTROPY)
         tl.store(logprobs + row, logprob)
         tl.store(maxima + row, maximum)
         tl.store(others + row, total)
@@ -68,7 +71,7 @@ def token_statistics(logits: Tensor, targets: Tensor, transform: LogitTransform,
     launch = launch_configuration(logits, reread=False, narrow=transform.softcap is not None)
     with on_device_of(logits):
         token_statistics_kernel[launch.grid(B * T)](
-            logits, targets, *statistics, transform_constants(*transform), B * T, T, V,
+            logits, targets, *statistics, transform_constants(*transform[:2]), transform.temperatures, B * T, T, V,
             logits.stride(0), logits.stride(1),
             LANES=launch.lanes, UNROLL=launch.unroll, num_warps=launch.num_warps, **launch.options,
         )  # fmt: skip

@@ -58,6 +58,7 @@ class Case:
     small_ratios: bool = False  # log-ratios around a sequence-level clip range
     advantages: tuple[float, ...] = ADVANTAGES  # of the responses in turn
     micro_batch: bool = False  # totals of a larger batch, gradient averaged over 2 ranks
+    temperature: str = ""  # a tensor of these levels: "call" (0-d), "response", "token"
     options: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -73,8 +74,13 @@ class Arguments:
     mask: Tensor
 
     @property
-    def transform(self) -> dict[str, float]:
-        return {key: self.keywords[key] for key in ("temperature", "softcap") if key in self.keywords}
+    def transform(self) -> dict[str, Any]:
+        """Temperature and softcap where they are given; a tensor of temperatures has one for each token."""
+        given = {key: self.keywords[key] for key in ("temperature", "softcap") if key in self.keywords}
+        if isinstance(given.get("temperature"), Tensor):
+            tokens, boundaries = self.positional[0], self.keywords.get("cu_seqlens")
+            given["temperature"] = reference.token_temperatures(given["temperature"], tokens, boundaries)
+        return given
 
     @property
     def terms(self) -> dict[str, Any]:
@@ -137,6 +143,11 @@ def build(case: Case, device: torch.device) -> Inputs:
         )
 
     transform = {key: case.options[key] for key in ("temperature", "softcap") if key in case.options}
+    if case.temperature:
+        shape = {"call": (), "response": (count,), "token": (count, length)}[case.temperature]
+        transform["temperature"] = 0.5 + 1.2 * torch.rand(shape, generator=generator)
+        if case.temperature == "response":
+            transform["temperature"][lengths == 0] = 0.0  # a mask hides it
     logp = reference.token_logprobs(z, tokens, **transform).logprobs
     keywords: dict[str, Any] = dict(case.options, objective=case.objective)
     per_token: dict[str, Tensor] = {}
@@ -147,6 +158,10 @@ def build(case: Case, device: torch.device) -> Inputs:
     if case.token_weights:
         per_token["token_weights"] = torch.rand(count, length, generator=generator, dtype=torch.float64) + 0.5
         per_token["token_weights"][1] = 0
+    if case.temperature == "token":
+        per_token["temperature"] = transform["temperature"]
+    elif case.temperature:
+        keywords["temperature"] = transform["temperature"].to(device)
     per_token = {key: value.float() for key, value in per_token.items()}
     if case.objective.normalization == "group_mean_length":
         keywords["groups"] = torch.arange(count, device=device) // 2 * 7
@@ -222,7 +237,7 @@ class LogitGradient(NamedTuple):
 
 
 def logit_gradient(
-    z: Tensor, tokens: Tensor, mask: Tensor, c: Tensor, h: Tensor | None, transform: Mapping[str, float]
+    z: Tensor, tokens: Tensor, mask: Tensor, c: Tensor, h: Tensor | None, transform: Mapping[str, Any]
 ) -> LogitGradient:
     """From c = dL/dlogp and h = dL/dH, float64, shaped like ``tokens``: by the oracle and autograd.
 
@@ -234,8 +249,9 @@ def logit_gradient(
     total = (c * exact.logprobs).sum() + (0 if h is None else (h * exact.entropy).sum())
     (gradient,) = torch.autograd.grad(total, z)
     z = z.detach()
-    temperature, softcap = transform.get("temperature", 1.0), transform.get("softcap")
-    slope = torch.full_like(z, 1 / temperature)
+    softcap = transform.get("softcap")
+    temperature = reference.token_temperatures(transform.get("temperature", 1.0), tokens).unsqueeze(-1)
+    slope = (1 / temperature).expand(z.shape)
     if softcap is not None:
         slope = slope / torch.cosh(z / softcap) ** 2
         z = torch.where(z == -torch.inf, z, softcap * torch.tanh(z / softcap))
@@ -318,9 +334,12 @@ def gradient_scale(*dtypes: torch.dtype | None) -> float:
     return 2.0**8 if torch.float16 in dtypes else 1.0
 
 
-def softcap_error(transform: Mapping[str, float]) -> float:
+def softcap_error(transform: Mapping[str, Any]) -> float:
     """What tanh adds to a gradient's error: it is known to a few roundings of 1, which the exponential multiplies."""
-    return 4e-7 * transform["softcap"] / transform.get("temperature", 1.0) if "softcap" in transform else 0.0
+    if "softcap" not in transform:
+        return 0.0
+    temperatures = torch.as_tensor(transform.get("temperature", 1.0))
+    return 4e-7 * transform["softcap"] / float(temperatures[temperatures > 0].min())  # masked ones are NaN
 
 
 def check(case: Case, backend: str, device: torch.device, *, scale: float | None = None, **options: Any) -> None:

@@ -325,7 +325,7 @@ def head_bounds(
     """
     device, compute, stored = inputs.weight.device, case.dtype, case.stored or case.dtype
     exact, size = (value.flatten(0, -2) for value in gradient)
-    limit = ROW_LIMIT + softcap_error(case.options)
+    limit = ROW_LIMIT + softcap_error(inputs.transform)
     plain = Bounds.around(exact * upstream, limit * size * abs(upstream))
     plain = plain.rounded(case.logits_dtype or compute)
     g = plain.rounded(compute)

@@ -76,6 +76,18 @@ ROWS: dict[str, Wrong] = {
     "temperature-nan": ({"temperature": math.nan}, ValueError, "temperature: .*nan"),
     "temperature-inf": ({"temperature": math.inf}, ValueError, "temperature: .*inf"),
     "temperature-type": ({"temperature": "1"}, TypeError, "temperature: .*str"),
+    "temperature-list": ({"temperature": [1.0]}, TypeError, "temperature: expected a finite number .* tensor.*list"),
+    "temperatures-shape": ({"temperature": torch.ones(3)}, ValueError, r"temperature: .*\[2\].*\[2, 3\].*\[3\]"),
+    "temperatures-dtype": ({"temperature": ONES.bool()}, TypeError, "temperature: .*bool"),
+    "temperatures-device": ({"temperature": META[:2, 0]}, ValueError, "temperature: .*cpu.*meta"),
+    "temperatures-zero": ({"temperature": torch.tensor([1.0, 0.0])}, ValueError, "temperature: .*unmasked.*got 0.0"),
+    "temperatures-nan": ({"temperature": ONES * math.nan}, ValueError, "temperature: .*nan"),
+    "temperatures-inf": ({"temperature": torch.tensor(math.inf)}, ValueError, "temperature: .*inf"),
+    "temperatures-grad": (
+        {"temperature": torch.ones(2, requires_grad=True)},
+        ValueError,
+        "temperature: .*not require grad.*detach",
+    ),
     "softcap-negative": ({"softcap": -30.0}, ValueError, "softcap: .*-30"),
     "softcap-nan": ({"softcap": math.nan}, ValueError, "softcap: .*nan"),
     "backend-name": ({"backend": "cuda"}, ValueError, "backend: expected one of .*'cuda'"),
@@ -211,6 +223,20 @@ BATCH: dict[str, Wrong] = {
         ValueError, "statistics: expected negative on cpu.*meta",
     ),
     "statistics-type": ({"statistics": {}}, TypeError, "statistics: expected a BatchStatistics.*dict"),
+}  # fmt: skip
+OF_PACKED_LOSSES: dict[str, Wrong] = {
+    "temperatures-ambiguous": (
+        {
+            "packed": True, "cu_seqlens": torch.arange(7), "advantages": torch.ones(6, 1), "temperature": torch.ones(6),
+        },
+        ValueError, r"temperature: expected \[B, 1\] or \[1, N\]",
+    ),
+}  # fmt: skip
+OF_PACKED_LOGPROBS: dict[str, Wrong] = {
+    "temperatures-of-responses": (
+        {"packed": True, "temperature": torch.ones(2), "mask": None},
+        ValueError, r"temperature: expected shape \[6\] or \[1, 6\], got .*\[2\]",
+    ),
 }  # fmt: skip
 OF_LOGITS: dict[str, Wrong] = {
     "logits-list": ({"logits": [1.0]}, TypeError, "logits: expected a float16.*list"),
@@ -350,6 +376,8 @@ OF_SIZES: dict[str, Wrong] = {
 TABLES: tuple[tuple[tuple[str, ...], dict[str, Wrong]], ...] = (
     ((*LOGITS_PATH, *HEAD), ROWS),
     (LOSSES, BATCH),
+    (("policy_loss", "linear_policy_loss"), OF_PACKED_LOSSES),
+    (("token_logprobs", "linear_token_logprobs"), OF_PACKED_LOGPROBS),
     (LOGITS_PATH, OF_LOGITS),
     (INPLACE, IN_PLACE),
     (("logprob_policy_loss",), OF_LOGPROBS),
@@ -443,7 +471,7 @@ def test_masked_positions_may_hold_anything(backend: str, device: torch.device) 
     objective = hf.Objective.preset("mhpo_ahpo", kl_coef=0.1, entropy_coef=0.1)
     out = hf.policy_loss(logits, tokens, ADVANTAGES.to(device)[:, None] + garbage, old_logprobs=garbage - 2,
                          ref_logprobs=garbage - 2, token_weights=garbage + 1, mask=mask, objective=objective,
-                         backend=backend)  # fmt: skip
+                         temperature=garbage + 0.7, backend=backend)  # fmt: skip
     out.loss.backward()
     assert out.loss.isfinite()
     assert logits.grad.isfinite().all()
@@ -453,7 +481,7 @@ def test_masked_positions_may_hold_anything(backend: str, device: torch.device) 
 
 
 def test_numbers_of_other_kinds() -> None:
-    """What NumPy made is a number; a tensor is not, for reading one would synchronise."""
+    """What NumPy made is a number."""
     numpy = pytest.importorskip("numpy")
     ours, plain = (
         call("policy_loss", objective=hf.Objective.preset("grpo", kl_coef=coefficient), ref_logprobs=ONES - 2,

@@ -156,6 +156,9 @@ def test_matches_the_oracle_at_large(case: LinearCase, device: torch.device) -> 
               token_weights=True, options={"temperature": 0.7, "softcap": 6.0}),
         small("hard-sequence", hf.Objective.preset("gspo", **BOTH), torch.bfloat16, layout="packed", micro_batch=True,
               chunk_rows=3, options={"temperature": 1.3}),
+        small("temperatures-token", PRESETS["mhpo_ahpo"], torch.bfloat16, temperature="token", slack=6, chunk_rows=4),
+        small("temperatures-sequence", PRESETS["gspo"], torch.bfloat16, layout="packed", temperature="response",
+              chunk_rows=3, options={"softcap": 6.0}),
         small("hard-groups", hf.Objective.preset("ahpo", normalization="group_mean_length"), micro_batch=True,
               chunk_rows=1),
         small("float32-logits", PRESETS["mhpo_ahpo"], torch.bfloat16, logits_dtype=torch.float32, bias=True),
@@ -214,7 +217,8 @@ def test_whatever_the_processor_multiplies_in(
 @pytest.mark.parametrize("name", ["mhpo_ahpo", "gspo"])
 @pytest.mark.parametrize("slack", [None, 0, 4])
 def test_all_statistics(name: str, slack: int | None, backend: str, device: torch.device) -> None:
-    case = small(f"statistics-{name}", PRESETS[name], torch.bfloat16, slack=slack, chunk_rows=3)
+    options = {"slack": slack, "chunk_rows": 3, "temperature": "token" if slack is None else ""}
+    case = small(f"statistics-{name}", PRESETS[name], torch.bfloat16, **options)
     check_linear(case, backend, device, skip_inactive=False)
 
 
@@ -306,7 +310,8 @@ def test_logprobs_match_the_oracle_at_large(case: LinearCase, outputs: str, devi
     [
         small("padded", INPUTS, bias=True, chunk_rows=3),
         small("packed", INPUTS, torch.bfloat16, layout="packed", options={"temperature": 0.6}),
-        small("half", INPUTS, torch.float16, chunk_rows=3, options={"softcap": 4.0}),
+        small("half", INPUTS, torch.float16, chunk_rows=3, options={"softcap": 4.0}, temperature="token"),
+        small("packed-temperatures", INPUTS, torch.bfloat16, layout="packed", temperature="response", chunk_rows=3),
     ],
     ids=str,
 )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 import hpo_fused as hf
 from hpo_fused import reference
@@ -21,12 +24,18 @@ from .equivalence import (
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "transform", [{}, {"temperature": 0.6}, {"softcap": 4.0}, {"temperature": 1.7, "softcap": 9.0}], ids=str
-)
+    "transform",
+    [
+        {}, {"temperature": 0.6}, {"softcap": 4.0}, {"temperature": 1.7, "softcap": 9.0},
+        {"temperature": torch.tensor([0.6, 1.7, 1.0]), "softcap": 9.0},
+    ],
+    ids=["plain", "temperature", "softcap", "both", "temperatures"],
+)  # fmt: skip
 @pytest.mark.parametrize("outputs", ["logprobs", "entropy", "both"])
 def test_matches_the_oracle(
-    dtype: torch.dtype, transform: dict[str, float], outputs: str, backend: str, device: torch.device
+    dtype: torch.dtype, transform: dict[str, Any], outputs: str, backend: str, device: torch.device
 ) -> None:
+    transform = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in transform.items()}
     generator = torch.Generator().manual_seed(1)
     base = (3 * torch.randn(3, 5, 101, generator=generator)).to(device, dtype).requires_grad_()
     tokens = torch.randint(101, (3, 4), generator=generator).to(device)

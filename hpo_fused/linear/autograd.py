@@ -37,6 +37,11 @@ class Settings(NamedTuple):
     backend: str
     keep: Keep | None
 
+    def transform_of(self, chunk: Rows) -> LogitTransform:
+        """The chunk's transform: with its rows' temperatures, [1, r]."""
+        given = self.transform.temperatures
+        return self.transform._replace(temperatures=None if given is None else chunk.gather(given.unsqueeze(0))[0])
+
 
 class _Chunks:
     """The chunks of a call's rows, and the logits of each from a GEMM."""
@@ -89,7 +94,7 @@ def _sweep(inputs: Inputs, rows: Rows, settings: Settings, whole: Tensor, *, ent
     for chunk, _, logits in _Chunks(inputs, rows, settings):
         statistics = whole.new_empty((3 + entropy, 1, len(chunk)))
         targets = chunk.targets.unsqueeze(0)
-        ops.token_statistics(logits, targets, settings.transform, _named(statistics), settings.backend)
+        ops.token_statistics(logits, targets, settings.transform_of(chunk), _named(statistics), settings.backend)
         chunk.scatter(statistics[: len(whole)], whole)
 
 
@@ -141,8 +146,8 @@ def policy_loss(
         for chunk, x, logits in chunks:
             entries = results.new_empty((len(results), 1, len(chunk)))
             ops.policy_loss(
-                logits, chunk.targets.unsqueeze(0), chunk.gather(terms.values), spec, settings.transform, entries,
-                logits if any(needed) else None, settings.backend,
+                logits, chunk.targets.unsqueeze(0), chunk.gather(terms.values), spec, settings.transform_of(chunk),
+                entries, logits if any(needed) else None, settings.backend,
             )  # fmt: skip
             chunk.scatter(entries, results)
             if any(needed):
@@ -196,7 +201,7 @@ class _TokenStatistics(torch.autograd.Function):
                 c, *h = chunk.gather(coefficients)
                 ops.token_gradient(
                     logits, chunk.targets.unsqueeze(0), _named(chunk.gather(statistics)), c, h[0] if h else None,
-                    ctx.settings.transform, logits, ctx.settings.backend,
+                    ctx.settings.transform_of(chunk), logits, ctx.settings.backend,
                 )  # fmt: skip
                 gradients.add(chunk, x, logits[0])
                 del x, logits

@@ -11,8 +11,8 @@ from torch import Tensor
 from hpo_fused import ops
 from hpo_fused.autograd import logprob_loss
 from hpo_fused.backend import Backend, backend_for
-from hpo_fused.batch import AdvantageLevel, BatchStatistics, as_mask, check_mask
-from hpo_fused.checks import check_tensor, check_transform
+from hpo_fused.batch import AdvantageLevel, BatchStatistics, as_mask, check_mask, check_transform
+from hpo_fused.checks import check_tensor
 from hpo_fused.logprobs import TokenLogprobs
 from hpo_fused.losses import PolicyLossOutput, policy_output
 from hpo_fused.objective import ObjectiveLike, resolve_objective
@@ -34,10 +34,11 @@ def linear_policy_loss(
     token_weights: Tensor | None = None, entropy_weights: Tensor | None = None, cu_seqlens: Tensor | None = None,
     groups: Tensor | None = None, objective: ObjectiveLike = "mhpo_ahpo", statistics: BatchStatistics | None = None,
     lengths: Tensor | None = None, response_mean_log_ratios: Tensor | None = None,
-    advantage_level: AdvantageLevel | None = None, loss_scale: float | Tensor = 1.0, temperature: float = 1.0,
-    softcap: float | None = None, keep: Tensor | tuple[Tensor, Tensor] | None = None, skip_inactive: bool = True,
-    entropy: bool = True, chunk_bytes: int | None = None, logits_dtype: torch.dtype | None = None,
-    active_count: int | None = None, weight_grad: Tensor | None = None, backend: Backend = "auto",
+    advantage_level: AdvantageLevel | None = None, loss_scale: float | Tensor = 1.0,
+    temperature: float | Tensor = 1.0, softcap: float | None = None, keep: Tensor | tuple[Tensor, Tensor] | None = None,
+    skip_inactive: bool = True, entropy: bool = True, chunk_bytes: int | None = None,
+    logits_dtype: torch.dtype | None = None, active_count: int | None = None, weight_grad: Tensor | None = None,
+    backend: Backend = "auto",
 ) -> PolicyLossOutput:  # fmt: skip
     """:func:`policy_loss` of ``hidden @ weight.T + bias``, whose logits never exist but for one chunk of rows.
 
@@ -100,7 +101,6 @@ def linear_policy_loss(
         tensor(False)
     """
     resolved = resolve_objective(objective)
-    transform = check_transform(temperature, softcap)
     inputs, dtypes = check_head(hidden, weight, bias, logits_dtype)
     shape, device = hidden.shape[:-1], hidden.device
     tokens = check_tensor("tokens", tokens, [tuple(shape)], "integer", device)
@@ -111,6 +111,7 @@ def linear_policy_loss(
         advantage_level=advantage_level, loss_scale=loss_scale,
     )  # fmt: skip
     into = check_weight_grad(weight_grad, weight)
+    transform = check_transform(temperature, softcap, shape, device, batch.mask, batch.responses, batch.cu_seqlens)
     spec, served_by = resolved.lower(batch), backend_for(hidden, backend)
     terms = ops.token_terms(batch, spec, weight.shape[0], skip_inactive, served_by)
     kept = check_keep(keep, tokens, mask, weight.shape[0])
@@ -130,7 +131,7 @@ def linear_policy_loss(
 @torch.compiler.disable(reason=_UNTRACEABLE)  # type: ignore[untyped-decorator]
 def linear_token_logprobs(
     hidden: Tensor, weight: Tensor, tokens: Tensor, *, bias: Tensor | None = None, mask: Tensor | None = None,
-    keep: Tensor | tuple[Tensor, Tensor] | None = None, entropy: bool = True, temperature: float = 1.0,
+    keep: Tensor | tuple[Tensor, Tensor] | None = None, entropy: bool = True, temperature: float | Tensor = 1.0,
     softcap: float | None = None, chunk_bytes: int | None = None, logits_dtype: torch.dtype | None = None,
     active_count: int | None = None, weight_grad: Tensor | None = None, backend: Backend = "auto",
 ) -> TokenLogprobs:  # fmt: skip
@@ -145,7 +146,7 @@ def linear_token_logprobs(
         tokens: integer [B, T] or [N], ids in [0, V) where unmasked, anything elsewhere.
         mask: bool or 0/1, shaped like tokens: rows to compute; None: all.
         entropy: whether to compute the entropy too.
-        temperature, softcap: as in :func:`policy_loss`.
+        temperature, softcap: as in :func:`token_logprobs`.
         active_count: number of unmasked rows, or an upper bound; with it, or without a mask, nothing synchronises (see
             :func:`linear_policy_loss`).
 
@@ -161,13 +162,13 @@ def linear_token_logprobs(
         >>> linear_token_logprobs(hidden, weight, torch.tensor([[0, 3]])).logprobs
         tensor([[-1.3863, -1.3863]])
     """
-    transform = check_transform(temperature, softcap)
     inputs, dtypes = check_head(hidden, weight, bias, logits_dtype)
     shape, device, vocabulary = hidden.shape[:-1], hidden.device, weight.shape[0]
     tokens = check_tensor("tokens", tokens, [tuple(shape)], "integer", device)
     if mask is not None:
         mask = check_mask(mask, shape, device)
     into = check_weight_grad(weight_grad, weight)
+    transform = check_transform(temperature, softcap, shape, device, mask)
     row_mask = as_mask(mask, inputs[0].shape[:2], device)
     targets = token_targets(tokens, row_mask, vocabulary)
     kept = check_keep(keep, tokens, mask, vocabulary)

@@ -50,12 +50,6 @@ _CHUNK_ROWS = 16384
 _STAGING_BYTES = 16_000_000
 
 
-def _scales(transform: LogitTransform) -> tuple[Tensor, Tensor]:
-    """scale and softcap as 0-d float32 tensors (plain numbers would be compiled in)."""
-    cap = transform.softcap or 1.0
-    return torch.tensor(cap / transform.temperature, dtype=torch.float32), torch.tensor(cap, dtype=torch.float32)
-
-
 def _differences(rows: Tensor, shift: Tensor, scale: Tensor, softcap: Tensor, capped: bool) -> Tensor:
     """z' - scale * shift, as scale * (u - shift): rounding ``scale`` then matters only as far as a logit lies below
     the maximum, where it would otherwise shift log-probabilities in proportion to the logits themselves."""
@@ -95,14 +89,14 @@ def _partial_sums(rows: Tensor, targets: Tensor, scale: Tensor, softcap: Tensor,
     excluded_end = (last < blocks * _BLOCK) | (last == targets[:, None])
     if capped:  # where tanh would make -1 of -inf
         excluded, excluded_end = excluded | (body == -torch.inf), excluded_end | (end == -torch.inf)
-    constants = (scale, softcap, capped)
+    per_block = (shift[:, None, None], scale[:, None, None], softcap, capped)
     # Written out twice: used twice, Inductor would keep the exponentials in an [n, V] buffer and read them again.
-    exponential = torch.exp(_differences(body, shift[:, None, None], *constants))
+    exponential = torch.exp(_differences(body, *per_block))
     others = torch.where(excluded, 0.0, exponential).sum(-1)
-    difference = _differences(body, shift[:, None, None], *constants)
-    again = _differences(body, shift[:, None, None], *constants)
+    difference = _differences(body, *per_block)
+    again = _differences(body, *per_block)
     moment = torch.where(excluded, 0.0, torch.exp(difference) * again).sum(-1)
-    difference = _differences(end, shift[:, None], *constants)
+    difference = _differences(end, shift[:, None], scale[:, None], softcap, capped)
     exponential = torch.where(excluded_end, 0.0, torch.exp(difference))
     return shift, others, moment, exponential.sum(-1), (exponential * difference).sum(-1)
 
@@ -124,7 +118,7 @@ def _gradient(
     capped: bool,
 ) -> None:
     """out = e_j * (factor - slope * d_j), times the softcap's derivative."""
-    difference = _differences(rows, shift[:, None], scale, softcap, capped)
+    difference = _differences(rows, shift[:, None], scale[:, None], softcap, capped)
     gradient = torch.exp(difference) * (factor[:, None] - slope[:, None] * difference)
     if capped:
         gradient = gradient * _sech_squared(rows, softcap)
@@ -132,18 +126,18 @@ def _gradient(
 
 
 class _CompiledFunctions(NamedTuple):
-    """``partial_sums(rows, targets, *scales)`` and ``gradient(rows, shift, factor, slope, *scales, out)``.
+    """``partial_sums(rows, targets, scale, softcap)``, ``gradient(rows, shift, factor, slope, scale, softcap, out)``.
 
-    rows and out are contiguous [n, V] with n >= 2, targets int32 [n], all others float32 [n]; none of them a view,
-    because Dynamo would put guards on the shape of its base.
+    rows and out are contiguous [n, V] with n >= 2, targets int32 [n], softcap float32 0-d (a plain number would be
+    compiled in), all others float32 [n]; none of them a view, because Dynamo would put guards on the shape of its base.
     """
 
     partial_sums: Callable[..., tuple[Tensor, ...]]
     gradient: Callable[..., None]
 
-    def sums(self, rows: Tensor, targets: Tensor, *constants: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def sums(self, *arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """shift = max u, sum over j != y of e_j, and of e_j * d_j: float32 [n]."""
-        shift, others, moment, last_others, last_moment = self.partial_sums(rows, targets, *constants)
+        shift, others, moment, last_others, last_moment = self.partial_sums(*arguments)
         others, moment = others.sum(-1, dtype=torch.float64), moment.sum(-1, dtype=torch.float64)
         return shift, (others + last_others).to(torch.float32), (moment + last_moment).to(torch.float32)
 
@@ -156,7 +150,7 @@ class CompiledSweeps(Sweeps):
         chunk_rows = min(max(2, _CHUNK_BYTES // row_bytes), _CHUNK_ROWS)
         super().__init__(logits, transform, chunk_rows, min(max(2, _STAGING_BYTES // row_bytes), chunk_rows))
         self._functions = functions
-        self._constants = _scales(transform)
+        self._softcap = torch.tensor(transform.softcap or 1.0, dtype=torch.float32)
 
     def _pieces(self, *selections: SelectedRows) -> Iterator[tuple[int, tuple[SelectedRows, ...]]]:
         """First row and selections of all rows where they lie side by side, else of pieces that can be staged."""
@@ -181,21 +175,24 @@ class CompiledSweeps(Sweeps):
         values, staged = self._staged(rows, "rows")
         return rows.load(values) if staged else values
 
-    def sums(self, rows: SelectedRows, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        shift, others, moment = whole = torch.zeros(3, self.padded_rows)
+    def sums(self, rows: SelectedRows, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        shift, others, moment = whole = torch.zeros(3, self.padded_rows, dtype=torch.float32)
         for first, (piece,) in self._pieces(rows):
             values = self._loaded(piece)
-            ids = targets[first : first + len(values)].to(torch.int32)
-            for result, entries in zip(whole, self._functions.sums(values, ids, *self._constants), strict=True):
+            part = slice(first, first + len(values))
+            made = self._functions.sums(values, targets[part].to(torch.int32), scale[part].clone(), self._softcap)
+            for result, entries in zip(whole, made, strict=True):
                 result[first : first + len(piece)] = entries[: len(piece)]
         return shift, others, moment
 
-    def gradient(self, rows: SelectedRows, out: SelectedRows, shift: Tensor, factor: Tensor, slope: Tensor) -> None:
+    def gradient(
+        self, rows: SelectedRows, out: SelectedRows, shift: Tensor, factor: Tensor, slope: Tensor, scale: Tensor
+    ) -> None:
         for first, (piece, out_piece) in self._pieces(rows, out):
             values = self._loaded(piece)
             gradient, staged = self._staged(out_piece, "gradient")
-            per_row = (entry[first : first + len(values)].clone() for entry in (shift, factor, slope))
-            self._functions.gradient(values, *per_row, *self._constants, gradient)
+            per_row = (entry[first : first + len(values)].clone() for entry in (shift, factor, slope, scale))
+            self._functions.gradient(values, *per_row, self._softcap, gradient)
             if staged:
                 out_piece.store(gradient)
 
@@ -237,12 +234,12 @@ def _compile(dtype: torch.dtype, capped: bool, threads: int) -> _CompiledFunctio
     rows.copy_(torch.linspace(-4.0, 4.0, count * width).view(count, width))
     out = torch.zeros_like(rows)
     targets = torch.arange(count, dtype=torch.int32)
-    scale, softcap = _scales(LogitTransform(0.9, 3.0 if capped else None))
+    scale, softcap = torch.linspace(0.5, 2.0, count, dtype=torch.float32), torch.tensor(3.0, dtype=torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         shift, others, _ = functions.sums(rows, targets, scale, softcap)
         functions.gradient(rows, shift, -1 / others, torch.zeros_like(others), scale, softcap, out)
-    differences = _differences(rows, shift[:, None], scale, softcap, capped)
+    differences = _differences(rows, shift[:, None], scale[:, None], softcap, capped)
     expected = differences.exp() / -others[:, None]
     if capped:
         expected = expected * _sech_squared(rows, softcap)

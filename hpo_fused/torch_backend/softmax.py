@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hpo_fused.interface import LogitTransform, SoftmaxStatistics
+from hpo_fused.interface import SoftmaxStatistics
 
 from .selected_rows import SelectedRows
 from .sweeps import Sweeps
@@ -19,15 +19,9 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
-def _scale(transform: LogitTransform) -> float:
-    return (transform.softcap or 1.0) / transform.temperature
-
-
-def _transformed(logits: Tensor, transform: LogitTransform) -> Tensor:
-    if transform.softcap is not None:
-        capped = transform.softcap * torch.tanh(logits / transform.softcap)
-        logits = torch.where(logits == -torch.inf, logits, capped)
-    return logits / transform.temperature
+def _scale(softcap: float | None, temperature: Tensor) -> Tensor:
+    # A number divided by a tensor would be multiplied by its reciprocal: one rounding more.
+    return torch.full_like(temperature, softcap or 1.0) / temperature
 
 
 class _TargetSoftmax:
@@ -36,8 +30,12 @@ class _TargetSoftmax:
     ``difference`` is d_y = z'_y - maximum, ``exponential`` e_y = exp(d_y), ``sum`` the denominator S = others + e_y.
     """
 
-    def __init__(self, target_logits: Tensor, maximum: Tensor, others: Tensor, transform: LogitTransform) -> None:
-        self.difference = _transformed(target_logits, transform) - maximum
+    def __init__(
+        self, logits: Tensor, maximum: Tensor, others: Tensor, softcap: float | None, temperature: Tensor
+    ) -> None:
+        if softcap is not None:
+            logits = torch.where(logits == -torch.inf, logits, softcap * torch.tanh(logits / softcap))
+        self.difference = logits / temperature - maximum
         self.exponential = self.difference.exp()
         self.sum = others + self.exponential
         peaked = others < self.exponential
@@ -48,16 +46,16 @@ class _TargetSoftmax:
 
 def softmax_statistics(sweeps: Sweeps, rows: SelectedRows, targets: Tensor) -> SoftmaxStatistics:
     """First sweep over ``rows``: softmax statistics, float32 [padded_rows]; ``targets``: int64 [padded_rows]."""
-    scale = _scale(sweeps.transform)
-    sums = sweeps.sums(rows, targets)
-    wide = _wide(targets)
-    shift, others, moment = (entry.to(wide) for entry in sums)
+    wide, softcap = _wide(targets), sweeps.transform.softcap
+    temperature = sweeps.temperature(rows, wide)
+    scale = _scale(softcap, temperature)
+    shift, others, moment = (entry.to(wide) for entry in sweeps.sums(rows, targets, scale.to(torch.float32)))
     target_logits = sweeps.padded(rows.take(targets[: len(rows)]).to(wide))
     maximum = (shift * scale).to(torch.float32)
     # The float32 maximum is not exactly scale * shift where scale is not 1: the sums move by the difference.
     gap = shift * scale - maximum.to(wide)
     others, moment = gap.exp() * others, gap.exp() * (moment + gap * others)
-    softmax = _TargetSoftmax(target_logits, maximum.to(wide), others, sweeps.transform)
+    softmax = _TargetSoftmax(target_logits, maximum.to(wide), others, softcap, temperature)
     moment = moment + torch.where(softmax.exponential > 0, softmax.exponential * softmax.difference, 0.0)
     entropy = softmax.log_sum - moment / softmax.sum
     return SoftmaxStatistics(
@@ -75,13 +73,15 @@ def write_gradient(
     terms of the sweep's e, d, which are relative to a float32 shift in u, d' = d + gap. The sampled token's entry,
     c * others / S + h * e_y / S * (E - d_y), is written over the sweep's: added to -c * e_y / S, c would cancel.
     """
-    wide, transform, columns = _wide(c), sweeps.transform, targets[: len(rows)]
+    wide, softcap, columns = _wide(c), sweeps.transform.softcap, targets[: len(rows)]
+    temperature = sweeps.temperature(rows, wide)
+    scale = _scale(softcap, temperature)
     target_logits = sweeps.padded(rows.take(columns).to(wide))
     maximum, others, c = (entry.to(wide) for entry in (statistics.maximum, statistics.others, c))
-    softmax = _TargetSoftmax(target_logits, maximum, others, transform)
-    shift = (maximum / _scale(transform)).to(torch.float32)
-    gap = shift.to(wide) * _scale(transform) - maximum
-    density = gap.exp() / (softmax.sum * transform.temperature)
+    softmax = _TargetSoftmax(target_logits, maximum, others, softcap, temperature)
+    shift = (maximum / scale).to(torch.float32)
+    gap = shift.to(wide) * scale - maximum
+    density = gap.exp() / (softmax.sum * temperature)
     target = c * (others / softmax.sum)
     if h is None:
         factor, slope = -density * c, torch.zeros_like(c)
@@ -92,9 +92,9 @@ def write_gradient(
         factor, slope = density * (h * (mean - gap) - c), density * h
         pull = h * softmax.exponential / softmax.sum * (mean - softmax.difference)
         target = target + torch.where(softmax.exponential > 0, pull, 0.0)
-    if transform.softcap is not None:
-        target = target / torch.cosh(target_logits / transform.softcap) ** 2
-    target = target / transform.temperature
+    if softcap is not None:
+        target = target / torch.cosh(target_logits / softcap) ** 2
+    target = target / temperature
     out_rows = SelectedRows(out, rows.positions)
-    sweeps.gradient(rows, out_rows, shift, factor.to(torch.float32), slope.to(torch.float32))
+    sweeps.gradient(rows, out_rows, shift, *(entry.to(torch.float32) for entry in (factor, slope, scale)))
     out_rows.put(columns, target[: len(rows)])

@@ -6,6 +6,8 @@ tanh(z / softcap)), z' = scale * u, d_j = scale * (u_j - shift) and e_j = exp(d_
     first sweep     shift = max_j u_j,  sum over j != y of e_j,  sum over j != y of e_j * d_j
     second sweep    e_j * (factor - slope * d_j), under a softcap times sech^2(z_j / softcap)
 
+``scale`` is softcap / temperature (1 / temperature without a softcap), one for each row.
+
 ``softmax.py`` turns the sums into softmax statistics, and these and the gradient coefficients into factor and slope.
 """
 
@@ -67,6 +69,14 @@ class Sweeps(ABC):
         """The entries of ``values`` [..., B, T] that belong to ``rows``: [..., padded_rows]."""
         return self.padded(values.flatten(-2)[..., rows.positions])
 
+    def temperature(self, rows: SelectedRows, dtype: torch.dtype) -> Tensor:
+        """Each row's temperature, [padded_rows]."""
+        given = self.transform.temperatures
+        if given is not None:
+            return self.gathered(given, rows).to(dtype)
+        shape, device = (self.padded_rows,), self.logits.device
+        return torch.full(shape, self.transform.temperature, dtype=dtype, device=device)
+
     def buffer(self, name: str, dtype: torch.dtype) -> Tensor:
         """A working buffer [buffer_rows, V], kept from one chunk to the next."""
         if name not in self._buffers:
@@ -75,12 +85,19 @@ class Sweeps(ABC):
         return self._buffers[name]
 
     @abstractmethod
-    def sums(self, rows: SelectedRows, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """First sweep: shift and the two sums, float32 [padded_rows]; ``targets``: int64 [padded_rows]."""
+    def sums(self, rows: SelectedRows, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """First sweep: shift and the two sums, float32 [padded_rows].
+
+        Args:
+            targets: int64 [padded_rows].
+            scale: float32 [padded_rows].
+        """
 
     @abstractmethod
-    def gradient(self, rows: SelectedRows, out: SelectedRows, shift: Tensor, factor: Tensor, slope: Tensor) -> None:
-        """Second sweep, into the rows of ``out``; ``shift``, ``factor`` and ``slope``: float32 [padded_rows]."""
+    def gradient(
+        self, rows: SelectedRows, out: SelectedRows, shift: Tensor, factor: Tensor, slope: Tensor, scale: Tensor
+    ) -> None:
+        """Second sweep, into the rows of ``out``; the tensors are float32 [padded_rows]."""
 
 
 class PlainSweeps(Sweeps):
@@ -95,7 +112,7 @@ class PlainSweeps(Sweeps):
         rows = min(max(1, entries // logits.shape[-1]), _CHUNK_ROWS)
         super().__init__(logits, transform, rows, rows)
 
-    def _differences(self, values: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _differences(self, values: Tensor, shift: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor]:
         """d in place of z in ``values``, and the shift: the rows' largest u where None is given."""
         softcap = self.transform.softcap
         if softcap is not None:
@@ -104,14 +121,14 @@ class PlainSweeps(Sweeps):
             shift = values.amax(-1)
         if softcap is None:
             values.clamp_(min=LOWEST)
-        values.sub_(shift[:, None]).mul_((softcap or 1.0) / self.transform.temperature)
+        values.sub_(shift[:, None]).mul_(scale[: self.chunk_rows, None])
         return values, shift
 
-    def sums(self, rows: SelectedRows, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def sums(self, rows: SelectedRows, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         values = rows.load(self.buffer("values", torch.float32))
         # Where tanh would make -1 of -inf. (The gradient vanishes there as it is: so does the derivative of tanh.)
         impossible = None if self.transform.softcap is None else values == -torch.inf
-        differences, shift = self._differences(values, None)
+        differences, shift = self._differences(values, None, scale)
         exponentials = torch.exp(differences, out=self.buffer("exponentials", torch.float32))
         exponentials.scatter_(1, targets[: self.chunk_rows, None], 0.0)
         if impossible is not None:
@@ -120,7 +137,9 @@ class PlainSweeps(Sweeps):
         moment = exponentials.mul_(differences).sum(-1)
         return self.padded(shift), self.padded(others), self.padded(moment)
 
-    def gradient(self, rows: SelectedRows, out: SelectedRows, shift: Tensor, factor: Tensor, slope: Tensor) -> None:
+    def gradient(
+        self, rows: SelectedRows, out: SelectedRows, shift: Tensor, factor: Tensor, slope: Tensor, scale: Tensor
+    ) -> None:
         values = rows.load(self.buffer("values", torch.float32))
         shift, factor, slope = (entry[: self.chunk_rows] for entry in (shift, factor, slope))
         if self.transform.softcap is not None:
@@ -128,7 +147,7 @@ class PlainSweeps(Sweeps):
             w = torch.abs(values, out=self.buffer("sech", torch.float32)).mul_(-2 / self.transform.softcap).exp_()
             divisor = torch.add(w, 1, out=self.buffer("exponentials", torch.float32)).square_()
             sech_squared = w.mul_(4).div_(divisor)
-        differences, _ = self._differences(values, shift)
+        differences, _ = self._differences(values, shift, scale)
         exponentials = torch.exp(differences, out=self.buffer("exponentials", torch.float32))
         gradient = differences.mul_(-slope[:, None]).add_(factor[:, None]).mul_(exponentials)
         out.store(gradient if self.transform.softcap is None else gradient.mul_(sech_squared))
