@@ -212,5 +212,12 @@ def test_what_a_document_names_exists(document: str) -> None:
         assert command in known, command
 
 
+def test_the_tests_that_faults_name_exist() -> None:
+    named = re.findall(r"(tests/\w+\.py)::(\w+)", (ROOT / "docs/faults.md").read_text(encoding="utf-8"))
+    assert named
+    for file, name in named:
+        assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{name}"
+
+
 def test_every_document_is_reached_from_the_readme() -> None:
     assert [document for document in DOCUMENTS[1:] if f"({document})" not in README] == []
