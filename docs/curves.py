@@ -1,7 +1,7 @@
 """Draws the pictures of docs/objectives.md into docs/curves: ``python docs/curves.py`` (needs matplotlib).
 
 Every curve is what ``hpo_fused.logprob_policy_loss`` computes for responses of one token: s is the loss, and the
-multiplier a·(ds/dx)/A its gradient.
+multiplier a·(ds/dlog p)/A its gradient.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch.nn.functional import softplus
 import hpo_fused as hf
 
 FOLDER = Path(__file__).parent / "curves"
-OLD_LOGPROB = -2.5  # of every token; only TruncatedRatio's s depends on it
+OLD_LOGPROB = -2.5  # of every token; the s of TruncatedRatio, GammaGate and DRO depend on it
 RATIOS = torch.linspace(math.log(0.4), math.log(8.0), 97).exp()
+FINE = torch.linspace(math.log(0.4), math.log(8.0), 769).exp()  # where the curve jumps
 TICKS = (0.5, 0.8, 1.0, 1.25, 2.0, 3.0, 5.0, 8.0)
 Curve = tuple[str, hf.Objective, float]  # label, objective, advantage
 
@@ -40,7 +41,7 @@ def balance(positive: int, negative: int) -> hf.BatchStatistics:
 def evaluate(
     objective: hf.Objective, ratio: float, advantage: float, counts: tuple[int, int] = (1, 0)
 ) -> tuple[float, float]:
-    """a·s(x, A) and the multiplier a·(ds/dx)/A at one ratio, in a batch with these counts of responses."""
+    """a·s(x, A) and the multiplier a·(ds/dlog p)/A at one ratio, in a batch with these counts of responses."""
     logprobs = torch.full((1, 1), OLD_LOGPROB + math.log(ratio), requires_grad=True)
     old = torch.full((1, 1), OLD_LOGPROB)
     loss = hf.logprob_policy_loss(
@@ -49,6 +50,18 @@ def evaluate(
     ).loss * sum(counts)  # fmt: skip
     (gradient,) = torch.autograd.grad(loss, logprobs)
     return -loss.item(), -gradient.item() / advantage
+
+
+def divergence(kind: Any, d: float, ratio: float) -> tuple[float, float]:
+    """Value and slope by log p of a KL estimate at d = log p_ref - log p, where the token's ratio is ``ratio``."""
+    objective = hf.Objective("token", hf.Clip(), None, "response", kl_coef=1.0, kl=kind)
+    logprobs = torch.full((1, 1), OLD_LOGPROB, requires_grad=True)
+    loss = hf.logprob_policy_loss(
+        logprobs, torch.zeros(1), old_logprobs=logprobs.detach() - math.log(ratio),
+        ref_logprobs=logprobs.detach() + d, objective=objective, backend="torch",
+    ).loss  # fmt: skip
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    return loss.item(), gradient.item()
 
 
 def ratio_axis(axes: Any, title: str, ticks: Sequence[float] = TICKS) -> None:
@@ -75,9 +88,9 @@ def over_ratio(
     ratio_axis(axes, title, ticks)
 
 
-def page(rows: int) -> tuple[Any, list[Any]]:
+def page(rows: int, height: float = 2.6) -> tuple[Any, list[Any]]:
     """A figure with two columns of axes."""
-    figure = Figure(figsize=(8.0, 2.6 * rows), layout="constrained")
+    figure = Figure(figsize=(8.0, height * rows), layout="constrained")
     return figure, list(figure.subplots(rows, 2).flat)
 
 
@@ -120,11 +133,41 @@ def main() -> None:
     over_ratio(axes[0], "Surrogate s(x, A)", both("sapo", presets["sapo"]), multiplier=False)
     curves = [*both("sapo", presets["sapo"]), ("grpo, A > 0", grpo, 1.0)]
     over_ratio(axes[1], "Multiplier (ds/dx)/A", curves, multiplier=True)
-    pictures["truncated_ratio"], axes = page(1)
+    pictures["truncated_ratio"], axes = page(2)
     over_ratio(axes[0], "Surrogate s, where log p_old = −2.5", both("cispo", presets["cispo"]), multiplier=False)
     below = preset("cispo", shaping=hf.TruncatedRatio(high=5.0, low=0.8))
     curves = [("cispo", presets["cispo"], 1.0), ("with low = 0.8", below, 1.0)]
-    over_ratio(axes[1], "Multiplier (ds/dx)/A, either sign", curves, multiplier=True)
+    over_ratio(axes[1], "Multiplier, either sign", curves, multiplier=True)
+    dropped = preset("cispo", shaping=hf.TruncatedRatio(high=2.0, low=0.5, outside="zero"))
+    curves = [('low = 0.5, high = 2, outside = "zero"', dropped, 1.0)]
+    over_ratio(axes[2], "Multiplier, either sign", curves, multiplier=True, ratios=FINE)
+    over_ratio(axes[3], "Multiplier, bounds by sign", both("topr", presets["topr"]), multiplier=True)
+    pictures["gamma_gate"], axes = page(1)
+    over_ratio(axes[0], "Surrogate s, where log p_old = −2.5", both("vespo", presets["vespo"]), multiplier=False)
+    over_ratio(axes[1], "Multiplier: the gate", both("vespo", presets["vespo"]), multiplier=True)
+    pictures["geometric_mean"], axes = page(1)
+    over_ratio(axes[0], "Surrogate s(x, A)", both("gmpo", presets["gmpo"]), multiplier=False)
+    over_ratio(axes[1], "Multiplier (ds/dx)/A", both("gmpo", presets["gmpo"]), multiplier=True)
+    pictures["dro"], axes = page(1)
+    penalised = hf.Objective("token", hf.DRO(0.5), None, "response")
+    curves = [*both("β = 0.5", penalised), ("β = 0.5, A = 0.2", penalised, 0.2)]
+    over_ratio(axes[0], "Surrogate s, where log p_old = −2.5", curves, multiplier=False)
+    over_ratio(axes[1], "Multiplier", curves, multiplier=True)
+    pictures["kl"], axes = page(1)
+    kinds = [("k1", "k1", 1.0), ("k2", "k2", 1.0), ("k3", "k3", 1.0), ("k3+", "k3+", 1.0)]
+    kinds += [("k3_ratio, r = 1", "k3_ratio", 1.0), ("k3_ratio, r = 2", "k3_ratio", 2.0)]
+    differences = torch.linspace(-2.0, 2.0, 81).tolist()
+    for index, (label, kind, ratio) in enumerate(kinds):
+        for place, values in zip(
+            axes, zip(*(divergence(kind, d, ratio) for d in differences), strict=True), strict=True
+        ):
+            place.plot(differences, values, label=label, linewidth=3.2 - 0.4 * index)
+    for place, title in zip(axes, ("Estimate", "Slope by log p"), strict=True):
+        place.axvline(0.0, color="black", linewidth=0.5)
+        place.set_title(f"{title} at d = log p_ref − log p", fontsize=9)
+        place.set_xlabel("d", fontsize=8)
+        place.tick_params(labelsize=7)
+        place.legend(fontsize=7)
     pictures["weighting"], axes = page(1)
     weighted: list[Curve] = [("grpo", grpo, -1.0), ("hpo", presets["hpo"], -1.0), ("ahpo", presets["ahpo"], -1.0)]
     over_ratio(axes[0], "A < 0: multiplier a·(ds/dx)/A, N⁺:N⁻ = 1:3", weighted, multiplier=True, counts=(1, 3))
@@ -135,10 +178,10 @@ def main() -> None:
     axes[1].set(xscale="log", xlabel="N⁺/N⁻, responses with A > 0 to those with A < 0")
     axes[1].set_title("Weight α of negative advantages", fontsize=9)
     axes[1].legend(fontsize=7)
-    pictures["overview"], axes = page(2)
+    pictures["overview"], axes = page(2, height=3.4)
     for place, sign in zip(axes, (1.0, -1.0), strict=False):
-        chosen = [(name, presets[name], sign) for name in ("cispo", "sapo", "mhpo", "grpo")]
-        over_ratio(place, f"A {'>' if sign > 0 else '<'} 0: multiplier (ds/dx)/A", chosen, multiplier=True)
+        chosen = [(name, presets[name], sign) for name in ("cispo", "sapo", "mhpo", "vespo", "grpo")]
+        over_ratio(place, f"A {'>' if sign > 0 else '<'} 0: multiplier", chosen, multiplier=True)
     for place, sign in zip(axes[2:], (1.0, -1.0), strict=True):
         for y, objective in enumerate(presets.values()):
             few, many = (evaluate(objective, 1.0, sign, counts)[1] for counts in ((1, 100), (100, 1)))

@@ -122,6 +122,60 @@ def test_examples_of_mappings_run() -> None:
     exec("\n".join(codes), {"hf": hf, "torch": torch})
 
 
+def test_examples_of_the_objectives_run() -> None:
+    """Entropy with a mean of its own; responses in parts and added metrics as in one call; a sampled logit of -inf."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (2 * torch.randn(4, 6, 50, generator=generator)).requires_grad_()
+    tokens, mask = torch.randint(50, (4, 6), generator=generator), torch.arange(6) < torch.tensor([6, 3, 5, 1])[:, None]
+    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])
+    now = hf.token_logprobs(logits, tokens)
+    old_logprobs = now.logprobs.detach() + 0.0003 * torch.randn(4, 6, generator=generator)
+    arguments: dict[str, Any] = {"old_logprobs": old_logprobs, "mask": mask, "objective": "gspo"}
+
+    def call(rows: slice) -> hf.PolicyLossOutput:
+        parts = {"old_logprobs": old_logprobs[rows], "mask": mask[rows]}
+        return hf.policy_loss(logits[rows], tokens[rows], advantages[rows], **{**arguments, **parts})
+
+    whole = call(slice(None))
+    scope: dict[str, Any] = {
+        "hf": hf, "torch": torch, "logits": logits, "tokens": tokens, "mask": mask, "advantages": advantages,
+        "old_logprobs": old_logprobs, "logprobs": now.logprobs, "entropy": now.entropy, "window": 2,
+        "micro_batches": [call(slice(0, 1)), call(slice(1, 4))],
+    }  # fmt: skip
+
+    def example(word: str) -> dict[str, Any]:
+        (code,) = (code for code in blocks("docs/objectives.md") if word in code)
+        variables = dict(scope)
+        exec(code, variables)
+        return variables
+
+    results = example("entropy_weights=")
+    chosen = results["chosen"]
+    plain = hf.logprob_policy_loss(now.logprobs, advantages, **{**arguments, "objective": "grpo"}).loss
+    assert now.entropy is not None
+    torch.testing.assert_close(results["out"].loss, plain - 0.01 * now.entropy[chosen].mean() / 2)
+    assert 0 < chosen.sum() < mask.sum()
+
+    (expected,) = torch.autograd.grad(whole.loss, logits)
+    assert bool((expected[:3].abs().amax((1, 2)) > 0).any())
+    example("response_mean_log_ratios=")
+    torch.testing.assert_close(logits.grad, expected, rtol=1e-5, atol=1e-8)
+
+    metrics = example(".extremes")["metrics"]
+    assert metrics == {name: pytest.approx(value.item(), rel=1e-6) for name, value in whole.metrics().items()}
+
+    impossible = logits.detach().clone()
+    impossible[0, 1, tokens[0, 1]] = -torch.inf
+    assert example("sampled =")["mask"].equal(mask)
+    scope["logits"] = impossible.requires_grad_()
+    repaired = example("sampled =")["mask"]
+    assert (mask ^ repaired).nonzero().tolist() == [[0, 1]]
+    for kept, silent in ((mask, True), (repaired, False)):
+        loss = hf.policy_loss(impossible, tokens, -advantages, **{**arguments, "mask": kept}).loss
+        (gradient,) = torch.autograd.grad(loss, impossible)
+        assert bool((gradient[0] == 0).all()) == silent
+
+
 def test_readme_names_every_preset() -> None:
     section = README.partition("## Objectives")[2].partition("## ")[0]
     assert re.findall(r"^\| `(\w+)`", section, flags=re.MULTILINE) == list(hf.Objective.presets())
@@ -156,6 +210,13 @@ def test_what_a_document_names_exists(document: str) -> None:
     known = [command.name or command.callback.__name__ for command in commands]
     for command in re.findall(r"hpo-fused-bench (\w+)", text):
         assert command in known, command
+
+
+def test_the_tests_that_faults_name_exist() -> None:
+    named = re.findall(r"(tests/\w+\.py)::(\w+)", (ROOT / "docs/faults.md").read_text(encoding="utf-8"))
+    assert named
+    for file, name in named:
+        assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{name}"
 
 
 def test_every_document_is_reached_from_the_readme() -> None:
