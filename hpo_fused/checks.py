@@ -124,9 +124,10 @@ def check_factor(name: str, value: object, device: torch.device) -> tuple[float,
         return 1.0, value
     if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
         raise TypeError(f"{name}: expected a finite number or a 0-d tensor, got {described(value)}")
-    if not math.isfinite(float(value)):
+    number = float(value)
+    if not -math.inf < number < math.inf:  # torch.compile cannot trace math.isfinite of a symbolic float
         raise ValueError(f"{name}: expected a finite number, got {value!r}")
-    return float(value), None
+    return number, None
 
 
 def values_readable(value: Tensor) -> bool:

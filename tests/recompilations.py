@@ -68,8 +68,13 @@ def replace_kernels(specialized: bool) -> dict[str, Launcher]:
     return launchers
 
 
-def call(B: int, T: int, V: int, temperature: float, epsilon: float, alpha: float, kl: float, offset: int) -> None:
-    """Every launcher, with tensors that start ``offset`` entries into their storage, as a micro-batch's do."""
+def call(
+    B: int, T: int, V: int, temperature: float | str, epsilon: float, alpha: float, kl: float, offset: int
+) -> None:
+    """Every launcher, with tensors that start ``offset`` entries into their storage, as a micro-batch's do.
+
+    ``temperature``: a number, or the levels of a tensor: "response", "token".
+    """
 
     def sliced(value: Tensor) -> Tensor:
         return value.flatten().repeat(3)[offset : offset + value.numel()].view(value.shape)
@@ -79,17 +84,20 @@ def call(B: int, T: int, V: int, temperature: float, epsilon: float, alpha: floa
     for level in ("token", "sequence"):
         objective = hf.Objective(level, hf.Clip(epsilon, epsilon), hf.AdaptiveHysteretic(alpha), "response", kl_coef=kl)
         logits = torch.zeros(B, T, V, dtype=torch.bfloat16, requires_grad=True)
+        levels = {"response": sliced(torch.ones(B)), "token": sliced(torch.ones(B, T))}
         hf.policy_loss(
             logits, tokens, sliced(torch.ones(B)), old_logprobs=old, ref_logprobs=ref, mask=mask, token_weights=weights,
-            objective=objective, temperature=temperature, backend="triton",
+            objective=objective, temperature=levels.get(temperature, temperature), backend="triton",
         ).loss.backward()  # fmt: skip
 
 
-def call_linear(rows: int, V: int) -> None:
+def call_linear(rows: int, V: int, temperature: float | Tensor) -> None:
     """Hidden states, whose rows' statistics are gathered: their tensors start wherever the number of rows puts them."""
     hidden, weight = (torch.zeros(size, 8, dtype=torch.bfloat16, requires_grad=True) for size in (rows, V))
     tokens = torch.zeros(1, rows, dtype=torch.long)
-    out = hf.linear_token_logprobs(hidden.unsqueeze(0), weight, tokens, backend="triton", chunk_bytes=14 * V)
+    out = hf.linear_token_logprobs(
+        hidden.unsqueeze(0), weight, tokens, temperature=temperature, backend="triton", chunk_bytes=14 * V
+    )
     (out.logprobs.sum() + out.entropy.sum()).backward()
 
 
@@ -106,7 +114,10 @@ if __name__ == "__main__":
                 call(4, 8, 4096, *changed, 0)
             for offset in (1, 3, 8):
                 call(4, 8, 4096, 1.0, 0.2, 0.1, 0.05, offset)
+            for B, T, level, offset in ((4, 8, "token", 0), (3, 5, "response", 0), (1, 1, "token", 1)):
+                call(B, T, 4096, level, 0.2, 0.1, 0.05, offset)
             call(4, 8, 4112, 1.0, 0.2, 0.1, 0.05, 0)  # another vocabulary of the same parity and launch
             for rows in (8, 9, 10, 11, 30):
-                call_linear(rows, 4096)
+                for temperature in (1.0, torch.ones(1, rows)):
+                    call_linear(rows, 4096, temperature)
     print(json.dumps({name: launcher.compilations for name, launcher in launchers.items()}))

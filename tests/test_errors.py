@@ -235,7 +235,7 @@ OF_PACKED_LOSSES: dict[str, Wrong] = {
 OF_PACKED_LOGPROBS: dict[str, Wrong] = {
     "temperatures-of-responses": (
         {"packed": True, "temperature": torch.ones(2), "mask": None},
-        ValueError, r"temperature: expected shape \[6\] or \[1, 6\], got .*\[2\]",
+        ValueError, r"temperature: expected shape .*\[6\] or \[1, 6\], got .*\[2\]",
     ),
 }  # fmt: skip
 OF_LOGITS: dict[str, Wrong] = {

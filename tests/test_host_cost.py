@@ -170,6 +170,15 @@ def test_four_launches_with(options: dict[str, Any], launches: list[Launch]) -> 
     assert counted(call(objective, **options), launches) == ONE_KERNEL
 
 
+@pytest.mark.parametrize(("layout", "count"), [("padded", 9), ("packed", 20)])
+def test_temperatures_are_not_waited_for(layout: str, count: int, launches: list[Launch]) -> None:
+    """One for each response: made one for each row and checked by small operations; a number needs none of them."""
+    names = counted(call(PRESETS["grpo"], layout, temperature=torch.ones(4)), launches)
+    assert names[-len(ONE_KERNEL) :] == ONE_KERNEL
+    assert len(names) - len(ONE_KERNEL) <= count
+    assert not {"_local_scalar_dense", "nonzero"} & set(names)
+
+
 def test_backward_is_one_launch(launches: list[Launch]) -> None:
     # The seed of ones, and the kernel that multiplies by it unless it is 1.
     assert backward_of(call(PRESETS["mhpo_ahpo"])(), launches) == ["ones_like", "scale_gradient_kernel"]
@@ -276,13 +285,15 @@ def _compilations(*arguments: str) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_new_values_do_not_recompile() -> None:
-    """New T, N, rows of hidden states, temperature, epsilon, alpha, kl_coef, alignment: one compilation per kernel."""
-    once = [
-        "logprob_loss_kernel", "policy_loss_kernel", "response_statistics_kernel", "scale_gradient_kernel",
-        "token_statistics_kernel",
-    ]  # fmt: skip
+    """New T, N, rows of hidden states, temperature, epsilon, alpha, kl_coef, alignment: one compilation per kernel.
+
+    Two of kernels that sweep: with a number for a temperature and with a tensor, whatever its level and alignment.
+    """
+    once = ["logprob_loss_kernel", "response_statistics_kernel", "scale_gradient_kernel"]
+    twice = ["policy_loss_kernel", "token_statistics_kernel"]
     # By the ratio's level, which decides about active rows; and with entropy coefficients, from hidden states.
-    assert _compilations() == {**dict.fromkeys(once, 1), "token_terms_kernel": 2, "token_gradient_kernel": 2}
+    more = {"token_terms_kernel": 2, "token_gradient_kernel": 2 * 2}
+    assert _compilations() == {**dict.fromkeys(once, 1), **dict.fromkeys(twice, 2), **more}
 
 
 @pytest.mark.slow

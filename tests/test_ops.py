@@ -10,7 +10,7 @@ from torch import Tensor
 
 import hpo_fused as hf
 from hpo_fused import ops
-from hpo_fused.interface import MASKED, SKIPPED, TERMS, LogitTransform
+from hpo_fused.interface import MASKED, SKIPPED, TERMS, LogitTransform, LossSpec
 
 from .equivalence import Case, build
 from .samples import logits_arguments, room_for_statistics
@@ -25,22 +25,23 @@ def operator_calls(backend: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     logits, targets = logits[:2], tokens[:2].to(torch.int32)
     targets[0, 1], targets[1, 2] = MASKED, SKIPPED
     values = torch.rand(TERMS, 2, 4)
-    spec = hf.Objective.preset("mhpo_ahpo", kl_coef=0.1, entropy_coef=0.1).lower(off_policy=True)
-    statistics = room_for_statistics(targets)
-    ops.token_statistics(logits, targets, LogitTransform(0.9, 5.0), statistics, backend)
+    spec = LossSpec("clip", (0.8, 1.2, torch.inf, torch.inf), 20.0, True, "k3", True, "token")
+    statistics, number = room_for_statistics(targets), LogitTransform(0.9, 5.0)
+    rows = LogitTransform(1.0, None, 0.5 + torch.rand(2, 4))
+    ops.token_statistics(logits, targets, number, statistics, backend)
     c, h = torch.randn(2, 2, 4)
     results, out = torch.zeros(3, 2, 4), torch.zeros_like(logits)
     return {
-        "policy_loss": (ops._policy_loss, (logits, targets, values, *spec, 0.9, 5.0, results, out, backend)),
-        "forward": (ops._policy_loss, (logits, targets, values, *spec, 1.0, None, results[:2], None, backend)),
+        "policy_loss": (ops._policy_loss, (logits, targets, values, *spec, *number, results, out, backend)),
+        "forward": (ops._policy_loss, (logits, targets, values, *spec, *rows, results[:2], None, backend)),
         "token_statistics": (
-            ops._token_statistics, (logits, targets, 0.9, None, *room_for_statistics(targets), backend)
+            ops._token_statistics, (logits, targets, *rows, *room_for_statistics(targets), backend)
         ),
         "token_gradient": (
-            ops._token_gradient, (logits, targets, *statistics, c * (targets >= 0), None, 0.9, 5.0, out, backend)
+            ops._token_gradient, (logits, targets, *statistics, c * (targets >= 0), None, *rows, out, backend)
         ),
         "with_entropy": (
-            ops._token_gradient, (logits, targets, *statistics, c * (targets >= 0), h, 0.9, 5.0, out, backend)
+            ops._token_gradient, (logits, targets, *statistics, c * (targets >= 0), h, *number, out, backend)
         ),
     }  # fmt: skip
 
@@ -78,15 +79,15 @@ def test_compiles_as_one_graph(name: str, layout: str) -> None:
 )
 @torch._dynamo.config.patch(recompile_limit=64)  # counted over all parameters of this test
 def test_preset_names_and_changing_values_compile(objective: str | None, dynamic: bool | None) -> None:
-    """The default call, presets by name, symbolic sizes, and a temperature that changes between calls."""
+    """The default call, presets by name, symbolic sizes, and temperatures that change between calls."""
     logits, tokens, advantages, old = logits_arguments(CPU, 37)
     options = {} if objective is None else {"objective": objective}
 
-    def step(z: Tensor, temperature: float) -> Tensor:
+    def step(z: Tensor, temperature: float | Tensor) -> Tensor:
         return hf.policy_loss(z, tokens, advantages, old_logprobs=old, temperature=temperature, **options).loss
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for temperature in (1.0, 0.9, 0.8):
+    for temperature in (1.0, 0.9, 0.8, torch.linspace(0.5, 2.0, 20).view(5, 4), torch.linspace(2.0, 0.5, 5)):
         gradients = [
             torch.autograd.grad(f(z, temperature), z)[0]
             for f in (step, compiled)
@@ -95,11 +96,12 @@ def test_preset_names_and_changing_values_compile(objective: str | None, dynamic
         torch.testing.assert_close(gradients[1], gradients[0])
 
 
-def test_compiled_token_logprobs() -> None:
+@pytest.mark.parametrize("temperature", [0.8, torch.linspace(0.5, 2.0, 5)], ids=["number", "tensor"])
+def test_compiled_token_logprobs(temperature: float | Tensor) -> None:
     logits, tokens, _, _ = logits_arguments(CPU, 37)
 
     def step(z: Tensor) -> Tensor:
-        result = hf.token_logprobs(z, tokens, temperature=0.8)
+        result = hf.token_logprobs(z, tokens, temperature=temperature)
         return result.logprobs.sum() - 0.1 * result.entropy.sum()
 
     gradients = []

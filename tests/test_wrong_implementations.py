@@ -49,9 +49,9 @@ from .test_equivalence import PRESETS, difficult_rows, presets, sequences, shapi
 Patch = pytest.MonkeyPatch
 Place = tuple[Any, str]  # an object and its attribute
 CPU = torch.device("cpu")
-kernel_terms, kernel_loss = (
+kernel_terms, kernel_loss, kernel_policy = (
     None if kernels is None else importlib.import_module(f"hpo_fused.kernels.{name}")
-    for name in ("token_terms", "logprob_loss")
+    for name in ("token_terms", "logprob_loss", "policy_loss")
 )
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ kernel_terms, kernel_loss = (
 # The most discerning first, and first of all what finds wrong weights: Triton's interpreter takes its time.
 _FIRST = (
     "uncounted-response", "peaked-float32", "response-packed-True", "group_mean_length-padded-False", "weights",
-    "kl-entropy-transform", "mean_length-padded-True",
+    "kl-entropy-transform", "mean_length-padded-True", "temperatures-of-tokens",
 )  # fmt: skip
 LOGITS = sorted(
     (c for c in difficult_rows() + terms() + sequences() + shapings() + presets() if c.dtype == torch.float32),
@@ -68,9 +68,10 @@ LOGITS = sorted(
 )
 # Few cases, each with much in it: all that test_linear_equivalence.py holds the right code against is far more.
 _OBJECTIVE = hf.Objective.preset("mhpo_ahpo", kl_coef=0.04, entropy_coef=0.02)
-_TRANSFORM = {"temperature": 0.7, "softcap": 6.0}
 LINEAR = [
-    LinearCase("token", _OBJECTIVE, torch.bfloat16, bias=True, chunk_rows=3, options=_TRANSFORM),
+    LinearCase(
+        "token", _OBJECTIVE, torch.bfloat16, bias=True, chunk_rows=3, temperature="token", options={"softcap": 6.0}
+    ),
     LinearCase("token-float32", PRESETS["mhpo_ahpo"], bias=True, chunk_rows=4),
     LinearCase("one-chunk", PRESETS["mhpo_ahpo"], torch.bfloat16, bias=True, layout="packed"),
     LinearCase("sequence", PRESETS["gspo"], torch.bfloat16, bias=True, chunk_rows=3, small_ratios=True),
@@ -446,9 +447,13 @@ def spoils_gradient(*suites: str) -> Callable[[Callable[..., None]], Callable[..
     return register
 
 
+def temperature_of(transform: LogitTransform) -> float | Tensor:
+    return transform.temperature if transform.temperatures is None else transform.temperatures.unsqueeze(-1)
+
+
 @spoils_gradient(*BOTH, *OF_LINEAR)
 def temperature_missing_from_the_gradient(out: Tensor, logits: Tensor, tokens: Tensor, transform: Any) -> None:
-    out.mul_(transform.temperature)
+    out.mul_(temperature_of(transform))
 
 
 @spoils_gradient(*BOTH)
@@ -489,7 +494,7 @@ def one_small_row_wrong(out: Tensor, logits: Tensor, tokens: Tensor, transform: 
 def log_probability_by_subtraction(out: Tensor, logits: Tensor, tokens: Tensor, transform: Any) -> None:
     """1 - p of the sampled token computed from p: no digit left where p is close to 1."""
     if transform.softcap is None:
-        column, z = tokens.unsqueeze(-1), logits.nan_to_num() / transform.temperature
+        column, z = tokens.unsqueeze(-1), logits.nan_to_num() / temperature_of(transform)
         p = z.softmax(-1).gather(-1, column)
         exact = -torch.expm1(z.double().log_softmax(-1).gather(-1, column)).clamp(max=0)
         out.scatter_(-1, column, (out.gather(-1, column) * ((1 - p) / exact.clamp(min=1e-300))).to(out.dtype))
@@ -501,6 +506,32 @@ def gradient_of_the_logits_truncated(out: Tensor, logits: Tensor, tokens: Tensor
     if out.dtype == torch.bfloat16:
         bits = out.view(torch.int16)
         bits.copy_(torch.where((bits & 1 == 1) & (out != 0), bits - 1, bits))
+
+
+@mutant(
+    BOTH, *(place for name in ("policy_loss", "token_statistics", "token_gradient") for place in _of_backends(name))
+)
+def temperature_of_the_next_row(f: Any, *arguments: Any) -> None:
+    f(*(
+        argument._replace(temperatures=argument.temperatures.roll(1, -1))
+        if isinstance(argument, LogitTransform) and argument.temperatures is not None else argument
+        for argument in arguments
+    ))  # fmt: skip
+
+
+@mutant(TORCH, (operations, "write_gradient"))
+def temperatures_ignored_by_the_second_sweep(f: Any, sweeps: Any, *rest: Any) -> None:
+    given = sweeps.transform
+    sweeps.transform = given._replace(temperatures=None)
+    f(sweeps, *rest)
+    sweeps.transform = given
+
+
+@mutant(("triton",), (kernel_policy, "row_gradient"), interpreted=True)
+def temperatures_ignored_by_the_kernel_s_second_sweep(f: Any, *arguments: Any) -> None:
+    """But for the factor of 1 / temperature; numbers in a transform are not of a row."""
+    *before, (scale, inverse, rate) = arguments[:11]
+    f(*before, (scale if isinstance(scale, float) else scale / inverse, inverse, rate), *arguments[11:])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -735,6 +766,13 @@ def loss_scale_after_the_rounding(
     """float16: coefficients without the scaler's factor, the factor on the rounded gradient."""
     f(logits, targets, statistics, c / 256, None if h is None else h / 256, *rest)
     rest[-1].mul_(256)
+
+
+@mutant(OF_LINEAR, (linear_autograd.Settings, "transform_of"))
+def temperatures_of_the_first_rows(_: Any, settings: Any, chunk: Rows) -> LogitTransform:
+    given = settings.transform.temperatures
+    own = None if given is None else given.view(1, -1)[:, : len(chunk)].contiguous()
+    return settings.transform._replace(temperatures=own)  # type: ignore[no-any-return]
 
 
 @mutant(OF_LINEAR, (linear_autograd._TokenStatistics, "backward"))

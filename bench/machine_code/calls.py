@@ -171,6 +171,12 @@ CALLS = (
     Call("packed, everything", packed=True, both_terms=True, everything=True),
     Call("padded, everything", both_terms=True, everything=True),
     Call("temperature, constant length", objective="dr_grpo", arguments={"temperature": 0.7}),
+    Call("temperatures of tokens", both_terms=True, arguments={"temperature": torch.ones(1, ROWS)}),
+    Call(
+        "temperatures of tokens, softcap",
+        "token_logprobs",
+        arguments={"temperature": torch.ones(1, ROWS), "softcap": 30.0},
+    ),
     Call("sequence level, packed", objective="gspo", packed=True, both_terms=True),
     Call("log-probabilities, fp32", "token_logprobs", dtype="fp32"),
     Call("log-probabilities, forward alone", "token_logprobs", gradient=False),
