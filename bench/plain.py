@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hpo_fused import BatchStatistics, Objective
-from hpo_fused.reference import surrogate
+from hpo_fused.reference import bounded_log_ratios, surrogate
 
 
 def weighted_advantages(objective: Objective, advantages: Tensor, mask: Tensor | None, length: int) -> Tensor:
@@ -36,18 +36,23 @@ def normalised(objective: Objective, losses: Tensor, mask: Tensor | None) -> Ten
         return (sums / lengths.clamp(min=1)).mean()
     if objective.normalization == "mean_length":
         return sums.sum() / lengths.sum().clamp(min=1)
-    assert objective.normalization == "constant" and objective.max_length is not None
-    return sums.mean() / objective.max_length
+    divisor = 1 if objective.normalization == "response_sum" else objective.max_length
+    assert divisor is not None
+    return sums.mean() / divisor
 
 
 def logprob_policy_loss(
     objective: Objective, logprobs: Tensor, advantages: Tensor, old_logprobs: Tensor, mask: Tensor | None
 ) -> Tensor:
     """The loss of log-probabilities."""
-    x = logprobs - old_logprobs
-    if objective.ratio_level == "sequence":
+    own = x = bounded_log_ratios(objective, logprobs - old_logprobs, advantages.unsqueeze(-1))
+    if objective.ratio_level != "token":
         keep = torch.ones_like(x) if mask is None else mask.to(x.dtype)
-        x = ((x * keep).sum(-1) / keep.sum(-1).clamp(min=1)).unsqueeze(-1).expand_as(x)
+        x = (x * keep).sum(-1, keepdim=True).expand_as(x)
+        if objective.ratio_level != "sequence_sum":
+            x = x / keep.sum(-1, keepdim=True).clamp(min=1)
+        if objective.ratio_level == "sequence_token":
+            x = x.detach() + own - own.detach()
     x = x.clamp(-objective.max_log_ratio, objective.max_log_ratio)
     signal = weighted_advantages(objective, advantages, mask, logprobs.shape[-1]).unsqueeze(-1)
     return normalised(objective, -surrogate(objective, x, signal, logprobs), mask)

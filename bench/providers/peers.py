@@ -12,7 +12,7 @@ from hpo_fused import Clip, Objective, SoftGate, TruncatedRatio
 
 from .base import NEEDS_GPU, Provider, Unavailable
 
-LIGER_OBJECTIVES = "grpo, dapo, dr_grpo, gspo, sapo, cispo, hpo, ahpo"  # the last two by weighted advantages
+LIGER_OBJECTIVES = "grpo, dapo, dr_grpo, gspo, luspo, sapo, cispo, hpo, ahpo"  # the last two by weighted advantages
 
 
 def _numbers(version: str) -> list[int]:
@@ -51,15 +51,15 @@ def liger_shaping(objective: Objective) -> dict[str, object]:
     Raises:
         Unavailable: it has none.
     """
-    shaping = objective.shaping
+    shaping, token = objective.shaping, objective.ratio_level == "token"
     options: dict[str, object] | None = None
-    if isinstance(shaping, Clip) and shaping.dual is None:
+    if isinstance(shaping, Clip) and shaping.dual is None and (token or objective.ratio_level == "sequence"):
         options = {"loss_type": "grpo", "epsilon_low": shaping.low, "epsilon_high": shaping.high}
         options.update(delta=shaping.delta, importance_sampling_level=objective.ratio_level)
-    elif objective.ratio_level == "token" and isinstance(shaping, SoftGate):
+    elif token and isinstance(shaping, SoftGate):
         options = {"loss_type": "sapo"}
         options.update(sapo_temperature_pos=shaping.tau_pos, sapo_temperature_neg=shaping.tau_neg)
-    elif objective.ratio_level == "token" and isinstance(shaping, TruncatedRatio) and shaping.low is None:
+    elif token and isinstance(shaping, TruncatedRatio) and shaping == TruncatedRatio(shaping.high):
         options = {"loss_type": "cispo", "epsilon_high": shaping.high}
     if options is None or objective.kl_coef != 0 or objective.entropy_coef != 0:
         raise Unavailable(f"Liger-Kernel has {LIGER_OBJECTIVES} (clipped ratio, SAPO's gate, truncated ratio) only")
