@@ -152,20 +152,21 @@ def test_rows_of_weight_zero_ignore_nan(backend: str, device: torch.device) -> N
     assert out.active.tolist() == [[True, False, True, True], *[[b == 3] * 4 for b in range(1, 5)]]
 
 
-@pytest.mark.parametrize("name", sorted(set(PRESETS) - {"cispo"}))
+@pytest.mark.parametrize("name", PRESETS)
 def test_extreme_log_ratios_stay_finite(name: str, backend: str, device: torch.device) -> None:
     logits, tokens, advantages, _ = logits_arguments(device)
     leaf = logits.requires_grad_()
     objective = hf.Objective.preset(name, kl_coef=0.1, max_length=4)
     extreme = torch.tensor([math.inf, -math.inf, 100.0, -100.0], device=device).expand(5, 4)
-    if objective.ratio_level == "sequence":  # one kind to a response, or their mean would be NaN
+    if objective.ratio_level != "token":  # one kind to a response, or their mean would be NaN
         extreme = torch.tensor([[math.inf], [-math.inf], [100.0], [-100.0], [100.0]], device=device).expand(5, 4)
     out = hf.policy_loss(leaf, tokens, advantages, old_logprobs=extreme, ref_logprobs=extreme, objective=objective,
                          backend=backend)  # fmt: skip
     out.loss.backward()
     assert out.loss.isfinite()
-    # Beyond max_log_ratio every derivative with respect to the log-ratio is zero.
-    assert not leaf.grad.any()
+    assert leaf.grad.isfinite().all()
+    # Beyond max_log_ratio every derivative with respect to the log-ratio is zero; a weight on log p stays.
+    assert isinstance(objective.shaping, (hf.TruncatedRatio, hf.GammaGate)) or not leaf.grad.any()
 
 
 def test_metrics(device: torch.device) -> None:
@@ -182,15 +183,19 @@ def test_metrics(device: torch.device) -> None:
     x = torch.tensor([0.0, 0.5, -0.5, 0.0, 0.0], dtype=torch.float64)
     assert values.pop("ratio_mean") == pytest.approx(x.exp().mean().item(), rel=close)
     assert values.pop("clip_fraction") == pytest.approx(2 / 5)  # r = 1.65 with A > 0 and r = 0.61 with A < 0
+    assert (values.pop("clip_high_fraction"), values.pop("clip_high_max")) == pytest.approx((1 / 5, 1 / 2))
+    assert (values.pop("clip_low_fraction"), values.pop("clip_low_min")) == pytest.approx((1 / 5, 0.0))
+    assert values.pop("clip_dual_fraction") == 0.0
     assert values.pop("approx_kl") == pytest.approx((x.exp() - x - 1).mean().item(), rel=close)
     assert values.pop("kl_ref") == pytest.approx(((-x).exp() + x - 1).mean().item(), rel=close)
     assert values.pop("hysteretic_weight") == 1.0
     assert values.pop("positive_fraction") == 0.5
+    assert values.pop("rows") == 5
     assert values.pop("active_fraction") == 1.0  # the KL term reaches every unmasked row
     assert not values
 
     fidelity = hf.logprob_policy_loss(logprobs, advantages, old_logprobs=old, mask=mask, objective="mhpo").metrics()
-    psi = 1.5 * torch.tanh(x / 1.5)
+    psi = 1.5 * torch.tanh(x[:4] / 1.5)  # the fifth has no advantage and is no active row
     zeta = torch.log1p(psi.exp()) ** 1.5 + (torch.log1p((-psi).exp()) / 0.8) ** 2
     assert fidelity["psi_mean"].item() == pytest.approx(psi.mean().item(), abs=1e-7)
     assert fidelity["hazard_mean"].item() == pytest.approx(zeta.mean().item(), rel=close)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,12 +12,20 @@ from hpo_fused import reference
 
 from .test_equivalence import PRESETS
 
+STOPPED = ("cispo", "mhpo", "vespo", "topr", "gspo_token")  # gradients, on purpose: see the next test
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if name not in ("cispo", "mhpo", "mhpo_ahpo")])
-def test_gradcheck(name: str) -> None:
-    """Finite differences in float64. CISPO and hazards stop gradients on purpose: see the next test."""
+
+@pytest.mark.parametrize(
+    ("name", "kl"),
+    [(name, "k3") for name in PRESETS if name not in (*STOPPED, "mhpo_ahpo")]
+    + [(name, kl) for name in ("grpo", "gspo") for kl in ("k3_ratio", "k2", "k1")],
+)
+def test_gradcheck(name: str, kl: Any) -> None:
+    """Finite differences in float64."""
     torch.manual_seed(0)
-    objective = hf.Objective.preset(name, kl_coef=0.1, entropy_coef=0.05, max_length=4 if name == "dr_grpo" else None)
+    objective = hf.Objective.preset(
+        name, kl_coef=0.1, kl=kl, entropy_coef=0.05, max_length=4 if name == "dr_grpo" else None
+    )
     tokens, advantages = torch.randint(7, (3, 4)), torch.tensor([1.0, -0.5, 0.0])
     old, ref = torch.randn(3, 4).double() - 2, torch.randn(3, 4).double() - 2
     mask = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 0], [1, 1, 0, 0]])
@@ -37,11 +47,12 @@ def test_gradcheck(name: str) -> None:
     assert torch.autograd.gradcheck(loss, (logits,), eps=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["cispo", "mhpo"])
+@pytest.mark.parametrize("name", STOPPED)
 def test_gradcheck_with_stopped_factor(name: str) -> None:
     """What is under the stop-gradient, held constant by hand, leaves a function that finite differences agree with."""
     torch.manual_seed(0)
-    objective = hf.Objective.preset(name)
+    wide = {"shaping": hf.Clip(1.0, 50.0)} if name == "gspo_token" else {}
+    objective = hf.Objective.preset(name, **wide)
     advantages, old = torch.tensor([1.0, -0.5]), torch.randn(2, 3).double() - 1
     logp = (torch.randn(2, 3).double() - 1).requires_grad_()
     (gradient,) = torch.autograd.grad(
@@ -50,12 +61,20 @@ def test_gradcheck_with_stopped_factor(name: str) -> None:
     x0 = (logp - old).detach()
 
     def frozen(value: torch.Tensor) -> torch.Tensor:
+        signal, total = advantages[:, None], x0.sum(-1, keepdim=True)
         if name == "cispo":
-            s = x0.exp().clamp(max=5.0) * advantages[:, None] * value
+            s = x0.exp().clamp(max=5.0) * signal * value
+        elif name == "vespo":  # arXiv 2602.10693: phi(W) = W^k e^(lambda (1 - W)), k and lambda by the sign
+            k, rate = torch.tensor([[2.0], [3.0]]), torch.tensor([[3.0], [2.0]])
+            s = total.exp() ** k * (rate * (1 - total.exp())).exp() * signal * value
+        elif name == "topr":  # arXiv 2503.14286: weight 1 for A > 0, the response's ratio up to 1 for A < 0
+            s = torch.stack([torch.ones(1), total[1].exp().clamp(max=1.0)]) * signal * value
+        elif name == "gspo_token":  # arXiv 2507.18071, eq. 14
+            s = x0.mean(-1, keepdim=True).exp() * (value - old - x0).exp() * signal
         else:
             psi0, psi = 1.5 * torch.tanh(x0 / 1.5), 1.5 * torch.tanh((value - old) / 1.5)
             zeta = torch.log1p(psi0.exp()) ** 1.5 + (torch.log1p((-psi0).exp()) / 0.8) ** 2
-            s = (psi - zeta).exp() * advantages[:, None]
+            s = (psi - zeta).exp() * signal
         return -s.sum() / 6
 
     assert torch.autograd.gradcheck(frozen, (logp,), eps=1e-6, atol=1e-8)

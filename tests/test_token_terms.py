@@ -37,6 +37,10 @@ RESPONSES, VOCABULARY = 6, 50
 LENGTHS = {"padded": 1100, "packed": 300}  # one step of the kernels, and more
 BOUNDARIES = [0, 300, 600, 600, 1200, 1500, 1800]  # packed; one response empty
 GROUPS = [3, 3, 1, 1, 1, 3]
+ABSENT = dict.fromkeys(
+    ("cu_seqlens", "groups", "statistics", "token_weights", "entropy_weights", "lengths", "response_mean_log_ratios",
+     "advantage_level")
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,13 +56,16 @@ class Case:
     totals: str = "own"  # or "numbers", "tensors"
     coefficients: tuple[float, float] = (0.0, 0.0)
     skip: bool = True
+    entropy: str = "none"  # weights: "none", "0-d", "response", "column", "token"
+    every_advantage: bool = False
+    scale: Any = 1.0  # of the loss; "tensor": 0-d
 
     def __str__(self) -> str:
         weighting = type(self.weighting).__name__ if self.weighting else "unweighted"
         level = "token" if self.per_token else "response"
         return (
             f"{self.layout}-{self.level}-{self.normalization}-{weighting}-{level}-{self.weights}-{self.totals}-"
-            f"{self.coefficients}-{'skip' if self.skip else 'all'}"
+            f"{self.coefficients}-{'skip' if self.skip else 'all'}-{self.entropy}-{self.every_advantage}-{self.scale}"
         )
 
 
@@ -66,6 +73,7 @@ def cases() -> list[Case]:
     """Layouts, levels, normalisations, advantages and totals with each other; everything else in turn."""
     weightings = (None, hf.Hysteretic(0.6), hf.AdaptiveHysteretic(0.1), hf.Hysteretic(0.0), hf.AdaptiveHysteretic(0.9))
     weights = ("token", "response", "none", "column")
+    entropies = ("none", "0-d", "response", "none", "token", "none", "column")
     coefficients = ((0.0, 0.0), (0.0, 0.0), (0.0, 0.0), (0.1, 0.0), (0.0, 0.03), (0.1, 0.03))
     product = itertools.product(
         ("padded", "packed"), ("token", "sequence"), ("response", "mean_length", "group_mean_length", "constant"),
@@ -73,11 +81,12 @@ def cases() -> list[Case]:
     )  # fmt: skip
     made = []
     for i, (layout, level, normalization, per_token, totals) in enumerate(product):
-        weight = weights[i // 2 % 4]
-        weight = "response" if (layout, weight) == ("packed", "column") else weight
+        if normalization == "constant" and per_token:
+            normalization = "response_sum"
         made.append(
-            Case(layout, level, normalization, weightings[i % 5], per_token, weight, totals, coefficients[i % 6],
-                 skip=i % 4 != 3)
+            Case(layout, level, normalization, weightings[i % 5], per_token, weights[i // 2 % 4], totals,
+                 coefficients[i % 6], skip=i % 4 != 3, entropy=entropies[i % 7], every_advantage=i % 11 == 5,
+                 scale=(1.0, 0.25, "tensor")[i // 5 % 3])
         )  # fmt: skip
     return made
 
@@ -95,6 +104,8 @@ class Call:
     mask: Tensor
     advantages: Tensor
     weights: Tensor
+    entropy: Tensor | None  # weights
+    scale: float
     old: Tensor
     ref: Tensor
 
@@ -120,22 +131,33 @@ def build(case: Case, device: torch.device) -> Call:
         advantages[3, 5] = -0.5
         advantages[~mask] = torch.nan
     advantages[5:] = torch.nan  # not 0: a signal
+    entropy = torch.tensor([0.5, 0.25, 1.0, 0.0, -1.0, 0.75])
+    if case.entropy == "token":
+        entropy = (entropy[:, None] + (torch.rand(shape, generator=generator) < 0.1)).contiguous()
+        entropy[~mask] = torch.nan
+    entropy = entropy[0] if case.entropy == "0-d" else entropy
     tokens = torch.randint(VOCABULARY, shape, generator=generator)
     tokens[~mask] = -7
     old, ref = torch.randn(2, *shape, generator=generator)
     responses = torch.arange(RESPONSES)[:, None].expand(shape)
     keywords: dict[str, Any] = {"mask": mask, "old_logprobs": old, "ref_logprobs": ref.bfloat16()}
-    keywords["token_weights"] = {"none": None, "column": weights[:, None]}.get(case.weights, weights)
     given, ids = advantages, tokens
+    forms = {"token_weights": (case.weights, weights), "entropy_weights": (case.entropy, entropy)}
     if case.layout == "packed":
-        keywords = {k: v.flatten() if v is not None else None for k, v in keywords.items()}
+        keywords = {k: v.flatten() for k, v in keywords.items()}
         given, ids = given.flatten(), ids.flatten()
+        forms = {k: (form, v.flatten() if v.dim() else v) for k, (form, v) in forms.items()}
         keywords["cu_seqlens"] = torch.tensor(BOUNDARIES, dtype=torch.int32)
         lengths = torch.tensor(BOUNDARIES).diff()
         responses = torch.arange(RESPONSES).repeat_interleave(lengths)
-    kl, entropy = case.coefficients
+    keywords |= {
+        name: None if form == "none" else value[:, None] if form == "column" else value
+        for name, (form, value) in forms.items()
+    }
+    kl, bonus = case.coefficients
+    shaping = hf.DRO(0.1) if case.every_advantage else hf.Clip()
     objective = hf.Objective(
-        case.level, hf.Clip(), case.weighting, case.normalization, 300, kl_coef=kl, entropy_coef=entropy
+        case.level, shaping, case.weighting, case.normalization, 300, kl_coef=kl, entropy_coef=bonus
     )
     if case.normalization == "group_mean_length":
         keywords["groups"] = torch.tensor(GROUPS)
@@ -145,16 +167,19 @@ def build(case: Case, device: torch.device) -> Call:
         groups = torch.tensor([*GROUPS, 7], device=device), torch.tensor([10, 20, 30, 0, 40, 50, 60], device=device)
         statistics = hf.BatchStatistics(*counts, *groups, gradient_average=4.0)
     keywords = {k: v if v is None else v.to(device) for k, v in keywords.items()}
-    keywords = {**dict.fromkeys(("cu_seqlens", "groups", "token_weights")), **keywords, "statistics": statistics}
+    keywords = {**ABSENT, **keywords, "statistics": statistics}
+    keywords["loss_scale"] = torch.tensor(0.5, device=device) if case.scale == "tensor" else case.scale
     batch = check_batch(objective, "tokens", ids.shape, device, ids.to(device), given.to(device), **keywords)
-    rows = [x if x.dim() == 2 else x[:, None].expand(shape) for x in (advantages, weights)]
-    if case.layout == "packed":  # per response: by the boundaries, which are not the padded rows'
-        rows = [x.flatten() if x.dim() == 2 else x[responses] for x in (advantages, weights)]
-    a, u = (x.double().flatten() for x in rows)
+    # Per response: by the boundaries if packed, which are not the padded rows'.
+    a, u, e = (
+        (x if x.dim() == 2 else x[responses] if x.dim() == 1 else x.expand(mask.numel())).double().flatten()
+        for x in (advantages, weights, entropy)
+    )
     u = torch.ones_like(u) if case.weights == "none" else u
     return Call(
-        batch, objective.lower(off_policy=True), objective, statistics, responses.flatten(), tokens.flatten(),
-        mask.flatten(), a, u, old.flatten(), ref.flatten(),
+        batch, objective.lower(batch), objective, statistics, responses.flatten(), tokens.flatten(), mask.flatten(), a,
+        u, None if case.entropy == "none" else e, 0.5 if case.scale == "tensor" else case.scale, old.flatten(),
+        ref.flatten(),
     )  # fmt: skip
 
 
@@ -181,19 +206,22 @@ def formulas(call: Call, skip: bool) -> dict[str, Tensor]:
     for i, place in enumerate(places):
         of_group = sum(n for n, group in zip(members, ids, strict=True) if group == GROUPS[i])
         n = {
-            "response": S * max(lengths[i], 1), "mean_length": max(tokens, 1), "constant": S * 300,
+            "response": S * max(lengths[i], 1), "mean_length": max(tokens, 1), "constant": S * 300, "response_sum": S,
             "group_mean_length": len(set(ids)) * max(of_group, 1),
         }[objective.normalization]  # fmt: skip
-        penalty[mask & place] = counted.gradient_average / n
+        penalty[mask & place] = call.scale * counted.gradient_average / n
     policy[mask] = (penalty * torch.where(call.advantages < 0, alpha, 1.0) * call.weights)[mask]
-    live = (policy != 0) & (call.advantages != 0)
+    live = (policy != 0) & ((call.advantages != 0) | isinstance(objective.shaping, hf.DRO))
     if objective.ratio_level == "sequence":
         live = mask & torch.stack([live[place].any() for place in places])[call.responses]
-    active = mask if objective.kl_coef or objective.entropy_coef else live
+    bonus = objective.entropy_coef * penalty
+    if call.entropy is not None:
+        bonus[mask] = (call.scale * counted.gradient_average * call.entropy)[mask]
+    active = mask if objective.kl_coef else live | (bonus != 0)
     targets = torch.where(active | (not skip), call.tokens, SKIPPED)
     return {
         "policy weight": policy, "KL weight": objective.kl_coef * penalty,
-        "entropy weight": objective.entropy_coef * penalty, "advantage": call.advantages, "old": call.old,
+        "entropy weight": bonus, "advantage": call.advantages, "old": call.old,
         "ref": call.ref.bfloat16(), "active": active, "targets": torch.where(mask, targets, MASKED),
         "lengths": torch.tensor(lengths), "signs": torch.tensor(signs),
     }  # fmt: skip
@@ -204,12 +232,12 @@ def hold(case: Case, call: Call, terms: TokenTerms) -> None:
     expected = formulas(call, case.skip)
     values = terms.values.cpu().flatten(1)
     weights = {"policy weight": POLICY_WEIGHT}
-    weights |= {"KL weight": KL_WEIGHT} if call.spec.kl else {}
+    weights |= {"KL weight": KL_WEIGHT} if call.spec.kl != "none" else {}
     weights |= {"entropy weight": ENTROPY_WEIGHT} if call.spec.entropy_bonus else {}
     for name, index in weights.items():
         # Six factors and coefficients in float32, each rounded once, and as many products.
         torch.testing.assert_close(values[index].double(), expected[name], rtol=12 * ROUNDING, atol=0, msg=name)
-    exact = {"advantage": ADVANTAGE, "old": OLD_LOGPROB} | ({"ref": REF_LOGPROB} if call.spec.kl else {})
+    exact = {"advantage": ADVANTAGE, "old": OLD_LOGPROB} | ({"ref": REF_LOGPROB} if call.spec.kl != "none" else {})
     for name, index in exact.items():
         assert torch.equal(values[index][call.mask].nan_to_num(7), expected[name][call.mask].float().nan_to_num(7)), (
             name
@@ -258,6 +286,7 @@ def small(device: torch.device) -> dict[str, Tensor]:
         "mask": torch.randint(2, (3, 7), generator=generator),
         "advantages": torch.randint(3, (3, 7), generator=generator),
         "token_weights": torch.randint(1, 4, (3, 7), generator=generator),
+        "entropy_weights": torch.randint(1, 4, (3, 7), generator=generator),
         "old_logprobs": -torch.randint(4, (3, 7), generator=generator).float(),
         "ref_logprobs": -torch.randint(4, (3, 7), generator=generator).float(),
     }
@@ -268,9 +297,8 @@ def terms_of(arguments: dict[str, Tensor], backend: str, device: torch.device) -
     objective = hf.Objective(weighting=hf.AdaptiveHysteretic(0.1), normalization="response", kl_coef=0.5)
     given = dict(arguments)
     tokens, advantages = given.pop("tokens"), given.pop("advantages")
-    absent = dict.fromkeys(("cu_seqlens", "groups", "statistics"))
-    batch = check_batch(objective, "tokens", tokens.shape, device, tokens, advantages, **given, **absent)
-    terms: TokenTerms = implementation(backend).token_terms(batch, objective.lower(off_policy=True), 100, True)
+    batch = check_batch(objective, "tokens", tokens.shape, device, tokens, advantages, **{**ABSENT, **given})
+    terms: TokenTerms = implementation(backend).token_terms(batch, objective.lower(batch), 100, True)
     return terms
 
 
@@ -282,7 +310,8 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     ("name", "dtypes"),
     [
         ("tokens", INTEGERS), ("mask", (torch.bool, *INTEGERS, *FLOATS)), ("advantages", (*INTEGERS, *FLOATS)),
-        ("token_weights", (*INTEGERS, *FLOATS)), ("old_logprobs", FLOATS), ("ref_logprobs", FLOATS),
+        ("token_weights", (*INTEGERS, *FLOATS)), ("entropy_weights", (*INTEGERS, *FLOATS)), ("old_logprobs", FLOATS),
+        ("ref_logprobs", FLOATS),
     ],
 )  # fmt: skip
 def test_any_dtype(name: str, dtypes: tuple[torch.dtype, ...], backend: str, device: torch.device) -> None:
@@ -293,7 +322,10 @@ def test_any_dtype(name: str, dtypes: tuple[torch.dtype, ...], backend: str, dev
         agree(terms, expected)
 
 
-@pytest.mark.parametrize("name", ["tokens", "mask", "advantages", "token_weights", "old_logprobs", "ref_logprobs"])
+@pytest.mark.parametrize(
+    "name",
+    ["tokens", "mask", "advantages", "token_weights", "entropy_weights", "old_logprobs", "ref_logprobs"],
+)
 def test_any_strides(name: str, backend: str, device: torch.device) -> None:
     """Shifted by one as a trainer's slices are, every second entry, transposed, expanded along the batch."""
     arguments = small(device)
@@ -307,7 +339,7 @@ def test_any_strides(name: str, backend: str, device: torch.device) -> None:
 
 def agree(terms: TokenTerms, expected: TokenTerms) -> None:
     unmasked = expected.targets != MASKED
-    for term in (ADVANTAGE, POLICY_WEIGHT, KL_WEIGHT, OLD_LOGPROB, REF_LOGPROB):
+    for term in (ADVANTAGE, POLICY_WEIGHT, KL_WEIGHT, ENTROPY_WEIGHT, OLD_LOGPROB, REF_LOGPROB):
         torch.testing.assert_close(
             terms.values[term][unmasked], expected.values[term][unmasked], rtol=4 * ROUNDING, atol=0
         )
