@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import hpo_fused as hf
-from hpo_fused.interface import ADVANTAGE, POLICY_WEIGHT, TERMS, SoftmaxStatistics
+from hpo_fused.interface import ADVANTAGE, POLICY_WEIGHT, TERMS, LossSpec, SoftmaxStatistics
 
 from .conftest import BACKENDS
 
@@ -78,6 +78,15 @@ class Sample:
 
 
 every_path = pytest.mark.parametrize("path", [*BACKENDS, "linear"])
+
+
+def lowered(objective: hf.Objective) -> LossSpec:
+    """Its plain values for an off-policy call."""
+    one = torch.zeros(1, 1)
+    out = hf.logprob_policy_loss(
+        one, one[0], entropy=one, old_logprobs=one, ref_logprobs=one, objective=objective, backend="torch"
+    )
+    return objective.lower(out._batch)
 
 
 def room_for_statistics(targets: Tensor, *, entropy: bool = True) -> SoftmaxStatistics:

@@ -15,21 +15,33 @@ import torch
 
 import hpo_fused as hf
 from hpo_fused import reference
-from hpo_fused.interface import ADVANTAGE, OLD_LOGPROB, POLICY_WEIGHT, TERMS
+from hpo_fused.interface import ADVANTAGE, KL_WEIGHT, OLD_LOGPROB, POLICY_WEIGHT, REF_LOGPROB, TERMS
 from hpo_fused.mapping import kind_of
 from hpo_fused.shaping import SHAPINGS
 from hpo_fused.surrogate import token_loss
+
+from .samples import lowered
 
 VECTORS = json.loads((Path(__file__).parent / "objectives.json").read_text())
 
 
 TABLED = {name: hf.Objective.preset(name) for name in ("grpo", "dapo", "sapo", "cispo", "mhpo")}
-TABLED["clip_delta_dual"] = hf.Objective(shaping=hf.Clip(0.2, 0.2, delta=1.5, dual=3.0), weighting=None)
+TABLED |= {  # a token alone is its response: the ratio's level makes no difference
+    name: hf.Objective(shaping=shaping, weighting=None)
+    for name, shaping in {
+        "clip_delta_dual": hf.Clip(0.2, 0.2, delta=1.5, dual=3.0),
+        "truncated_ratio_zero": hf.TruncatedRatio(2.0, 0.6, "zero"),
+        "truncated_ratio_signs": hf.TruncatedRatio(3.0, 0.5, high_neg=0.9, low_neg=0.05),
+        "vespo": hf.GammaGate(2.0, 3.0, 3.0, 2.0),
+        "gmpo": hf.GeometricMean(0.4, 0.4),
+        "dro": hf.DRO(0.3),
+    }.items()
+}
 
 
 def preset_vectors(name: str) -> list[torch.Tensor]:
     rows = [row for row in VECTORS["rows"] if row["objective"] == name]
-    assert len(rows) == 84
+    assert len(rows) == (105 if name == "dro" else 84)
     return [
         torch.tensor([row[key] for row in rows], dtype=torch.float64)
         for key in ("log_ratio", "advantage", "loss", "dloss_dlogp")
@@ -46,7 +58,7 @@ def terms(log_ratio: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", TABLED)
 def test_shapings_match_the_table(name: str) -> None:
     x, advantage, loss, derivative = preset_vectors(name)
-    ours = token_loss(TABLED[name].lower(off_policy=True), terms(x, advantage), torch.full_like(x, -1.0), None)
+    ours = token_loss(lowered(TABLED[name]), terms(x, advantage), torch.full_like(x, -1.0), None)
     torch.testing.assert_close(ours.losses, loss, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(ours.logprob_coefficients, derivative, rtol=1e-11, atol=1e-14)
 
@@ -65,12 +77,48 @@ def test_reference_matches_the_table(name: str) -> None:
         torch.testing.assert_close(gradient.squeeze(), derivative[i], rtol=1e-11, atol=1e-14)
 
 
+@pytest.mark.parametrize("kl", ["k3", "k3_ratio", "k2", "k1", "k3+"])
+def test_kl_estimates_match_the_table(kl: Any) -> None:
+    """Torch's closed form and the oracle."""
+    rows = [row for row in VECTORS["penalties"] if row["kl"] == kl]
+    assert len(rows) == (60 if kl == "k3_ratio" else 12)
+    d, x, value, slope = (
+        torch.tensor([row[key] for row in rows], dtype=torch.float64)
+        for key in ("log_ratio_to_reference", "log_ratio", "value", "slope")
+    )
+    objective, logp = hf.Objective.preset("reinforce", kl_coef=1.0, kl=kl), torch.full_like(x, -1.0)
+    values = terms(x, torch.zeros_like(x))
+    values[KL_WEIGHT], values[REF_LOGPROB] = 1.0, logp + d
+    ours = token_loss(lowered(objective), values, logp, None)
+    leaf, close = logp.reshape(-1, 1).requires_grad_(), {"rtol": 1e-11, "atol": 1e-14}
+    # Responses of one token each, of whose sum "response_sum" takes the mean.
+    loss = reference.logprob_policy_loss(
+        leaf, torch.zeros_like(x), old_logprobs=leaf.detach() - x[:, None], ref_logprobs=leaf.detach() + d[:, None],
+        objective=objective,
+    )  # fmt: skip
+    (gradient,) = torch.autograd.grad(loss * len(x), leaf)
+    torch.testing.assert_close(ours.losses, value, **close)
+    torch.testing.assert_close(ours.logprob_coefficients, slope, **close)
+    torch.testing.assert_close(loss, value.mean(), **close)
+    # In autograd's sum of r k3 and r (1 - e^d) the terms r e^d cancel.
+    allowed = 1e-11 * slope.abs() + 1e-14 + 8 * 2.0**-53 * (x + d).exp() * (kl == "k3_ratio")
+    assert ((gradient.squeeze(-1) - slope).abs() <= allowed).all()
+
+
 def test_presets_are_the_published_settings() -> None:
     presets = hf.Objective.presets()
     assert presets["grpo"] == hf.Objective("token", hf.Clip(0.2, 0.2), None, "response")
     assert presets["dapo"] == hf.Objective("token", hf.Clip(0.2, 0.28), None, "mean_length")
     assert presets["dr_grpo"] == hf.Objective("token", hf.Clip(0.2, 0.2), None, "constant")
     assert presets["gspo"] == hf.Objective("sequence", hf.Clip(3e-4, 4e-4), None, "response")
+    assert presets["gspo_token"] == hf.Objective("sequence_token", hf.Clip(3e-4, 4e-4), None, "response")
+    assert presets["luspo"] == hf.Objective("sequence", hf.Clip(2e-3, 2.5e-3), None, "response_sum")
+    assert presets["gmpo"] == hf.Objective("sequence", hf.GeometricMean(0.4, 0.4), None, "response")
+    assert presets["vespo"] == hf.Objective("sequence_sum", hf.GammaGate(2, 3, 3, 2), None, "mean_length")
+    topr = hf.TruncatedRatio(1.0, 1.0, low_neg=0.0, high_neg=1.0)
+    assert presets["topr"].shaping.lower() == topr.lower()
+    assert (presets["topr"].ratio_level, presets["topr"].normalization) == ("sequence_sum", "response")
+    assert presets["reinforce"] == hf.Objective("token", hf.TruncatedRatio(1.0, 1.0), None, "response_sum")
     assert presets["sapo"] == hf.Objective("token", hf.SoftGate(1.0, 1.05), None, "response")
     assert presets["cispo"] == hf.Objective("token", hf.TruncatedRatio(5.0), None, "mean_length")
     assert presets["mhpo"] == hf.Objective(
@@ -106,7 +154,7 @@ def test_mhpo_on_policy_carries_a_quarter_of_the_gradient() -> None:
 
 def test_mhpo_multiplier_peaks_near_a_ratio_of_1_78() -> None:
     x = torch.linspace(-3, 3, 60001, dtype=torch.float64)
-    spec = hf.Objective.preset("mhpo").lower(off_policy=True)
+    spec = lowered(hf.Objective.preset("mhpo"))
     out = token_loss(spec, terms(x, torch.ones_like(x)), torch.full_like(x, -1.0), None)
     peak = (-out.logprob_coefficients).max(0)
     assert peak.values.item() == pytest.approx(0.396, abs=5e-4)

@@ -42,7 +42,7 @@ from .samples import room_for_statistics, values_of
 from .test_equivalence import difficult_rows, presets, terms, vocabularies
 
 PLAIN = LogitTransform()
-MHPO = LossSpec("log_fidelity", (1.5, 1.5, 1.0, 2.0, 1.25), 20.0, False, False, False, False)
+MHPO = LossSpec("log_fidelity", (1.5, 1.5, 1.0, 2.0, 1.25), 20.0, False, "none", False, "token")
 
 
 @pytest.fixture(params=["0", "1"], ids=["plain", "compiled"])
@@ -195,7 +195,7 @@ def test_one_call_equals_two_sweeps_and_skips_rows(setting: str) -> None:
 
 def test_clipped_rows_get_zeros(setting: str) -> None:
     logits, targets = make(1, 9, 4099)
-    spec = LossSpec("clip", (0.8, 1.2, torch.inf, torch.inf), 20.0, True, False, False, False)
+    spec = LossSpec("clip", (0.8, 1.2, torch.inf, torch.inf), 20.0, True, "none", False, "token")
     values = values_of(torch.ones(1, 9))
     values[OLD_LOGPROB] = -50.0
     targets[0, 4], values[OLD_LOGPROB, 0, 4] = logits[0, 4].argmax(), 0.0  # the only ratio below 1.2
