@@ -70,6 +70,30 @@ def shares(rank: int) -> None:
         torch.testing.assert_close(part.grad / 2, whole.grad, rtol=1e-6, atol=1e-9)
 
 
+def metrics(rank: int) -> None:
+    """Sums of both ranks, one of which has no active row, are those of their union."""
+    generator = torch.Generator().manual_seed(0)
+    logprobs, old = -2 + 0.4 * torch.randn(2, 6, 5, generator=generator)
+    advantages = torch.tensor([1.0, -0.5, -0.5, 2.0, 0.0, 0.0])
+    mask = torch.arange(5) < torch.tensor([5, 2, 3, 4, 0, 1])[:, None]
+    for name in ("ahpo", "gspo", "mhpo_ahpo"):
+
+        def sums(part: slice, name: str = name) -> hf.MetricSums:
+            return hf.logprob_policy_loss(
+                logprobs[part], advantages[part], old_logprobs=old[part], mask=mask[part], objective=name,
+                statistics=hf.BatchStatistics.from_batch(advantages, mask),
+            ).metric_sums()  # fmt: skip
+
+        mine, whole = sums(slice(0, 4) if rank == 0 else slice(4, 6)), sums(slice(0, 6))
+        assert mine.names == whole.names
+        distributed.all_reduce(mine.values)
+        distributed.all_reduce(mine.extremes, distributed.ReduceOp.MAX)
+        ours, expected = mine.metrics(), whole.metrics()
+        assert ours.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(ours[key], value, msg=lambda text, key=key: f"{key}: {text}")
+
+
 def sharded_heads(rank: int) -> None:
     """Hidden states and a head that FSDP2 shards or replicates; refusals of what cannot be gathered."""
     from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor, init_device_mesh
@@ -160,7 +184,7 @@ def sharded_heads(rank: int) -> None:
 def main(rank: int, port: str, part: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     distributed.init_process_group("gloo", rank=rank, world_size=2)
-    {"shares": shares, "sharded_heads": sharded_heads}[part](rank)
+    {"shares": shares, "metrics": metrics, "sharded_heads": sharded_heads}[part](rank)
     distributed.destroy_process_group()
 
 

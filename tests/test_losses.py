@@ -169,51 +169,6 @@ def test_extreme_log_ratios_stay_finite(name: str, backend: str, device: torch.d
     assert isinstance(objective.shaping, (hf.TruncatedRatio, hf.GammaGate)) or not leaf.grad.any()
 
 
-def test_metrics(device: torch.device) -> None:
-    logprobs = torch.full((3, 2), -1.0, device=device)
-    old = torch.tensor([[-1.0, -1.5], [-0.5, -1.0], [-1.0, -9.0]], device=device)
-    mask = torch.tensor([[1, 1], [1, 1], [1, 0]], device=device)
-    advantages = torch.tensor([1.0, -1.0, 0.0], device=device)
-    objective = hf.Objective.preset("ahpo", kl_coef=0.1)
-    out = hf.logprob_policy_loss(
-        logprobs, advantages, old_logprobs=old, ref_logprobs=old, mask=mask, objective=objective
-    )
-    values = {key: value.item() for key, value in out.metrics().items()}
-    close = 2e-6  # expm1 to two units of 0.65 in a difference of 0.15: 32 roundings
-    x = torch.tensor([0.0, 0.5, -0.5, 0.0, 0.0], dtype=torch.float64)
-    assert values.pop("ratio_mean") == pytest.approx(x.exp().mean().item(), rel=close)
-    assert values.pop("clip_fraction") == pytest.approx(2 / 5)  # r = 1.65 with A > 0 and r = 0.61 with A < 0
-    assert (values.pop("clip_high_fraction"), values.pop("clip_high_max")) == pytest.approx((1 / 5, 1 / 2))
-    assert (values.pop("clip_low_fraction"), values.pop("clip_low_min")) == pytest.approx((1 / 5, 0.0))
-    assert values.pop("clip_dual_fraction") == 0.0
-    assert values.pop("approx_kl") == pytest.approx((x.exp() - x - 1).mean().item(), rel=close)
-    assert values.pop("kl_ref") == pytest.approx(((-x).exp() + x - 1).mean().item(), rel=close)
-    assert values.pop("hysteretic_weight") == 1.0
-    assert values.pop("positive_fraction") == 0.5
-    assert values.pop("rows") == 5
-    assert values.pop("active_fraction") == 1.0  # the KL term reaches every unmasked row
-    assert not values
-
-    fidelity = hf.logprob_policy_loss(logprobs, advantages, old_logprobs=old, mask=mask, objective="mhpo").metrics()
-    psi = 1.5 * torch.tanh(x[:4] / 1.5)  # the fifth has no advantage and is no active row
-    zeta = torch.log1p(psi.exp()) ** 1.5 + (torch.log1p((-psi).exp()) / 0.8) ** 2
-    assert fidelity["psi_mean"].item() == pytest.approx(psi.mean().item(), abs=1e-7)
-    assert fidelity["hazard_mean"].item() == pytest.approx(zeta.mean().item(), rel=close)
-    assert fidelity["survival_mean"].item() == pytest.approx((-zeta).exp().mean().item(), rel=close)
-    assert fidelity["active_fraction"].item() == pytest.approx(4 / 5)
-    assert {"clip_fraction", "kl_ref", "hysteretic_weight", "entropy"}.isdisjoint(fidelity)
-
-
-def test_metrics_of_a_fused_call_skip_inactive_rows(backend: str, device: torch.device) -> None:
-    logits, tokens, advantages, old = logits_arguments(device)
-    out = hf.policy_loss(logits, tokens, advantages, old_logprobs=old, backend=backend)
-    active = out.active
-    ratio = (out.logprobs - old)[active].exp().mean()
-    torch.testing.assert_close(out.metrics()["ratio_mean"], ratio)
-    torch.testing.assert_close(out.metrics()["entropy"], out.entropy[active].mean())
-    assert out.metrics()["active_fraction"].item() == pytest.approx(0.8)
-
-
 def test_transposed_and_sliced_logits(backend: str, device: torch.device) -> None:
     """Only the last dimension has to be contiguous."""
     logits, tokens, advantages, old = logits_arguments(device)
@@ -262,6 +217,15 @@ def test_wide_strides_do_not_overflow(backend: str, device: torch.device) -> Non
     small = hf.token_logprobs(logits.clone(), tokens, backend=backend)
     wide = hf.token_logprobs(logits, tokens, backend=backend)
     assert torch.equal(small.logprobs, wide.logprobs)
+
+
+def test_gspo_token_is_gspo_with_gradients_of_its_own(backend: str, device: torch.device) -> None:
+    """On-policy, advantages 1 and -1 in one response: GSPO's ratio gets their sum, each of GSPO-token's its own."""
+    for name, expected in (("gspo", [0.0, 0.0]), ("gspo_token", [-0.5, 0.5])):
+        logprobs = torch.full((1, 2), -1.0, device=device, requires_grad=True)
+        advantages = torch.tensor([[1.0, -1.0]], device=device)
+        hf.logprob_policy_loss(logprobs, advantages, objective=name, backend=backend).loss.backward()
+        assert logprobs.grad.tolist() == [expected]
 
 
 # ---------------------------------------------------------------------------------------------------------------
