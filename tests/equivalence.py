@@ -55,6 +55,7 @@ class Case:
     on_policy: bool = False
     per_token_advantages: bool = False
     token_weights: bool = False
+    entropy_weights: str = "none"  # "0-d", "response", "token"
     small_ratios: bool = False  # log-ratios around a sequence-level clip range
     advantages: tuple[float, ...] = ADVANTAGES  # of the responses in turn
     micro_batch: bool = False  # totals of a larger batch, gradient averaged over 2 ranks
@@ -154,7 +155,13 @@ def build(case: Case, device: torch.device) -> Inputs:
     if not case.on_policy:
         per_token["old_logprobs"] = logp - x
     if case.objective.kl_coef != 0:
-        per_token["ref_logprobs"] = logp + x.flip(0) / 2
+        d = x.flip(0) / 2
+        if case.small_ratios:  # of both signs in a response, or k3 and its slope would cancel in a shared ratio's
+            d = torch.where(torch.arange(length) % 2 == 0, 1.3, -0.9) + 0.2 * torch.rand(
+                count, length, generator=generator, dtype=torch.float64
+            )
+            d[3, 0] = 25.0  # beyond the clamp
+        per_token["ref_logprobs"] = logp + d
     if case.token_weights:
         per_token["token_weights"] = torch.rand(count, length, generator=generator, dtype=torch.float64) + 0.5
         per_token["token_weights"][1] = 0
@@ -162,6 +169,12 @@ def build(case: Case, device: torch.device) -> Inputs:
         per_token["temperature"] = transform["temperature"]
     elif case.temperature:
         keywords["temperature"] = transform["temperature"].to(device)
+    weights = torch.rand(count, length, generator=generator) - 0.3
+    weights[2] = 0
+    if case.entropy_weights == "token":
+        per_token["entropy_weights"] = weights
+    elif case.entropy_weights != "none":
+        keywords["entropy_weights"] = (weights[0, 0] if case.entropy_weights == "0-d" else weights[:, :1]).to(device)
     per_token = {key: value.float() for key, value in per_token.items()}
     if case.objective.normalization == "group_mean_length":
         keywords["groups"] = torch.arange(count, device=device) // 2 * 7

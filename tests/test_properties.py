@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import hpo_fused as hf
+from hpo_fused.objective import KL, Normalization, RatioLevel
 
 from .conftest import BACKENDS
 from .equivalence import Case, check
@@ -25,21 +28,33 @@ shapings = st.one_of(
         hazard=st.sampled_from([None, hf.Hazard(), hf.Hazard(1, 2, 3, 1)]),
     ),
     st.builds(hf.SoftGate, tau_pos=st.sampled_from([0.5, 1.0]), tau_neg=st.sampled_from([1.05, 3.0])),
-    st.builds(hf.TruncatedRatio, high=st.sampled_from([1.5, 5.0]), low=st.sampled_from([None, 0.5])),
+    st.builds(
+        hf.TruncatedRatio,
+        high=st.sampled_from([1.5, 5.0]),
+        low=st.sampled_from([None, 0.5]),
+        outside=st.sampled_from(["clip", "zero"]),
+        high_neg=st.sampled_from([None, 1.0]),
+        low_neg=st.sampled_from([None, 0.2]),
+    ),
+    st.builds(hf.GammaGate, k_pos=st.sampled_from([0.0, 2.0]), lambda_neg=st.sampled_from([0.5, 2.0])),
+    st.builds(hf.GeometricMean, low=st.sampled_from([3e-4, 0.4]), high=st.sampled_from([0.0, 0.4])),
+    st.builds(hf.DRO, beta=st.sampled_from([0.01, 1.0])),
 )
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     shaping = draw(shapings)
-    level = "token" if isinstance(shaping, hf.TruncatedRatio) else draw(st.sampled_from(["token", "sequence"]))
+    level = draw(st.sampled_from(get_args(RatioLevel)))
+    kinds = [kind for kind in get_args(KL) if not (kind == "k3_ratio" and isinstance(shaping, hf.GeometricMean))]
     objective = hf.Objective(
         level,
         shaping,
         draw(st.sampled_from([None, hf.Hysteretic(0.3), hf.AdaptiveHysteretic(0.2)])),
-        draw(st.sampled_from(["response", "mean_length", "group_mean_length", "constant"])),
+        draw(st.sampled_from(get_args(Normalization))),
         max_length=13,
         kl_coef=draw(st.sampled_from([0.0, 0.05])),
+        kl=draw(st.sampled_from(kinds)),
         entropy_coef=draw(st.sampled_from([0.0, 0.01])),
     )
     transform = {"temperature": draw(st.sampled_from([0.5, 1.0, 1.4]))}
@@ -55,9 +70,10 @@ def cases(draw: st.DrawFn) -> Case:
         length=draw(st.integers(1, 7)),
         on_policy=draw(st.booleans()),
         # Tokens' advantages of both signs would cancel in a sequence's one coefficient: nothing relative is left.
-        per_token_advantages=level == "token" and draw(st.booleans()),
+        per_token_advantages=level in ("token", "sequence_token") and draw(st.booleans()),
         token_weights=draw(st.booleans()),
-        small_ratios=level == "sequence",
+        entropy_weights=draw(st.sampled_from(["none", "none", "0-d", "response", "token"])),
+        small_ratios=level != "token",
         micro_batch=draw(st.booleans()),
         options=transform,
     )
