@@ -160,7 +160,7 @@ def build(case: Case, device: torch.device) -> Inputs:
             d = torch.where(torch.arange(length) % 2 == 0, 1.3, -0.9) + 0.2 * torch.rand(
                 count, length, generator=generator, dtype=torch.float64
             )
-            d[3, 0] = 25.0  # beyond the clamp
+            d[count // 2, 0] = 25.0  # beyond the clamp
         per_token["ref_logprobs"] = logp + d
     if case.token_weights:
         per_token["token_weights"] = torch.rand(count, length, generator=generator, dtype=torch.float64) + 0.5
@@ -170,7 +170,7 @@ def build(case: Case, device: torch.device) -> Inputs:
     elif case.temperature:
         keywords["temperature"] = transform["temperature"].to(device)
     weights = torch.rand(count, length, generator=generator) - 0.3
-    weights[2] = 0
+    weights[count // 2] = 0
     if case.entropy_weights == "token":
         per_token["entropy_weights"] = weights
     elif case.entropy_weights != "none":
@@ -207,6 +207,10 @@ def build(case: Case, device: torch.device) -> Inputs:
         logits = base
         tokens, mask = tokens[inside], mask[inside]
         per_token = {key: value[inside] for key, value in per_token.items()}
+        if tokens.numel() == count > 1:  # [B] or [N]?
+            keywords["advantage_level"] = "token" if advantages.dim() == 2 else "response"
+            for key in {"token_weights", "entropy_weights"} & per_token.keys():
+                per_token[key] = per_token[key].unsqueeze(0)
         advantages = advantages[inside] if advantages.dim() == 2 else advantages
         keywords["cu_seqlens"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(device)
         keywords["mask"] = mask.to(device)
@@ -227,19 +231,18 @@ class ExactLoss(NamedTuple):
 
 
 def exact_loss(arguments: Arguments, exact: reference.ReferenceLogprobs, logprobs: Tensor, known: Tensor) -> ExactLoss:
-    """The reference's loss of exact log-probabilities; its coefficients at the backend's own, where ``known``.
+    """The reference's loss and coefficients at the backend's own log-probabilities, where ``known``.
 
-    The error of ``logprobs`` is judged apart: SoftGate's slope, for one, multiplies it by tau r.
+    The error of ``logprobs`` is judged apart: SoftGate's slope multiplies it by tau r, and a weight of a response's
+    product of ratios by k - lambda r and by log p.
     """
     advantages, keywords = arguments.positional[1], arguments.terms
-    exact = reference.ReferenceLogprobs(*(value.detach() for value in exact))
-    loss = reference.logprob_policy_loss(exact.logprobs, advantages, entropy=exact.entropy, **keywords)
-    given = torch.where(known, logprobs.detach().double(), exact.logprobs).requires_grad_()
-    entropy = exact.entropy.clone().requires_grad_()
-    total = reference.logprob_policy_loss(given, advantages, entropy=entropy, **keywords)
-    c, h = torch.autograd.grad(total, (given, entropy), allow_unused=True)
+    given = torch.where(known, logprobs.detach().double(), exact.logprobs.detach()).requires_grad_()
+    entropy = exact.entropy.detach().clone().requires_grad_()
+    loss = reference.logprob_policy_loss(given, advantages, entropy=entropy, **keywords)
+    c, h = torch.autograd.grad(loss, (given, entropy), allow_unused=True)
     assert c is not None
-    return ExactLoss(loss, c, h)
+    return ExactLoss(loss.detach(), c, h)
 
 
 class LogitGradient(NamedTuple):
