@@ -33,7 +33,7 @@ shapings = st.one_of(
         high=st.sampled_from([1.5, 5.0]),
         low=st.sampled_from([None, 0.5]),
         outside=st.sampled_from(["clip", "zero"]),
-        high_neg=st.sampled_from([None, 1.0]),
+        high_neg=st.sampled_from([None, 1.1]),
         low_neg=st.sampled_from([None, 0.2]),
     ),
     st.builds(hf.GammaGate, k_pos=st.sampled_from([0.0, 2.0]), lambda_neg=st.sampled_from([0.5, 2.0])),
