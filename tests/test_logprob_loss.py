@@ -13,10 +13,14 @@ from hpo_fused import reference
 
 from .equivalence import worst
 
-SHAPINGS = {"clip": hf.Clip(0.2, 0.3, dual=3.0), "fidelity": hf.LogFidelity(), "gate": hf.SoftGate(2.0, 3.0)}
+SHAPINGS: dict[str, Any] = {
+    "clip": hf.Clip(0.2, 0.3, dual=3.0), "fidelity": hf.LogFidelity(), "gate": hf.SoftGate(2.0, 3.0),
+    "truncated": hf.TruncatedRatio(1.5, 0.8, "zero", high_neg=1.1), "gamma": hf.GammaGate(),
+    "geometric": hf.GeometricMean(0.3, 0.5), "dro": hf.DRO(0.13),
+}  # fmt: skip
 
 
-def made(layout: str, per_token: bool, device: torch.device) -> tuple[Tensor, Tensor, dict[str, Any]]:
+def made(layout: str, level: str, per_token: bool, device: torch.device) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Log-probabilities, advantages and keywords; lengths beyond one step of the kernel, a response fully masked."""
     generator = torch.Generator().manual_seed(int(per_token))
     shape = (5, 300) if layout == "padded" else (5, 60)
@@ -27,6 +31,8 @@ def made(layout: str, per_token: bool, device: torch.device) -> tuple[Tensor, Te
     # The mean of a response's log-ratios reaches both clip bounds, single ones the clamp.
     x = 0.3 * torch.randn(shape, generator=generator) + torch.tensor([0.4, -0.4, 0.0, 0.1, -0.1])[:, None]
     x[:, 3] = 25.0
+    if level == "sequence_sum":  # of up to 230 tokens: as large as a mean is at the others
+        x = torch.where(x == 25.0, 0.0, 0.01 * x)
     keywords = {
         "old_logprobs": logprobs - x, "ref_logprobs": logprobs + 0.1 * torch.randn(shape, generator=generator),
         "mask": mask, "token_weights": torch.rand(shape, generator=generator),
@@ -43,11 +49,11 @@ def made(layout: str, per_token: bool, device: torch.device) -> tuple[Tensor, Te
 
 
 def check(
-    layout: str, level: Any, normalization: Any, shaping: str, full: bool, backend: str, device: torch.device
+    layout: str, level: Any, normalization: Any, shaping: str, kl: Any, full: bool, backend: str, device: torch.device
 ) -> None:
     """Loss, both gradients and the rest of the output; ``full``: KL, entropy term and advantages per token."""
-    logprobs, advantages, keywords = made(layout, full, device)
-    coefficients = {"kl_coef": 0.05, "entropy_coef": 0.02} if full else {}
+    logprobs, advantages, keywords = made(layout, level, full, device)
+    coefficients = {"kl_coef": 0.05, "entropy_coef": 0.02, "kl": kl} if full else {}
     weighting = hf.AdaptiveHysteretic(0.1) if full else hf.Hysteretic(0.6)
     objective = hf.Objective(level, SHAPINGS[shaping], weighting, normalization, 300, **coefficients)
     if normalization == "group_mean_length":
@@ -79,18 +85,21 @@ def check(
 
 
 CASES = [
-    (layout, level, normalization, shaping, full)
+    (layout, *form, full)
     for layout in ("padded", "packed")
-    for level in ("token", "sequence")
-    for normalization, shaping in (
-        ("response", "clip"), ("mean_length", "fidelity"), ("group_mean_length", "gate"), ("constant", "clip")
+    for form in (
+        ("token", "response", "clip", "k3_ratio"), ("token", "group_mean_length", "dro", "k2"),
+        ("sequence", "response", "clip", "k3_ratio"), ("sequence", "mean_length", "fidelity", "k3"),
+        ("sequence", "response_sum", "geometric", "k3+"), ("sequence_token", "constant", "gate", "k3_ratio"),
+        ("sequence_token", "mean_length", "dro", "k1"), ("sequence_sum", "response", "truncated", "k3"),
+        ("sequence_sum", "mean_length", "gamma", "k3_ratio"), ("sequence_sum", "constant", "gate", "k1"),
     )
     for full in (False, True)
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("layout", "level", "normalization", "shaping", "full"), CASES)
+@pytest.mark.parametrize(("layout", "level", "normalization", "shaping", "kl", "full"), CASES)
 def test_matches_the_oracle(
-    layout: str, level: str, normalization: str, shaping: str, full: bool, backend: str, device: torch.device
+    layout: str, level: str, normalization: str, shaping: str, kl: str, full: bool, backend: str, device: torch.device
 ) -> None:
-    check(layout, level, normalization, shaping, full, backend, device)
+    check(layout, level, normalization, shaping, kl, full, backend, device)
