@@ -26,7 +26,9 @@ from hpo_fused.interface import (
     ENTROPY_WEIGHT,
     KL_WEIGHT,
     MASKED,
+    OLD_LOGPROB,
     POLICY_WEIGHT,
+    REF_LOGPROB,
     Batch,
     LogitTransform,
     LossSpec,
@@ -49,9 +51,9 @@ from .test_equivalence import PRESETS, difficult_rows, presets, sequences, shapi
 Patch = pytest.MonkeyPatch
 Place = tuple[Any, str]  # an object and its attribute
 CPU = torch.device("cpu")
-kernel_terms, kernel_loss, kernel_policy = (
+kernel_terms, kernel_loss, kernel_policy, kernel_surrogate = (
     None if kernels is None else importlib.import_module(f"hpo_fused.kernels.{name}")
-    for name in ("token_terms", "logprob_loss", "policy_loss")
+    for name in ("token_terms", "logprob_loss", "policy_loss", "surrogate")
 )
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -181,7 +183,7 @@ def _of_backends(attribute: str) -> list[Place]:
 TORCH = ("torch",)
 CLAMPED, CLIP = [(surrogate, "clamped")], [(surrogate, "_clip")]
 HAZARD, GATE = [(surrogate, "log_fidelity_terms")], [(surrogate, "_soft_gate")]
-wrong("kl_direction_reversed", TORCH, [(surrogate, "k3")], lambda _, d: torch.expm1(-d) + d)
+SURROGATE, ESTIMATE, LOSS = [(surrogate, "surrogate")], [(surrogate, "kl_estimate")], [(operations, "token_loss")]
 wrong("log_ratio_not_clamped", TORCH, CLAMPED, lambda _, d, bound: (d, torch.ones_like(d, dtype=torch.bool)))
 wrong("clamp_with_derivative_one", TORCH, CLAMPED, lambda f, d, b: (f(d, b)[0], torch.ones_like(d, dtype=torch.bool)))
 wrong("dual_clip_ignored", TORCH, CLIP, lambda f, *arguments: f(*arguments[:5], torch.inf))
@@ -207,19 +209,101 @@ def clipped_whatever_the_sign(_: Any, x: Tensor, advantages: Tensor, low: float,
     return ratio.clamp(low, high) * advantages, torch.where(inside, ratio * advantages, 0.0)
 
 
-@mutant(TORCH, (surrogate, "_truncated_ratio"))
-def truncated_ratio_differentiated(f: Any, x: Tensor, a: Tensor, logprobs: Tensor, low: float, high: float) -> Any:
-    value, derivative = f(x, a, logprobs, low, high)
-    return value, derivative + torch.where((x.exp() > low) & (x.exp() < high), value, 0.0)
+def _shaped(name: str, kind: str, change: Callable[..., Any]) -> None:
+    """A mutant whose surrogate of one kind is ``change(f, spec, x, advantages, logprobs)``."""
+    wrong(
+        name, TORCH, SURROGATE,
+        lambda f, spec, *rest: change(f, spec, *rest) if spec.kind == kind else f(spec, *rest),
+    )  # fmt: skip
 
 
-@mutant(TORCH, (operations, "token_loss"))
-def kl_gradient_dropped(f: Any, spec: LossSpec, *rest: Any) -> Any:
-    without = f(spec._replace(kl=False), *rest)
-    return f(spec, *rest)._replace(logprob_coefficients=without.logprob_coefficients)
+def _parameters(name: str, kind: str, change: Callable[..., tuple[float, ...]]) -> None:
+    """A mutant whose surrogate of one kind gets the parameters ``change(*parameters)``."""
+    _shaped(name, kind, lambda f, spec, *rest: f(spec._replace(parameters=change(*spec.parameters)), *rest))
 
 
-@mutant(TORCH, (operations, "token_loss"))
+def _differentiated(f: Any, spec: LossSpec, x: Tensor, a: Tensor, logprobs: Tensor) -> Any:
+    """As if the weight were no constant: where it moves with the ratio, s does."""
+    value, by_ratio, by_logprob = f(spec, x, a, logprobs)
+    moved = f(spec, x + 1e-3, a, logprobs)[0] - f(spec, x - 1e-3, a, logprobs)[0]
+    return value, by_ratio + moved / 2e-3, by_logprob
+
+
+for kind in ("truncated_ratio", "gamma_gate"):
+    _shaped(f"{kind}_differentiated", kind, _differentiated)
+_parameters("truncated_ratio_clips_what_is_outside", "truncated_ratio", lambda *p: (*p[:4], 1.0))
+_parameters("truncated_ratio_bounds_swapped_by_sign", "truncated_ratio", lambda *p: (*p[2:4], *p[:2], p[4]))
+_parameters("gamma_gate_signs_swapped", "gamma_gate", lambda *p: (*p[2:], *p[:2]))
+_shaped("gamma_gate_without_log_probability", "gamma_gate", lambda f, s, x, a, _: f(s, x, a, torch.ones_like(x)))
+_shaped("dro_penalty_not_differentiated", "dro", lambda f, *rest: (f(*rest)[0], 0 * rest[1], f(*rest)[2]))
+_parameters("dro_penalty_doubled", "dro", lambda beta: (2 * beta,))
+
+
+def _bounded(name: str, change: Callable[..., Any]) -> None:
+    """A mutant of what a token's log-ratio contributes; ``change(f, spec, difference, advantages)``."""
+    wrong(
+        name, TORCH, [(surrogate, "token_log_ratio")],
+        lambda f, spec, *rest: change(f, spec, *rest) if spec.kind == "geometric_mean" else f(spec, *rest),
+    )  # fmt: skip
+
+
+_bounded("geometric_mean_unbounded", lambda f, spec, d, a: (torch.where(a == 0, 0.0, d), f(spec, d, a)[1]))
+_bounded("geometric_mean_gradient_beyond_the_bound", lambda f, spec, d, a: (f(spec, d, a)[0], torch.ones_like(d) > 0))
+_bounded(
+    "geometric_mean_bounded_on_both_sides",
+    lambda f, spec, d, a: (d.clamp(*spec.parameters), (d > spec.parameters[0]) & (d < spec.parameters[1])),
+)
+_bounded("geometric_mean_signs_swapped", lambda f, spec, d, a: f(spec, d, -a))
+
+wrong("kl_direction_reversed", TORCH, ESTIMATE, lambda f, kind, d: (f(kind, -d)[0], -f(kind, -d)[1]))
+wrong("kl_gradient_dropped", TORCH, ESTIMATE, lambda f, kind, d: (f(kind, d)[0], torch.zeros_like(d)))
+
+
+def _estimated(kind: str, change: Callable[..., Any]) -> None:
+    """A mutant of the derivative of one KL kind: ``change(right, d)``."""
+    wrong(
+        f"kl_{kind}_slope_wrong", TORCH, ESTIMATE,
+        lambda f, given, d: (f(given, d)[0], change(f(given, d)[1], d) if given == kind else f(given, d)[1]),
+    )  # fmt: skip
+
+
+_estimated("k1", lambda right, d: -right)
+_estimated("k2", lambda right, d: -torch.expm1(d))
+_estimated("k3", lambda right, d: -d)
+_estimated("k3+", lambda right, d: -torch.expm1(d))
+wrong("kl_ratio_missing", TORCH, LOSS, lambda f, spec, *rest: f(_other_kl(spec, "k3"), *rest))
+
+
+def _other_kl(spec: LossSpec, kl: str) -> LossSpec:
+    return spec._replace(kl=kl) if spec.kl == "k3_ratio" else spec
+
+
+@mutant(TORCH, *LOSS)
+def kl_ratio_not_differentiated(f: Any, spec: LossSpec, values: Tensor, logprobs: Tensor, *rest: Any) -> Any:
+    """r k3 with sg[r]: at the tokens' own ratios only."""
+    right = f(spec, values, logprobs, *rest)
+    if spec.kl != "k3_ratio" or spec.ratio_level == "sequence":
+        return right
+    ratio = (logprobs - values[OLD_LOGPROB]).clamp(-20, 20).exp() if spec.off_policy else torch.ones_like(logprobs)
+    k3 = surrogate.kl_estimate("k3", (values[REF_LOGPROB] - logprobs).clamp(-20, 20))[0]
+    moved = torch.where(values[KL_WEIGHT] != 0, values[KL_WEIGHT] * ratio * k3, 0.0)
+    return right._replace(logprob_coefficients=right.logprob_coefficients - moved)
+
+
+@mutant(TORCH, *LOSS)
+def kl_ratio_of_the_token_at_sequence_level(f: Any, spec: LossSpec, values: Tensor, *rest: Any) -> Any:
+    right = f(spec, values, *rest)
+    if spec.kl != "k3_ratio" or spec.ratio_level != "sequence":
+        return right
+    silent = values.clone()
+    silent[POLICY_WEIGHT] = 0
+    theirs, ours = f(spec, silent, *rest), f(spec._replace(ratio_level="token"), silent, *rest[:2])
+    return surrogate.TokenLoss(*(
+        None if r is None or t is None or o is None else r - t + o for r, t, o in zip(right, theirs, ours, strict=True)
+    ))  # fmt: skip
+
+
+@mutant(TORCH, *LOSS)
 def entropy_gradient_dropped(f: Any, *arguments: Any) -> Any:
     right = f(*arguments)
     h = right.entropy_coefficients
@@ -232,17 +316,26 @@ def sequence_mean_over_padding(_: Any, layout: Layout, value: Tensor) -> Tensor:
     return torch.where(layout.mask, quotient, 0.0)
 
 
-@mutant(TORCH, (operations, "token_loss"))
-def sequence_gradient_not_shared(
-    f: Any, spec: Any, values: Any, logprobs: Tensor, entropy: Any, mean: Any = None
-) -> Any:
-    calls: list[int] = []
+SHARED = [(operations, "response_ratio")]
 
-    def once(value: Tensor) -> Tensor:  # forward through the mean, backward as if each token had its own ratio
-        calls.append(1)
-        return mean(value) if len(calls) == 1 else value
 
-    return f(spec, values, logprobs, entropy, None if mean is None else once)
+def _spread(name: str, level: str, change: Callable[..., Any]) -> None:
+    """A mutant of how the tokens of a response share a ratio at one level; ``change(right, layout)``."""
+
+    def instead(f: Any, terms: TokenTerms, spec: LossSpec) -> Any:
+        right = f(terms, spec)
+        return change(right, Layout.of_terms(terms)) if spec.ratio_level == level else right
+
+    wrong(name, TORCH, SHARED, instead)
+
+
+_spread("sequence_gradient_not_shared", "sequence", lambda right, _: right._replace(spread=None))
+_spread("sequence_gradient_summed", "sequence", lambda right, layout: right._replace(spread=layout.response_total))
+_spread("sum_gradient_not_shared", "sequence_sum", lambda right, _: right._replace(spread=None))
+_spread("sum_gradient_averaged", "sequence_sum", lambda right, layout: right._replace(spread=layout.response_mean))
+_spread("sum_taken_for_mean", "sequence_sum", lambda right, layout: right._replace(reduced=layout.response_mean))
+_spread("gspo_token_gradient_shared", "sequence_token", lambda right, _: right._replace(spread=right.reduced))
+_spread("gspo_token_own_ratio", "sequence_token", lambda right, layout: right._replace(reduced=lambda value: value))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -274,7 +367,7 @@ _told(
     "responses_of_the_call_alone", BOTH,
     lambda batch: {"totals": batch.totals and (batch.responses, *batch.totals[1:])},
 )  # fmt: skip
-_told("gradient_average_forgotten", BOTH, lambda batch: {"gradient_average": 1.0})
+_told("gradient_average_forgotten", BOTH, lambda batch: {"scale": 1.0})
 _told(
     "adaptive_weight_fixed_at_its_bound", BOTH,
     lambda batch: {"weighting": "fixed" if batch.weighting == "adaptive" else batch.weighting},
@@ -288,6 +381,21 @@ _told(
     "caller_weights_transposed", BOTH,
     lambda batch: {"token_weights": None if batch.token_weights is None else batch.token_weights.roll(1, -1)},
 )  # fmt: skip
+_told("entropy_weights_dropped", BOTH, lambda batch: {"entropy_weights": None})
+_told(
+    "sum_over_a_response_divided_by_its_length", BOTH,
+    lambda batch: {"normalization": "response" if (batch.normalization, batch.max_length) == ("constant", 1) else
+                   batch.normalization},
+)  # fmt: skip
+_made(
+    "entropy_weights_normalised",
+    ENTROPY_WEIGHT,
+    lambda terms, batch: terms.values[ENTROPY_WEIGHT] * (0.1 if batch.entropy_weights is not None else 1.0),
+)
+_made(
+    "dro_without_tokens_of_no_advantage", POLICY_WEIGHT,
+    lambda terms, batch: terms.values[POLICY_WEIGHT] * (terms.values[ADVANTAGE] != 0),
+)  # fmt: skip
 _made("kl_not_normalised", KL_WEIGHT, lambda terms, batch: batch.kl_coef * (terms.values[KL_WEIGHT] != 0))
 _made("entropy_bonus_as_penalty", ENTROPY_WEIGHT, lambda terms, batch: -terms.values[ENTROPY_WEIGHT])
 
@@ -296,7 +404,7 @@ def _weighted(terms: TokenTerms, batch: Batch, term: int) -> Tensor:
     if batch.token_weights is None:
         return terms.values[term]
     layout = Layout.of_terms(terms)
-    weights = layout.rows(batch.token_weights, batch.weight_per_token)
+    weights = layout.rows(batch.token_weights)
     return torch.where(layout.mask, terms.values[term] * weights, 0.0)
 
 
@@ -368,27 +476,27 @@ def signs_of_masked_responses_count(
         statistics[1].copy_(advantages.sign())
 
 
-WEIGHTS = (kernel_terms, "_policy_terms")  # (unmasked, advantage, policy weight, penalty weight)
+WEIGHTS = (kernel_terms, "_policy_terms")  # (unmasked, advantage, policy weight, penalty weight, live)
 
 
 @mutant(("triton",), WEIGHTS, interpreted=True)
 def hysteretic_weight_of_the_other_sign(f: Any, *arguments: Any) -> Any:
-    unmasked, advantage, policy, penalty = f(*arguments)
-    alpha, tl = arguments[5], kernel_terms.tl  # type: ignore[union-attr]
+    unmasked, advantage, policy, penalty, live = f(*arguments)
+    alpha, tl = arguments[4], kernel_terms.tl  # type: ignore[union-attr]
     policy = tl.where(advantage < 0, policy / alpha, tl.where(advantage > 0, policy * alpha, policy))
-    return unmasked, advantage, policy, penalty
+    return unmasked, advantage, policy, penalty, live
 
 
 @mutant(("triton",), WEIGHTS, interpreted=True)
 def penalties_weighted_too(f: Any, *arguments: Any) -> Any:
-    unmasked, advantage, policy, _ = f(*arguments)
-    return unmasked, advantage, policy, policy
+    unmasked, advantage, policy, _, live = f(*arguments)
+    return unmasked, advantage, policy, policy, live
 
 
 @mutant(("token_terms",), WEIGHTS, interpreted=True)
 def weights_ignored(f: Any, *arguments: Any) -> Any:
-    unmasked, advantage, _, penalty = f(*arguments)
-    return unmasked, advantage, penalty, penalty
+    unmasked, advantage, _, penalty, live = f(*arguments)
+    return unmasked, advantage, penalty, penalty, live
 
 
 @mutant(("token_terms",), WEIGHTS, interpreted=True)
@@ -416,14 +524,44 @@ def mean_over_padding(f: Any, logprobs: Tensor, entropy: Any, terms: TokenTerms,
 
 @mutant(("logprob_loss",), (kernel_loss, "token_loss"), interpreted=True)
 def gradient_a_thousandth_off(f: Any, *arguments: Any) -> Any:
-    loss, c, h = f(*arguments)
-    return loss, c * 1.001, h
+    loss, by_ratio, by_logprob, h = f(*arguments)
+    return loss, by_ratio * 1.001, by_logprob, h
 
 
 @mutant(("logprob_loss",), (kernel_loss, "token_loss"), interpreted=True)
 def entropy_gradient_lost(f: Any, *arguments: Any) -> Any:
-    loss, c, h = f(*arguments)
-    return loss, c, h * 0
+    *rest, h = f(*arguments)
+    return *rest, h * 0
+
+
+OF_KERNELS = ("logprob_loss",)
+
+
+def _device(name: str, function: str, change: Callable[..., Any]) -> None:
+    """A mutant of a formula of the kernels."""
+    wrong(name, OF_KERNELS, [(kernel_surrogate, function)], change, interpreted=True)
+
+
+_device("estimate_with_slope_zero", "kl_estimate", lambda f, d, kind: (f(d, kind)[0], f(d, kind)[1] * 0))
+_device("gate_of_the_other_sign", "gamma_gate", lambda f, x, a, p: f(x, -a, p))
+_device("bounds_of_the_other_sign", "truncated_ratio", lambda f, x, a, p: f(x, -a, p))
+wrong(
+    "bounded_log_ratio_differentiated", OF_KERNELS, [(kernel_loss, "token_log_ratio")],
+    lambda f, *rest: (f(*rest)[0], f(*rest)[1] * 0 + 1.0), interpreted=True,
+)  # fmt: skip
+
+
+def _at_level(name: str, level: str, taken_for: str) -> None:
+    """A mutant of the launcher that takes a ratio level for another."""
+    wrong(
+        name, OF_KERNELS, [(kernels, "logprob_loss")],
+        lambda f, *rest: f(*rest[:-1], rest[-1]._replace(ratio_level=taken_for))
+        if rest[-1].ratio_level == level else f(*rest),
+    )  # fmt: skip
+
+
+_at_level("sum_as_mean", "sequence_sum", "sequence")
+_at_level("gspo_token_as_gspo", "sequence_token", "sequence")
 
 
 # ---------------------------------------------------------------------------------------------------------------
