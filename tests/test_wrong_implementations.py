@@ -62,7 +62,7 @@ kernel_terms, kernel_loss, kernel_policy, kernel_surrogate = (
 # The most discerning first, and first of all what finds wrong weights: Triton's interpreter takes its time.
 _FIRST = (
     "uncounted-response", "peaked-float32", "response-packed-True", "group_mean_length-padded-False", "weights",
-    "kl-entropy-transform", "mean_length-padded-True", "temperatures-of-tokens",
+    "kl-entropy-transform", "mean_length-padded-True", "entropy-weights", "temperatures-of-tokens",
 )  # fmt: skip
 LOGITS = sorted(
     (c for c in difficult_rows() + terms() + sequences() + shapings() + presets() if c.dtype == torch.float32),
@@ -350,7 +350,7 @@ def _told(name: str, suites: Sequence[str], change: Callable[[Batch], dict[str, 
     wrong(name, suites, TERMS, lambda f, batch, *rest: f(batch._replace(**change(batch)), *rest))
 
 
-def _made(name: str, term: int, change: Callable[[TokenTerms, Batch], Tensor]) -> None:
+def _made(name: str, term: int, change: Callable[[TokenTerms, Batch], Tensor], suites: Sequence[str] = BOTH) -> None:
     """A mutant with other values of a term."""
 
     def instead(f: Any, batch: Batch, *rest: Any) -> TokenTerms:
@@ -359,7 +359,7 @@ def _made(name: str, term: int, change: Callable[[TokenTerms, Batch], Tensor]) -
         values[term] = change(terms, batch)
         return terms._replace(values=values)
 
-    wrong(name, BOTH, TERMS, instead)
+    wrong(name, suites, TERMS, instead)
 
 
 _told("statistics_ignored", BOTH, lambda batch: {"totals": None})
@@ -383,7 +383,7 @@ _told(
 )  # fmt: skip
 _told("entropy_weights_dropped", BOTH, lambda batch: {"entropy_weights": None})
 _told(
-    "sum_over_a_response_divided_by_its_length", BOTH,
+    "sum_over_a_response_divided_by_its_length", TORCH,
     lambda batch: {"normalization": "response" if (batch.normalization, batch.max_length) == ("constant", 1) else
                    batch.normalization},
 )  # fmt: skip
@@ -394,7 +394,7 @@ _made(
 )
 _made(
     "dro_without_tokens_of_no_advantage", POLICY_WEIGHT,
-    lambda terms, batch: terms.values[POLICY_WEIGHT] * (terms.values[ADVANTAGE] != 0),
+    lambda terms, batch: terms.values[POLICY_WEIGHT] * (terms.values[ADVANTAGE] != 0), TORCH,
 )  # fmt: skip
 _made("kl_not_normalised", KL_WEIGHT, lambda terms, batch: batch.kl_coef * (terms.values[KL_WEIGHT] != 0))
 _made("entropy_bonus_as_penalty", ENTROPY_WEIGHT, lambda terms, batch: -terms.values[ENTROPY_WEIGHT])
@@ -472,7 +472,7 @@ def signs_of_masked_responses_count(
     launch: Any, statistics: Tensor, mask: Any, advantages: Tensor, *rest: Any, **options: Any
 ) -> None:
     launch(statistics, mask, advantages, *rest, **options)
-    if not options["PER_TOKEN"]:
+    if rest[-1] == 0:  # the advantages' step: one for each response
         statistics[1].copy_(advantages.sign())
 
 
