@@ -12,33 +12,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpo_fused import BatchStatistics, Objective
+from hpo_fused import Objective, hysteretic_advantages
 from hpo_fused.reference import bounded_log_ratios, surrogate
-
-
-def weighted_advantages(objective: Objective, advantages: Tensor, mask: Tensor | None, length: int) -> Tensor:
-    """Advantages [B] times the hysteretic weight of their sign.
-
-    Every s(x, A) is proportional to A >= 0 and to A <= 0, so that a·s(x, A) = s(x, a·A).
-    """
-    if objective.weighting is None:
-        return advantages
-    keep = advantages.new_ones(len(advantages), length, dtype=torch.bool) if mask is None else mask
-    alpha = BatchStatistics.from_batch(advantages, keep).alpha(objective.weighting)
-    return advantages * torch.where(advantages < 0, alpha, 1.0)
 
 
 def normalised(objective: Objective, losses: Tensor, mask: Tensor | None) -> Tensor:
     """Token losses [B, T] summed as the objective normalises them; the presets' normalisers only."""
     keep = torch.ones_like(losses) if mask is None else mask.to(losses.dtype)
     sums, lengths = (losses * keep).sum(-1), keep.sum(-1)
-    if objective.normalization == "response":
-        return (sums / lengths.clamp(min=1)).mean()
     if objective.normalization == "mean_length":
         return sums.sum() / lengths.sum().clamp(min=1)
-    divisor = 1 if objective.normalization == "response_sum" else objective.max_length
-    assert divisor is not None
-    return sums.mean() / divisor
+    divisors = {"response": lengths.clamp(min=1), "constant": objective.max_length or 1, "response_sum": 1}
+    return (sums / divisors[objective.normalization]).mean()
 
 
 def logprob_policy_loss(
@@ -54,7 +39,7 @@ def logprob_policy_loss(
         if objective.ratio_level == "sequence_token":
             x = x.detach() + own - own.detach()
     x = x.clamp(-objective.max_log_ratio, objective.max_log_ratio)
-    signal = weighted_advantages(objective, advantages, mask, logprobs.shape[-1]).unsqueeze(-1)
+    signal = hysteretic_advantages(advantages, mask, objective.weighting).unsqueeze(-1)
     return normalised(objective, -surrogate(objective, x, signal, logprobs), mask)
 
 

@@ -61,7 +61,7 @@ class Call:
         core: compiled for every target.
         dtype: of logits or hidden states.
         objective: a preset.
-        both_terms: the objective has a KL and an entropy term.
+        both_terms, kl: the objective has a KL term, of this kind, and an entropy term.
         gradient: backward is called too; else the call is under no_grad.
         loss_factor: the loss is multiplied by it before backward.
         unaligned: logits start an element off a 16-byte boundary, so that gradients are stored narrowly.
@@ -76,6 +76,7 @@ class Call:
     dtype: str = "bf16"
     objective: str = "mhpo_ahpo"
     both_terms: bool = False
+    kl: Any = "k3"
     gradient: bool = True
     loss_factor: float = 1.0
     unaligned: bool = False
@@ -110,7 +111,7 @@ class Call:
         else:
             options["mask"] = mask = torch.ones(shape, dtype=torch.bool)
         if self.operation.endswith("policy_loss"):
-            terms = {"kl_coef": 0.1, "entropy_coef": 0.01} if self.both_terms else {}
+            terms = {"kl_coef": 0.1, "entropy_coef": 0.01, "kl": self.kl} if self.both_terms else {}
             length = {"max_length": ROWS} if self.objective == "dr_grpo" else {}
             options["objective"] = hf.Objective.preset(self.objective, **terms, **length)
             options["advantages"] = torch.ones(shape if self.everything else responses)
@@ -162,6 +163,9 @@ CALLS = (
     Call("no entropy, fp32", dtype="fp32", arguments={"entropy": False}),
     Call("clip, on-policy", objective="grpo", old=False),
     Call("soft gate", objective="sapo"),
+    Call("k3_ratio", objective="grpo", both_terms=True, kl="k3_ratio"),
+    Call("gamma gate", objective="vespo"),
+    Call("geometric mean, packed", objective="gmpo", packed=True),
     Call("forward alone", gradient=False),
     Call("in place", arguments={"inplace": True}),
     Call("scaled gradient", loss_factor=2.0),
@@ -172,12 +176,8 @@ CALLS = (
     Call("padded, everything", both_terms=True, everything=True),
     Call("temperature, constant length", objective="dr_grpo", arguments={"temperature": 0.7}),
     Call("temperatures of tokens", both_terms=True, arguments={"temperature": torch.ones(1, ROWS)}),
-    Call(
-        "temperatures of tokens, softcap",
-        "token_logprobs",
-        arguments={"temperature": torch.ones(1, ROWS), "softcap": 30.0},
-    ),
-    Call("sequence level, packed", objective="gspo", packed=True, both_terms=True),
+    Call("temperatures, softcap", "token_logprobs", arguments={"temperature": torch.ones(1, ROWS), "softcap": 30.0}),
+    Call("sequence level, packed, k3_ratio", objective="gspo", packed=True, both_terms=True, kl="k3_ratio"),
     Call("log-probabilities, fp32", "token_logprobs", dtype="fp32"),
     Call("log-probabilities, forward alone", "token_logprobs", gradient=False),
     Call("loss of log-probabilities, sequence level", "logprob_policy_loss", objective="gspo", packed=True),

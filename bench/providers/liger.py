@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hpo_fused import hysteretic_advantages
 from hpo_fused.bench import plain
 from hpo_fused.bench.cases import Case
 from hpo_fused.bench.inputs import Inputs
@@ -87,7 +88,7 @@ class LigerTriton(Peer):
         objective, mask = inputs.objective, inputs.mask
         options = liger_shaping(objective)
         bounds = {f"eps_{side}": options.pop(f"epsilon_{side}", 0.0) for side in ("low", "high")}
-        advantages = plain.weighted_advantages(objective, inputs.advantages, mask, inputs.case.length)
+        advantages = hysteretic_advantages(inputs.advantages, mask, objective.weighting)
         keep = None if mask is None else mask.long()
         losses, _, _ = triton_grpo_loss(
             self._logits(inputs), inputs.old_logprobs, None, inputs.tokens, advantages, keep, temperature=1.0, beta=0.0,
@@ -128,7 +129,7 @@ class LigerChunked(Peer):
 
         options.update(loss_type=kind, max_completion_length=objective.max_length)
         loss_function = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, compiled=self.compiled, **options)
-        advantages = plain.weighted_advantages(objective, inputs.advantages, mask, inputs.case.length)
+        advantages = hysteretic_advantages(inputs.advantages, mask, objective.weighting)
         keep = torch.ones_like(inputs.tokens) if mask is None else mask.long()
         loss, _ = loss_function(
             *inputs.leaves, inputs.tokens, keep, advantages, old_per_token_logps=inputs.old_logprobs
