@@ -24,7 +24,7 @@ from hpo_fused.kernels import policy_loss, scale_gradient, token_gradient, token
 
 CANARY = 12345.0
 PLAIN = LogitTransform()
-CLIP = LossSpec("clip", (0.8, 1.2, float("inf"), float("inf")), 20.0, False, False, False, False)
+CLIP = LossSpec("clip", (0.8, 1.2, float("inf"), float("inf")), 20.0, False, "none", False, "token")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

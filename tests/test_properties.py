@@ -42,7 +42,8 @@ def cases(draw: st.DrawFn) -> Case:
         kl_coef=draw(st.sampled_from([0.0, 0.05])),
         entropy_coef=draw(st.sampled_from([0.0, 0.01])),
     )
-    transform = {"temperature": draw(st.sampled_from([0.5, 1.0, 1.4]))}
+    temperature = draw(st.sampled_from(["", "call", "response", "token"]))
+    transform = {} if temperature else {"temperature": draw(st.sampled_from([0.5, 1.0, 1.4]))}
     if draw(st.booleans()):
         transform["softcap"] = 8.0
     return Case(
@@ -59,6 +60,7 @@ def cases(draw: st.DrawFn) -> Case:
         token_weights=draw(st.booleans()),
         small_ratios=level == "sequence",
         micro_batch=draw(st.booleans()),
+        temperature=temperature,
         options=transform,
     )
 
