@@ -214,6 +214,12 @@ def build(case: Case, device: torch.device) -> Inputs:
         advantages = advantages[inside] if advantages.dim() == 2 else advantages
         keywords["cu_seqlens"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(device)
         keywords["mask"] = mask.to(device)
+        if len(tokens) == count > 1:  # what has one entry for each response, and what for each token, must be said
+            keywords["advantage_level"] = "token" if case.per_token_advantages else "response"
+            of_tokens = per_token.keys() & {"token_weights", "temperature"}
+            per_token |= {name: per_token[name].unsqueeze(0) for name in of_tokens}
+            if case.temperature == "response":
+                keywords["temperature"] = keywords["temperature"].unsqueeze(1)
     keywords |= {key: value.to(device) for key, value in per_token.items()}
     return Inputs((tokens.to(device), advantages.to(device)), keywords, mask.to(device), base, logits)
 

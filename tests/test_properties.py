@@ -57,7 +57,8 @@ def cases(draw: st.DrawFn) -> Case:
         kl=draw(st.sampled_from(kinds)),
         entropy_coef=draw(st.sampled_from([0.0, 0.01])),
     )
-    transform = {"temperature": draw(st.sampled_from([0.5, 1.0, 1.4]))}
+    temperature = draw(st.sampled_from(["", "call", "response", "token"]))
+    transform = {} if temperature else {"temperature": draw(st.sampled_from([0.5, 1.0, 1.4]))}
     if draw(st.booleans()):
         transform["softcap"] = 8.0
     return Case(
@@ -75,6 +76,7 @@ def cases(draw: st.DrawFn) -> Case:
         entropy_weights=draw(st.sampled_from(["none", "none", "0-d", "response", "token"])),
         small_ratios=level != "token",
         micro_batch=draw(st.booleans()),
+        temperature=temperature,
         options=transform,
     )
 

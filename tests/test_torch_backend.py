@@ -42,6 +42,10 @@ from .samples import room_for_statistics, values_of
 from .test_equivalence import difficult_rows, presets, terms, vocabularies
 
 PLAIN = LogitTransform()
+TRANSFORMS = {
+    "plain": PLAIN, "temperature": LogitTransform(0.7), "both": LogitTransform(1.3, 30.0),
+    "temperatures": LogitTransform(1.0, 6.0, torch.linspace(0.6, 1.7, 8).view(2, 4)),
+}  # fmt: skip
 MHPO = LossSpec("log_fidelity", (1.5, 1.5, 1.0, 2.0, 1.25), 20.0, False, "none", False, "token")
 
 
@@ -101,7 +105,7 @@ def loss_of(
 
 
 @pytest.mark.parametrize("width", [1, 2, 17, 997, 50257])
-@pytest.mark.parametrize("transform", [PLAIN, LogitTransform(0.7), LogitTransform(1.3, 30.0)], ids=str)
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 def test_float32_matches_float64_autograd(
     width: int, transform: LogitTransform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,7 +114,7 @@ def test_float32_matches_float64_autograd(
 
 
 @pytest.mark.parametrize("width", [MINIMUM_WIDTH, MINIMUM_WIDTH + 1, 50257])
-@pytest.mark.parametrize("transform", [PLAIN, LogitTransform(0.7, 6.0)], ids=str)
+@pytest.mark.parametrize("transform", [PLAIN, TRANSFORMS["temperatures"]], ids=["plain", "temperatures"])
 def test_compiled_float32_matches_float64_autograd(width: int, transform: LogitTransform) -> None:
     check_float32(width, transform)
 
@@ -120,10 +124,12 @@ def check_float32(width: int, transform: LogitTransform) -> None:
     c, h = coefficients(targets)
     mask = torch.ones_like(targets, dtype=torch.bool)
     statistics, out = run(logits, targets, c, h, transform)
-    options = transform._asdict()
+    options: dict[str, Any] = {"temperature": transform.temperature, "softcap": transform.softcap}
+    if transform.temperatures is not None:
+        options["temperature"] = transform.temperatures
+    options = {name: value for name, value in options.items() if value is not None}
     exact = reference.token_logprobs(logits.double(), targets, **options)
     hold_values(exact, mask, statistics.logprobs, statistics.entropy, mask)
-    options = {name: value for name, value in options.items() if value is not None}
     expected = logit_gradient(logits.double(), targets, mask, c.double(), h.double(), options)
     for name, error in zip(("sampled", "other"), gradient_errors(out, expected, targets), strict=True):
         worst(f"gradient of the {name} tokens", error, GRADIENT_LIMIT + softcap_error(options))
