@@ -103,18 +103,18 @@ class Call:
 
     def run(self) -> None:
         """Call the function, and backward."""
-        shape, responses = ((ROWS,), ROWS) if self.packed else ((1, ROWS), 1)
+        shape: tuple[int, ...] = (ROWS,) if self.packed else (1, ROWS)  # of one response
         options: dict[str, Any] = {"backend": "triton", **self.arguments}
         tokens, values, mask = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape), None
         if self.packed:
-            options["cu_seqlens"] = torch.arange(ROWS + 1, dtype=torch.int32)
+            options["cu_seqlens"] = torch.tensor([0, ROWS], dtype=torch.int32)
         else:
             options["mask"] = mask = torch.ones(shape, dtype=torch.bool)
         if self.operation.endswith("policy_loss"):
             terms = {"kl_coef": 0.1, "entropy_coef": 0.01, "kl": self.kl} if self.both_terms else {}
             length = {"max_length": ROWS} if self.objective == "dr_grpo" else {}
             options["objective"] = hf.Objective.preset(self.objective, **terms, **length)
-            options["advantages"] = torch.ones(shape if self.everything else responses)
+            options["advantages"] = torch.ones(shape if self.everything else 1)
             options["old_logprobs"] = values if self.old else None
             options["ref_logprobs"] = values if self.both_terms else None
             if self.both_terms and self.operation == "logprob_policy_loss":
@@ -122,7 +122,7 @@ class Call:
             if self.everything:
                 options["token_weights"] = torch.ones(shape)
                 options["statistics"] = hf.BatchStatistics.from_batch(
-                    torch.ones(responses), mask, cu_seqlens=options.get("cu_seqlens")
+                    torch.ones(1), mask, cu_seqlens=options.get("cu_seqlens")
                 )
         with torch.set_grad_enabled(self.gradient):
             inputs = self._inputs(shape)
