@@ -75,7 +75,8 @@ def command(config: Any, actor: Any) -> Iterator[Finding]:
 
 def check(arguments: Sequence[str], config_name: str) -> int:
     """Print the findings; 0 where all are as they should be."""
-    findings, named = [], False
+    findings: list[Finding] = []
+    named = False
     if arguments:
         from verl.utils.config import omega_conf_to_dataclass
 
