@@ -29,6 +29,7 @@ BY_ENTRY_POINT = set(POLICY_LOSS_REGISTRY)  # before anything here imports the p
 
 from hpo_fused.integrations.verl import HPOPolicyLossConfig, optimiser_batch, use_fused_head  # noqa: E402
 from hpo_fused.integrations.verl import __main__ as check  # noqa: E402
+from hpo_fused.integrations.verl.version import check_version  # noqa: E402
 
 from .samples import leaves  # noqa: E402
 
@@ -359,6 +360,13 @@ def test_check(
     assert check.main(["--check", f"{ACTOR}ppo_micro_batch_size_per_gpu=1", *given]) == status
     shown = capsys.readouterr().out
     assert [word for word in words if word not in shown] == []
+
+
+def test_versions() -> None:
+    for version in ("0.9.1", "0.10.0.dev", "1.0.0"):
+        check_version(version)
+    with pytest.raises(ImportError, match=r"verl: expected version 0.9 or later, got 0.8.2"):
+        check_version("0.8.2")
 
 
 def test_configurations_of_other_losses_are_left_alone() -> None:

@@ -9,10 +9,16 @@ entry point of the group ``verl.plugins``. One argument then trains with A-HPO:
 docs/verl.md has the rest.
 """
 
-from .config import HPOPolicyLossConfig, watch_configurations
-from .counts import optimiser_batch
-from .head import use_fused_head
-from .losses import register
+import verl
+
+from .version import check_version
+
+check_version(verl.__version__)  # before the imports that other versions refuse
+
+from .config import HPOPolicyLossConfig, watch_configurations  # noqa: E402
+from .counts import optimiser_batch  # noqa: E402
+from .head import use_fused_head  # noqa: E402
+from .losses import register  # noqa: E402
 
 register()
 watch_configurations()

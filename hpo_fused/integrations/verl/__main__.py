@@ -15,8 +15,8 @@ from typing import Any
 
 from .config import HPOPolicyLossConfig, chosen_objective
 from .losses import PREFIX
+from .version import TESTED
 
-TESTED = "0.9."
 PLUGINS = "VERL_USE_EXTERNAL_PLUGINS"
 
 # (whether it is as it should be, a sentence)
@@ -34,7 +34,7 @@ def installation(named: bool) -> Iterator[Finding]:
     import verl
 
     version = str(verl.__version__)
-    yield version.startswith(TESTED), f"verl {version}; tested with {TESTED}x"
+    yield version.startswith(f"{TESTED}."), f"verl {version}; tested with {TESTED}"
     found = registered_by_verl()
     if named:
         yield True, "policy_loss._target_ registers the losses in every worker"
