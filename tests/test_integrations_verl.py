@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 from itertools import product
@@ -247,10 +248,13 @@ def test_inside_verls_loss(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-7)
 
 
-def test_counts_of_two_ranks() -> None:
-    """Micro-batches of 4, 2 and 1 on two ranks, registered by policy_loss._target_ where plug-ins are off."""
+def test_engine_on_two_ranks() -> None:
+    """Micro-batches of 4, 2 and 1 in verl's FSDP2 engine, registered by policy_loss._target_ where plug-ins are off."""
     script = Path(__file__).with_name("verl_ranks.py")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)
+    environment = {**os.environ, "VERL_USE_EXTERNAL_PLUGINS": "none"}
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=180, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
