@@ -41,6 +41,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PEERS_STAMP := $(VENV)/.installed-peers
+VERL := $(VENV)/verl
+VERL_STAMP := $(VERL)/.installed
 CONSTRAINTS := $(VENV)/constraints.txt
 TYPED := $(VENV)/typed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -67,7 +69,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help bench evidence pytest-benchmark test lint types versions sanitize clean distclean
+.PHONY: help bench evidence pytest-benchmark test verl lint types versions sanitize clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -83,8 +85,14 @@ pytest-benchmark: $(STAMP) ## the benchmark's cases and providers under pytest-b
 
 # One thread in each test process: workers that each take every core slow each other down. loadfile keeps tests
 # that share an expensive fixture in one process.
-test: lint $(PEERS_STAMP) ## lint, types and tests
+test: lint $(PEERS_STAMP) $(VERL_STAMP) ## lint, types and tests
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+	@[ ! -e $(VERL_STAMP) ] || $(MAKE) --no-print-directory verl
+
+# verl pins other versions of what TRL needs: the suite skips its tests, and they have a process of their own.
+verl: $(VERL_STAMP) ## the tests that need verl alone
+	PYTHONPATH="$(CURDIR)/$(VERL)" OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) \
+		--dist loadfile -k verl tests/test_integrations_verl.py tests/test_trainers.py
 
 lint: $(STAMP) ## style, formatting and types
 	$(BIN)/ruff check .
@@ -144,6 +152,17 @@ $(PEERS_STAMP): $(STAMP)
 ifneq ($(GPU),amd)
 	@$(PIP) install -c $(CONSTRAINTS) -e '.[ci]' && touch $@ || \
 		echo "TRL and Liger-Kernel could not be installed: their adapters' tests will be skipped." >&2
+endif
+
+# verl's wheel has top-level folders named tests and scripts. Where verl cannot be had or cannot be imported its tests
+# are skipped, and the next run tries again.
+$(VERL_STAMP): tests/requirements-verl.txt | $(PEERS_STAMP)
+ifneq ($(GPU),amd)
+	@rm -rf $(VERL) $(VERL).partial; $(PIP) install -q --no-deps --target $(VERL).partial -r $< && \
+		rm -rf $(VERL).partial/tests $(VERL).partial/scripts && \
+		PYTHONPATH="$(CURDIR)/$(VERL).partial" $(BIN)/python -W ignore -c 'import verl.workers.engine.base' && \
+		mv $(VERL).partial $(VERL) && touch $@ || \
+		echo "verl could not be installed: its plug-in's tests will be skipped." >&2
 endif
 
 $(STAMP): setup.py pyproject.toml

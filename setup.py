@@ -56,6 +56,9 @@ BENCH = ["matplotlib>=3.8", "rich>=13.7", "typer>=0.12"]
 TESTED_PEERS = ['trl>=1.16; python_version >= "3.11"', 'liger-kernel>=0.8; platform_system == "Linux"']
 PEERS = [*TESTED_PEERS, 'cut-cross-entropy>=25.1; platform_system == "Linux"']
 
+# The trainer whose plug-in hpo_fused.integrations.verl is; the suite has it apart, tests/requirements-verl.txt.
+VERL = ["verl>=0.9,<0.10"]
+
 # Checkers that judge the source are held to one release line: a new release must not fail an old commit.
 DEV = [*TEST, *BENCH, "pytest-benchmark>=5.1", "ruff~=0.17.5", "mypy~=2.4.1", "pre-commit>=4.0", "build>=1.2"]
 
@@ -92,7 +95,10 @@ setup(
     include_package_data=False,
     python_requires=">=3.10",
     install_requires=["torch>=2.8"],
-    extras_require={"triton": TRITON, "test": TEST, "bench": BENCH, "peers": PEERS, "dev": DEV, "ci": CI},
-    entry_points={"console_scripts": ["hpo-fused-bench = hpo_fused.bench.cli:main"]},
+    extras_require={"triton": TRITON, "test": TEST, "bench": BENCH, "peers": PEERS, "verl": VERL, "dev": DEV, "ci": CI},
+    entry_points={
+        "console_scripts": ["hpo-fused-bench = hpo_fused.bench.cli:main"],
+        "verl.plugins": ["hpo_fused = hpo_fused.integrations.verl"],
+    },
     zip_safe=False,
 )

@@ -27,7 +27,7 @@ _DENOMINATORS = {
     "positive_fraction": "signed",
     "hysteretic_weight": "calls",
 }
-_COUNTS = ("rows", "unmasked", "signed", "calls")
+COUNTS = ("rows", "unmasked", "signed", "calls")
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,14 +60,14 @@ class MetricSums:
     def metrics(self) -> dict[str, Tensor]:
         """Means by name as 0-d float32 tensors, absent where there is nothing to average; waits for the device once."""
         sums = dict(zip(self.names, self.values.unbind(), strict=True))
-        shown = torch.cat([self.values[-len(_COUNTS) :], self.extremes]).tolist()
-        counts = dict(zip(_COUNTS, shown, strict=False))
+        shown = torch.cat([self.values[-len(COUNTS) :], self.extremes]).tolist()
+        counts = dict(zip(COUNTS, shown, strict=False))
         means = {
             name: total / sums[_DENOMINATORS.get(name, "rows")]
             for name, total in sums.items()
-            if name not in _COUNTS and counts[_DENOMINATORS.get(name, "rows")] > 0
+            if name not in COUNTS and counts[_DENOMINATORS.get(name, "rows")] > 0
         }
-        for name, value, known in zip(self.extreme_names, self.extremes.unbind(), shown[len(_COUNTS) :], strict=True):
+        for name, value, known in zip(self.extreme_names, self.extremes.unbind(), shown[len(COUNTS) :], strict=True):
             if known > -torch.inf:
                 means[name] = -value if name.endswith("_min") else value
         return means | {"rows": sums["rows"]}
@@ -115,7 +115,7 @@ def metric_sums(
     if objective.weighting is not None:
         _, _, *counts = totals_of_batch(batch, terms.lengths, terms.signs)
         sums["hysteretic_weight"] = calls * hysteretic_weight(batch, *counts)
-    sums |= dict(zip(_COUNTS, (known.sum(), layout.mask.sum(), positive + negative, calls), strict=True))
+    sums |= dict(zip(COUNTS, (known.sum(), layout.mask.sum(), positive + negative, calls), strict=True))
     extremes: dict[str, Tensor] = {}
     if bounds is not None:
         count = layout.response_sum(known.to(torch.float32))

@@ -6,6 +6,7 @@ import doctest
 import importlib
 import json
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,14 @@ def test_example_of_the_linear_path_runs() -> None:
     for parameter in head.parameters():
         assert parameter.grad is not None
         assert parameter.grad.isfinite().all()
+
+
+def test_loop_without_a_trainer_learns() -> None:
+    file = ROOT / "docs" / "grpo_loop.py"
+    assert len(file.read_text(encoding="utf-8").splitlines()) < 80
+    rewards = runpy.run_path(str(file))["train"](steps=25)
+    assert rewards[0] < 0.2
+    assert sum(rewards[-5:]) / 5 > 0.45
 
 
 def test_examples_of_other_trainers_run() -> None:

@@ -187,6 +187,9 @@ def test_metadata(metadata: Distribution, source: Path) -> None:
     assert metadata.read_text("licenses/LICENSE"), "the wheel carries no licence text"
     (command,) = (point for point in metadata.entry_points if point.group == "console_scripts")
     assert (command.name, command.value) == ("hpo-fused-bench", "hpo_fused.bench.cli:main")
+    (plugin,) = (point for point in metadata.entry_points if point.group == "verl.plugins")
+    assert (plugin.name, plugin.value) == ("hpo_fused", "hpo_fused.integrations.verl")
+    assert (CHECKOUT / plugin.value.replace(".", "/")).is_dir()
 
 
 def test_command_loads(installed: Path, tmp_path: Path) -> None:
@@ -197,7 +200,8 @@ def test_command_loads(installed: Path, tmp_path: Path) -> None:
         from importlib.metadata import distributions
 
         (ours,) = distributions(name="hpo-fused", path=sys.path[:1])
-        loaded = {point.name: callable(point.load()) for point in ours.entry_points}
+        commands = ours.entry_points.select(group="console_scripts")
+        loaded = {point.name: callable(point.load()) for point in commands}
         print(json.dumps(loaded))
         """,
         installed,
@@ -211,7 +215,7 @@ def test_only_pytorch_is_required(metadata: Distribution) -> None:
     required = [line for line in metadata.requires or () if "extra ==" not in line]
     assert [line.partition(">")[0] for line in required] == ["torch"]
     extras = metadata.metadata.get_all("Provides-Extra") or []
-    assert {"triton", "test", "bench", "dev"} <= set(extras)
+    assert {"triton", "test", "bench", "verl", "dev"} <= set(extras)
 
 
 def test_wheel_imports_without_the_checkout(installed: Path, tmp_path: Path) -> None:

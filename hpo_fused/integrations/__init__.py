@@ -1,0 +1,1 @@
+"""Trainers: TRL and verl."""
