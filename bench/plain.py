@@ -22,7 +22,9 @@ def normalised(objective: Objective, losses: Tensor, mask: Tensor | None) -> Ten
     sums, lengths = (losses * keep).sum(-1), keep.sum(-1)
     if objective.normalization == "mean_length":
         return sums.sum() / lengths.sum().clamp(min=1)
-    divisors = {"response": lengths.clamp(min=1), "constant": objective.max_length or 1, "response_sum": 1}
+    divisors: dict[str, Tensor | int] = {
+        "response": lengths.clamp(min=1), "constant": objective.max_length or 1, "response_sum": 1,
+    }  # fmt: skip
     return (sums / divisors[objective.normalization]).mean()
 
 
