@@ -82,17 +82,21 @@ def test_real_vocabulary_precision(backend: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("scale", [0.0625, 8.0])
-def test_models_that_scale_their_logits(scale: float, backend: str, device: torch.device) -> None:
+@pytest.mark.parametrize("temperature", [0.7, torch.tensor([0.7, 1.6])], ids=["number", "tensor"])
+def test_models_that_scale_their_logits(
+    temperature: float | Tensor, scale: float, backend: str, device: torch.device
+) -> None:
     """Cohere multiplies its logits by a number, Granite divides: temperature / scale and softcap / scale say so."""
     generator = torch.Generator().manual_seed(3)
     hidden, weight = torch.randn(2, 3, 8, generator=generator), torch.randn(97, 8, generator=generator)
     tokens = torch.randint(97, (2, 3), generator=generator)
     expected = reference.token_logprobs(
-        scale * (hidden.double() @ weight.double().t()), tokens, temperature=0.7, softcap=5.0
+        scale * (hidden.double() @ weight.double().t()), tokens, temperature=temperature, softcap=5.0
     )
+    divided = temperature / scale
     ours = hf.linear_token_logprobs(
-        hidden.to(device), weight.to(device), tokens.to(device), temperature=0.7 / scale, softcap=5.0 / scale,
-        backend=backend,
+        hidden.to(device), weight.to(device), tokens.to(device), softcap=5.0 / scale,
+        temperature=divided.to(device) if isinstance(divided, Tensor) else divided, backend=backend,
     )  # fmt: skip
     # A logit is a float32 sum of eight terms; its slope after scale and temperature is at most scale / 0.7.
     size = (hidden.abs() @ weight.abs().t()).max().item()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +9,7 @@ from torch import Tensor
 import hpo_fused as hf
 from hpo_fused import reference
 
-from .samples import Sample, every_path, hidden_arguments, leaves
+from .samples import Sample, every_path, hidden_arguments
 
 SHAPE = (5, 4)  # of a Sample's tokens
 
@@ -73,30 +71,3 @@ def test_may_change_before_backward(objective: str, path: str, device: torch.dev
         gradients.append([leaf.grad for leaf in inputs])
     for ours, right in zip(*gradients, strict=True):
         assert torch.equal(ours, right)
-
-
-@pytest.mark.parametrize("scale", [0.0625, 1 / 8.0, 3.0])
-@pytest.mark.parametrize("temperature", [0.7, torch.tensor([0.5, 0.7, 1.0, 1.3, 2.0])], ids=["number", "tensor"])
-@pytest.mark.parametrize("softcap", [None, 5.0])
-def test_models_that_scale_their_logits(
-    scale: float, temperature: float | Tensor, softcap: float | None, device: torch.device
-) -> None:
-    """Logits times s (Cohere), or divided by 1 / s (Granite): from hidden states, temperature / s and softcap / s."""
-    hidden, weight, tokens, advantages, old = hidden_arguments(device)
-    temperature = temperature.to(device) if isinstance(temperature, Tensor) else temperature
-    options: dict[str, Any] = {"old_logprobs": old, "objective": "grpo"}
-    made = []
-    for linear in (False, True):
-        x, w = leaves(hidden, weight)
-        if linear:
-            cap = None if softcap is None else softcap / scale
-            out = hf.linear_policy_loss(
-                x, w, tokens, advantages, temperature=temperature / scale, softcap=cap, **options
-            )
-        else:
-            logits = scale * (x @ w.t())
-            out = hf.policy_loss(logits, tokens, advantages, temperature=temperature, softcap=softcap, **options)
-        out.loss.backward()
-        made.append((out.loss.detach(), out.logprobs, out.entropy, x.grad, w.grad))
-    for ours, right in zip(*made, strict=True):
-        torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-5, equal_nan=True)
