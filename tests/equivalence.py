@@ -31,8 +31,8 @@ ROUNDING = 2.0**-24
 # What a row's arithmetic may add to the one rounding to the logits' dtype, relative to the terms of its gradient:
 # about 100 roundings. The log-ratio (up to 20, so 20 of them) and some 20 operations on it in the coefficient; the
 # exponential's argument (24: entries that weigh in a row have |z' - max| < 8, rounded twice, and once more where each
-# row has a temperature), exp itself (4: two units) and the sums' steps (up to 40 in sequence over 151,936 entries, which
-# mostly cancel).
+# row has a temperature), exp itself (4: two units) and the sums' steps (up to 40 in sequence over 151,936 entries,
+# which mostly cancel).
 GRADIENT_LIMIT = 6e-6
 # log p: the sum over the vocabulary as above, where at most 49 roundings in a row add up (37 steps and a tree of 12).
 LOGPROB_LIMIT = 4e-6
