@@ -176,6 +176,11 @@ def _given_log_ratios(
     if lengths is None:
         raise ValueError(f"lengths: expected those of the whole responses, [B], beside {name}, got None")
     stays = level == "sequence_token" or isinstance(objective.shaping, (TruncatedRatio, GammaGate))
+    if not stays and level == "sequence_sum":  # the sum of L derivatives, not one of them
+        raise ValueError(
+            f"{name}: expected None for {type(objective.shaping).__name__} at ratio_level={level!r}, whose gradient "
+            f"needs the responses' other parts, got {described(means)}"
+        )
     if not stays and not constant:
         raise ValueError(
             f"{name}: expected advantages and token_weights [B] for ratio_level={level!r}, got some per token; their "
