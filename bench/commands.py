@@ -373,7 +373,7 @@ def compile_(
 
     The limits: nothing spills in a main loop, and no more than 32 bytes beside; main loops access memory 16 bytes at a
     time; a main loop takes at most 1.15 special-function operations per element, and both sweeps together 14
-    instructions (17 with the entropy, 22 on AMD), softcap apart. A kernel that does not compile breaks them, too; the
+    instructions (19 with the entropy, 22 on AMD), softcap apart. A kernel that does not compile breaks them, too; the
     exit status is 2 where none does. A target that this Triton can compile nothing for is told and left out.
     """
     check_writable(output)

@@ -25,8 +25,9 @@ ACCESS_BYTES = 16
 # Special-function operations per element of a main loop, without softcap (whose tanh takes two more): one exp2, and
 # the rescaling of a thread's sums once per step.
 SPECIAL_LIMIT = 1.15
-# Instructions per element over both sweeps, without softcap: at most a tenth above what docs/kernels.md counts.
-INSTRUCTION_LIMIT, INSTRUCTION_LIMIT_ENTROPY, INSTRUCTION_LIMIT_AMD = 14.0, 17.0, 22.0
+# Instructions per element over both sweeps, without softcap: a tenth above what docs/kernels.md counts, and float32's
+# with Triton 3.4 and 3.9 (18.1 and 18.5 on sm_80).
+INSTRUCTION_LIMIT, INSTRUCTION_LIMIT_ENTROPY, INSTRUCTION_LIMIT_AMD = 14.0, 19.0, 22.0
 # Bytes that a thread may spill outside main loops: a sweep stores them once per program and loads them once per row,
 # which takes tens of microseconds. Triton 3.9 does so on sm_100 (8 to 24 bytes), 3.4 in two kernels of tokens (8).
 SPILLED_BYTES = 32
