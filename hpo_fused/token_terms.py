@@ -194,7 +194,7 @@ def _given_log_ratios(
             )
         if old_logprobs is None:
             raise ValueError(f"old_logprobs: expected them beside {name} for kl='k3_ratio', got None")
-    means = means.detach().to(torch.float32)
+    means = means.detach().to(torch.float32).contiguous()
     return means * lengths if level == "sequence_sum" else means
 
 
