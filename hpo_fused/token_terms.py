@@ -126,7 +126,8 @@ def check_batch(
         normalization, normalizers = "given", counted.group_normalizer(groups)
     elif normalization == "response" and lengths is not None:
         assert statistics is not None
-        normalization, normalizers = "given", (_at_least_one(statistics.responses) * lengths.clamp(min=1)).float()
+        # In float32 first: S times lengths need not fit in their type.
+        normalization, normalizers = "given", lengths.clamp(min=1).float() * _at_least_one(statistics.responses)
     elif normalization in ("constant", "response_sum"):
         normalization, max_length = "constant", objective.max_length or 1 if normalization == "constant" else 1
     weighting, alpha = "none", 1.0

@@ -133,4 +133,19 @@ def test_what_parts_cannot_tell_is_refused(name: str) -> None:
 def test_lengths_have_to_be_integers() -> None:
     with pytest.raises(TypeError, match=r"lengths: expected .*integer"):
         hf.logprob_policy_loss(**parts(lengths=torch.tensor([4.0])))
-    hf.logprob_policy_loss(**parts(lengths=torch.tensor([4], dtype=torch.int32)))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_narrow_lengths_do_not_overflow(dtype: torch.dtype) -> None:
+    """Their product with the number of responses need not fit in their type."""
+    responses = hf.BatchStatistics(2**26, 2**28, 1, 0)
+    losses = [
+        hf.logprob_policy_loss(
+            **parts(
+                logprobs=torch.full((1, 2), -1.0), old_logprobs=None, lengths=torch.tensor([100], dtype=kind),
+                statistics=responses, objective="grpo", response_mean_log_ratios=None,
+            )
+        ).loss.item()
+        for kind in (dtype, torch.int64)
+    ]  # fmt: skip
+    assert losses[0] == losses[1] < 0
