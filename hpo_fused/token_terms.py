@@ -15,8 +15,8 @@ from .batch import (
     Layout,
     adaptive_alpha,
     as_mask,
+    check_advantage_level,
     check_boundaries,
-    check_choice,
     check_groups,
     check_lengths,
     check_level,
@@ -88,7 +88,7 @@ def check_batch(
 
     if mask is not None:
         mask = check_mask(mask, shape, device)
-    advantages = check_level("advantages", advantages, shape, responses, device, check_choice(advantage_level))
+    advantages = check_level("advantages", advantages, shape, responses, device, check_advantage_level(advantage_level))
     token_weights = any_level("token_weights", token_weights)
     entropy_weights = any_level("entropy_weights", entropy_weights, scalar=True)
     statistics = check_statistics(statistics, device)
