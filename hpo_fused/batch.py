@@ -108,7 +108,7 @@ def as_mask(mask: Tensor | None, shape: torch.Size | tuple[int, ...], device: to
     return (mask if mask.dtype == torch.bool else mask != 0).reshape(shape).contiguous()
 
 
-def check_choice(level: object) -> AdvantageLevel | None:
+def check_advantage_level(level: object) -> AdvantageLevel | None:
     """``level`` itself; ValueError unless it is a level of advantages or None."""
     if level is not None and level not in get_args(AdvantageLevel):
         raise ValueError(f"advantage_level: expected one of {get_args(AdvantageLevel)} or None, got {level!r}")
@@ -454,7 +454,7 @@ def _counted(
     responses, device = check_boundaries(name, shape, advantages.device, cu_seqlens), advantages.device
     if mask is not None:
         check_mask(mask, shape, device)
-    values = check_level("advantages", advantages, shape, responses, device, check_choice(level))
+    values = check_level("advantages", advantages, shape, responses, device, check_advantage_level(level))
     rows = (1, shape[0]) if len(shape) == 1 else tuple(shape)
     return Layout.of(as_mask(mask, rows, device), responses, cu_seqlens), values
 

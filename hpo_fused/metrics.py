@@ -103,7 +103,7 @@ def metric_sums(
     if batch.old_logprobs is not None:
         rows["approx_kl"] = kl_estimate("k3", clamped(difference, spec.max_log_ratio)[0])[0]
     if batch.ref_logprobs is not None:
-        kind = "k3" if spec.kl in ("none", "k3+", "k3_ratio") else spec.kl
+        kind = objective.kl if objective.kl in ("k1", "k2") else "k3"
         rows["kl_ref"] = kl_estimate(kind, clamped(ref_logprobs - logprobs, spec.max_log_ratio)[0])[0]
     if entropy is not None:
         rows["entropy"] = entropy

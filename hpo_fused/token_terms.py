@@ -15,8 +15,8 @@ from .batch import (
     Layout,
     adaptive_alpha,
     as_mask,
+    check_advantage_level,
     check_boundaries,
-    check_choice,
     check_groups,
     check_lengths,
     check_level,
@@ -88,7 +88,7 @@ def check_batch(
 
     if mask is not None:
         mask = check_mask(mask, shape, device)
-    advantages = check_level("advantages", advantages, shape, responses, device, check_choice(advantage_level))
+    advantages = check_level("advantages", advantages, shape, responses, device, check_advantage_level(advantage_level))
     token_weights = any_level("token_weights", token_weights)
     entropy_weights = any_level("entropy_weights", entropy_weights, scalar=True)
     statistics = check_statistics(statistics, device)
@@ -126,7 +126,8 @@ def check_batch(
         normalization, normalizers = "given", counted.group_normalizer(groups)
     elif normalization == "response" and lengths is not None:
         assert statistics is not None
-        normalization, normalizers = "given", (_at_least_one(statistics.responses) * lengths.clamp(min=1)).float()
+        # In float32 first: S times lengths need not fit in their type.
+        normalization, normalizers = "given", lengths.clamp(min=1).float() * _at_least_one(statistics.responses)
     elif normalization in ("constant", "response_sum"):
         normalization, max_length = "constant", objective.max_length or 1 if normalization == "constant" else 1
     weighting, alpha = "none", 1.0
@@ -194,7 +195,7 @@ def _given_log_ratios(
             )
         if old_logprobs is None:
             raise ValueError(f"old_logprobs: expected them beside {name} for kl='k3_ratio', got None")
-    means = means.detach().to(torch.float32)
+    means = means.detach().to(torch.float32).contiguous()
     return means * lengths if level == "sequence_sum" else means
 
 

@@ -20,7 +20,7 @@ def _bounded(value, low, high):
 
 @triton.jit
 def clip(x, advantage, parameters):
-    """PPO's clipped surrogate with its two extra bounds, see ``objective.Clip``."""
+    """PPO's clipped surrogate with its two extra bounds, see ``shaping.Clip``."""
     low, high, delta, dual = parameters[0], parameters[1], parameters[2], parameters[3]
     ratio = tl.exp(x)
     plain = tl.where(ratio > delta, delta, ratio) * advantage
@@ -38,7 +38,7 @@ def clip(x, advantage, parameters):
 
 @triton.jit
 def log_fidelity(x, advantage, parameters):
-    """MHPO's log-fidelity modulation with hazard penalty, see ``objective.LogFidelity``."""
+    """MHPO's log-fidelity modulation with hazard penalty, see ``shaping.LogFidelity``."""
     c, k_pos, inverse_lambda_pos = parameters[0], parameters[1], parameters[2]
     k_neg, inverse_lambda_neg = parameters[3], parameters[4]
     # tanh and sech^2 from e = exp(-2|x|/c) in (0, 1]: as 1 - tanh^2, sech^2 would lose every digit where |x| >> c.
@@ -57,7 +57,7 @@ def log_fidelity(x, advantage, parameters):
 
 @triton.jit
 def soft_gate(x, advantage, parameters):
-    """SAPO's soft gate, see ``objective.SoftGate``."""
+    """SAPO's soft gate, see ``shaping.SoftGate``."""
     tau = tl.where(advantage > 0, parameters[0], parameters[1])
     ratio = tl.exp(x)
     offset = tau * (ratio - 1.0)

@@ -185,6 +185,40 @@ def test_examples_of_the_objectives_run() -> None:
         assert bool((gradient[0] == 0).all()) == silent
 
 
+def test_what_a_sampled_logit_of_minus_inf_does() -> None:
+    """Log-probability -inf with a finite old one: whose gradient is left, by the sign of A; and of the KL terms."""
+
+    def gradients(objective: hf.Objective | str, advantage: float, **arguments: Any) -> list[float]:
+        logprobs = torch.tensor([[-1.0, -torch.inf, -2.0]], requires_grad=True)
+        old = torch.tensor([[-1.01, -3.0, -2.01]])
+        loss = hf.logprob_policy_loss(
+            logprobs, torch.tensor([advantage]), objective=objective, **{"old_logprobs": old, **arguments}
+        ).loss
+        (gradient,) = torch.autograd.grad(loss, logprobs)
+        return gradient[0].tolist()
+
+    for advantage in (1.0, -1.0):
+        for name in ("gspo", "gspo_token", "luspo"):
+            assert gradients(name, advantage) == [0, 0, 0]
+        for name in ("grpo", "mhpo", "sapo"):
+            first, impossible, last = gradients(name, advantage)
+            assert impossible == 0
+            assert abs(first) > 0.05
+            assert abs(last) > 0.05
+        assert 0 < max(map(abs, gradients("vespo", advantage))) < 1e-16
+    assert gradients("gmpo", 1.0) == [0, 0, 0]
+    first, impossible, last = gradients("gmpo", -1.0)
+    assert impossible == 0
+    assert first == last > 0.1
+    for kl, old, least, most in (
+        ("k3", None, 0, 0),
+        ("k3_ratio", None, 1e8, 2e8),
+        ("k3_ratio", torch.zeros(1, 3), 0, 0),
+    ):
+        objective = hf.Objective.preset("grpo", kl=kl, kl_coef=1.0)
+        assert least <= gradients(objective, 0.0, old_logprobs=old, ref_logprobs=torch.zeros(1, 3))[1] <= most
+
+
 def test_readme_names_every_preset() -> None:
     section = README.partition("## Objectives")[2].partition("## ")[0]
     assert re.findall(r"^\| `(\w+)`", section, flags=re.MULTILINE) == list(hf.Objective.presets())

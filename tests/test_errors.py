@@ -281,7 +281,8 @@ OF_HEAD: dict[str, Wrong] = {
     "weight-float64": ({"weight": WEIGHT.double()}, TypeError, r"weight: .*float64 \[11, 4\]"),
     "weight-dims": ({"weight": WEIGHT[0]}, ValueError, r"weight: expected shape \[V, 4\].*\[4\]"),
     "weight-transposed": ({"weight": WEIGHT.t()}, ValueError, r"weight: .*nn.Linear.*\[4, 11\]"),
-    "weight-empty": ({"weight": WEIGHT[:0]}, ValueError, r"weight: .*V > 0.*\[0, 4\]"),
+    "weight-empty": ({"weight": WEIGHT[:0]}, ValueError, r"weight: .*V > 0.*\[0, 4\].*GatheredParameters"),
+    "weight-released": ({"weight": torch.empty(0)}, ValueError, r"weight: .*got float32 \[0\].*register_external"),
     "weight-device": ({"weight": META}, ValueError, "weight: expected a tensor on cpu.*meta"),
     "weight-dtype": (
         {"weight": WEIGHT.bfloat16()}, TypeError, r"weight: expected hidden's dtype float32 \(or torch.autocast\).*bfl"

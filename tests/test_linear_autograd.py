@@ -309,10 +309,10 @@ def test_emptied_before_backward(emptied: str, device: torch.device) -> None:
     """As ZeRO-3 does with a gathered parameter: refused where backward would read it, and where not, the gradient."""
     values, weights, tokens, advantages, _ = hidden_arguments(device)
 
-    def gradient(name: str, empty: bool) -> Tensor | None:
+    def gradient(name: str, empty: bool, frozen: bool) -> Tensor | None:
         hidden, weight, bias = leaves(values, weights, weights[:, 0])
-        weight.requires_grad_(name == "gspo")
-        bias.requires_grad_(name == "gspo")
+        weight.requires_grad_(not frozen)
+        bias.requires_grad_(not frozen)
         loss = linear(hidden, weight, tokens, advantages, bias=bias, objective=name).loss
         if empty:
             {"weight": weight, "bias": bias}[emptied].data = torch.empty(0, device=device)
@@ -320,9 +320,10 @@ def test_emptied_before_backward(emptied: str, device: torch.device) -> None:
         return hidden.grad
 
     shape = r"\[211, 24\]" if emptied == "weight" else r"\[211\]"
-    with pytest.raises(RuntimeError, match=rf"^{emptied}: expected shape {shape} .* got float32 \[0\].*Gathered"):
-        gradient("gspo", empty=True)
-    close(gradient("grpo", empty=True), gradient("grpo", empty=False))
+    for name, frozen in (("gspo", False), ("gspo", True), ("grpo", False)):
+        with pytest.raises(RuntimeError, match=rf"^{emptied}: expected shape {shape} .* got float32 \[0\].*Gathered"):
+            gradient(name, empty=True, frozen=frozen)
+    close(gradient("grpo", empty=True, frozen=True), gradient("grpo", empty=False, frozen=True))
 
 
 @pytest.mark.parametrize("name", TOKEN_AND_SEQUENCE)

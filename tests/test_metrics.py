@@ -92,6 +92,18 @@ def test_a_token_without_weight_is_in_no_mean(path: str, device: torch.device) -
     assert out.metrics()["active_fraction"].item() == pytest.approx(15 / 20)
 
 
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("kl", "right"), [("k1", 0.5), ("k2", 0.125), ("k3", 0.10653), ("k3+", 0.10653), ("k3_ratio", 0.10653)]
+)
+def test_kl_ref_is_the_objectives(kl: str, right: float, kl_coef: float) -> None:
+    """Of d = -0.5, whether it is in the loss or only watched."""
+    objective = hf.Objective.preset("grpo", kl=kl, kl_coef=kl_coef)
+    ref = torch.full((1, 2), -0.5)
+    metrics = hf.logprob_policy_loss(torch.zeros(1, 2), torch.ones(1), ref_logprobs=ref, objective=objective).metrics()
+    assert metrics["kl_ref"].item() == pytest.approx(right, rel=1e-4)
+
+
 def test_micro_batches_add_up() -> None:
     """Of 12 tokens and of 4, 3 clipped each: 6 of 16, not the mean of a quarter and three quarters."""
     sums = []

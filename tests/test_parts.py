@@ -70,6 +70,24 @@ def test_parts_have_the_whole_gradient(name: str, path: str, device: torch.devic
         torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-5, atol=1e-5 * expected.grad.abs().max().item())
 
 
+@pytest.mark.parametrize("objective", [hf.Objective.preset("gspo", shaping=WIDE), hf.Objective.preset("vespo")])
+def test_given_ratios_of_any_strides(objective: hf.Objective, backend: str, device: torch.device) -> None:
+    """A column of a table, or one number for all: what lies between its entries is nobody's ratio."""
+    generator = torch.Generator().manual_seed(0)
+    table = torch.rand(5, 3, generator=generator).to(device)
+    logprobs, advantages = torch.full((5, 2), -1.0, device=device), torch.ones(5, device=device)
+    statistics, lengths = hf.BatchStatistics(5, 20, 5, 0), torch.full((5,), 4, device=device)
+    for means in (table[:, 1], table[0, :1].expand(5)):
+        ours, right = (
+            hf.logprob_policy_loss(
+                logprobs, advantages, objective=objective, statistics=statistics, lengths=lengths,
+                response_mean_log_ratios=given, backend=backend,
+            ).loss
+            for given in (means, means.contiguous())
+        )  # fmt: skip
+        assert torch.equal(ours, right)
+
+
 def parts(**options: Any) -> dict[str, Any]:
     """Arguments for two tokens of a response of four, and ``options``."""
     given = {
@@ -115,4 +133,19 @@ def test_what_parts_cannot_tell_is_refused(name: str) -> None:
 def test_lengths_have_to_be_integers() -> None:
     with pytest.raises(TypeError, match=r"lengths: expected .*integer"):
         hf.logprob_policy_loss(**parts(lengths=torch.tensor([4.0])))
-    hf.logprob_policy_loss(**parts(lengths=torch.tensor([4], dtype=torch.int32)))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_narrow_lengths_do_not_overflow(dtype: torch.dtype) -> None:
+    """Their product with the number of responses need not fit in their type."""
+    responses = hf.BatchStatistics(2**26, 2**28, 1, 0)
+    losses = [
+        hf.logprob_policy_loss(
+            **parts(
+                logprobs=torch.full((1, 2), -1.0), old_logprobs=None, lengths=torch.tensor([100], dtype=kind),
+                statistics=responses, objective="grpo", response_mean_log_ratios=None,
+            )
+        ).loss.item()
+        for kind in (dtype, torch.int64)
+    ]  # fmt: skip
+    assert losses[0] == losses[1] < 0

@@ -62,6 +62,15 @@ def _hint(value: object) -> str:
     return "; pass its .weight"
 
 
+def _gathering(name: str) -> str:
+    """What to do where the parameter ``name`` was found empty."""
+    return (
+        "DeepSpeed's ZeRO-3, for one, holds a parameter only while a module that has it runs forward. Call the loss "
+        f"inside the forward of a module that {name} is registered with (deepspeed.zero.register_external_parameter), "
+        "or keep it gathered until after backward (deepspeed.zero.GatheredParameters)"
+    )
+
+
 def check_head(hidden: object, weight: object, bias: object, logits_dtype: object) -> tuple[Inputs, GemmDtypes]:
     """Hidden states (packed ones as [1, N, H]) and head as plain tensors, a sharded weight gathered; and GEMMs' dtypes.
 
@@ -85,6 +94,7 @@ def check_head(hidden: object, weight: object, bias: object, logits_dtype: objec
     if weight.dim() != 2 or weight.shape[1] != width or weight.shape[0] == 0:
         raise ValueError(
             f"weight: expected shape [V, {width}] with V > 0 (as nn.Linear keeps it), got {described(weight)}"
+            + ("" if weight.numel() else f"; {_gathering('weight')}")
         )
     if weight.device != hidden.device:
         raise ValueError(f"weight: expected a tensor on {hidden.device}, got {described(weight)}")
@@ -116,10 +126,8 @@ def check_still_held(name: str, value: Tensor | None, shape: torch.Size | None) 
     if value is not None and value.shape != shape:
         raise RuntimeError(
             f"{name}: expected shape {list(shape or ())} in backward as in forward, got {described(value)}; "
-            "DeepSpeed's ZeRO-3, for one, releases what it gathered after forward. Call the loss inside the forward of "
-            f"a module that {name} is registered with (deepspeed.zero.register_external_parameter), keep it gathered "
-            "until after backward (deepspeed.zero.GatheredParameters), or, where it is frozen, take a token-level "
-            "objective, whose backward does not read it (but in float16)"
+            f"{_gathering(name)}, or, where it is frozen, take a token-level objective, whose backward does not read "
+            "it (but in float16)"
         )
 
 

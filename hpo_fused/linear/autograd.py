@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -112,6 +113,9 @@ class _PolicyLoss(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(*gradients)
         ctx.backend = backend
+        # Not kept alive: backward does not read them.
+        ctx.head = [(name, ref(value), value.shape) for name, value in (("weight", weight), ("bias", bias))
+                    if value is not None and value.requires_grad]  # fmt: skip
         ctx.set_materialize_grads(False)
         return losses.sum()
 
@@ -120,6 +124,8 @@ class _PolicyLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 6
+        for name, held, shape in ctx.head:  # autograd could not add the gradient to what is empty now
+            check_still_held(name, held(), shape)
         consume(ctx, "linear_policy_loss")
         gradients = [None if saved is None else saved.detach() for saved in ctx.saved_tensors]
         for gradient in gradients:
