@@ -56,8 +56,11 @@ class PolicyLossOutput:
     def metrics(self) -> dict[str, Tensor]:
         """Diagnostics as 0-d float32 tensors on the loss's device, computed now; waits for the device once.
 
+        Not while torch.compile traces: return :meth:`metric_sums` from there.
+
         Means run over the rows that the call computes: the active ones, with ``skip_inactive=False`` all unmasked ones
-        (the same in :func:`logprob_policy_loss`, which knows the others' log-probabilities too). They are this call's:
+        (the same in :func:`logprob_policy_loss`, which knows the others' log-probabilities too); what depends on a
+        response's ratio over those of responses of which every row is computed. They are this call's:
         for micro-batches and ranks add up :meth:`metric_sums`. What does not apply, or has nothing to average, is
         absent.
 
@@ -150,9 +153,9 @@ def policy_loss(
         mask: bool or 0/1, shaped like tokens; masked rows contribute nothing whatever they hold. None: all ones.
         token_weights: floating, [B], [B, 1] or shaped like tokens: a factor of the surrogate, e.g. the truncated
             importance weight between sampler and trainer. Not applied to KL and entropy terms.
-        entropy_weights: floating, 0-d, [B], [B, 1] or shaped like tokens: weight of each token's entropy bonus in place
-            of n entropy_coef, for a mean or a coefficient of its own; a tensor on the device may change from step to
-            step without a synchronisation.
+        entropy_weights: integer or floating, 0-d, [B], [B, 1] or shaped like tokens: weight of each token's entropy
+            bonus in place of n entropy_coef, for a mean or a coefficient of its own; a tensor on the device may change
+            from step to step without a synchronisation.
         cu_seqlens: integer [B + 1], boundaries of packed responses, from 0 to N.
         groups: integer [B], the prompt of each response; for normalization "group_mean_length".
         objective: an :class:`Objective`, a preset's name, or a mapping that :meth:`Objective.from_mapping` reads.

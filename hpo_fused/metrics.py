@@ -21,13 +21,16 @@ from .surrogate import (
 )
 from .token_terms import hysteretic_weight, totals_of_batch
 
-# What a sum is divided by to become a mean: "rows" unless it stands here.
+# What a sum is divided by to become a mean: "ratios" unless it stands here.
 _DENOMINATORS = {
+    "approx_kl": "rows",
+    "kl_ref": "rows",
+    "entropy": "rows",
     "active_fraction": "unmasked",
     "positive_fraction": "signed",
     "hysteretic_weight": "calls",
 }
-COUNTS = ("rows", "unmasked", "signed", "calls")
+COUNTS = ("rows", "ratios", "unmasked", "signed", "calls")
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +42,9 @@ class MetricSums:
 
     Attributes:
         values: float32 [k].
-        names: of the values: numerators under their metric's name, then rows (tokens that the means are over),
-            unmasked (tokens), signed (responses with an advantage of either sign), calls.
+        names: of the values: numerators under their metric's name, then rows (tokens that the means are over), ratios
+            (those whose ratio is known: a response's only where all of its rows are), unmasked (tokens), signed
+            (responses with an advantage of either sign), calls.
         extremes: float32 [m], per-response extremes; across calls and ranks their maximum counts, minima are negated.
         extreme_names: of the extremes.
     """
@@ -52,8 +56,9 @@ class MetricSums:
 
     def __add__(self, other: MetricSums) -> MetricSums:
         """The sums of both calls together; ValueError unless they have the same names."""
-        if self.names != other.names or self.extreme_names != other.extreme_names:
-            raise ValueError(f"metric sums: expected the names {self.names}, got {other.names}")
+        names, others = self.names + self.extreme_names, other.names + other.extreme_names
+        if names != others:
+            raise ValueError(f"metric sums: expected the names {names}, got {others}")
         extremes = torch.maximum(self.extremes, other.extremes)
         return MetricSums(self.values + other.values, self.names, extremes, self.extreme_names)
 
@@ -63,9 +68,9 @@ class MetricSums:
         shown = torch.cat([self.values[-len(COUNTS) :], self.extremes]).tolist()
         counts = dict(zip(COUNTS, shown, strict=False))
         means = {
-            name: total / sums[_DENOMINATORS.get(name, "rows")]
+            name: total / sums[_DENOMINATORS.get(name, "ratios")]
             for name, total in sums.items()
-            if name not in COUNTS and counts[_DENOMINATORS.get(name, "rows")] > 0
+            if name not in COUNTS and counts[_DENOMINATORS.get(name, "ratios")] > 0
         }
         for name, value, known in zip(self.extreme_names, self.extremes.unbind(), shown[len(COUNTS) :], strict=True):
             if known > -torch.inf:
@@ -82,7 +87,10 @@ def metric_sums(
     # The rows that a sweep computes, or would: the same whether logits, hidden states or log-probabilities were given.
     known = terms.targets >= 0
     difference = x = torch.zeros_like(logprobs)
-    response = response_ratio(terms, spec)
+    response, whole = response_ratio(terms, spec), known
+    if response is not None and terms.response_log_ratios is None:
+        missing = layout.response_sum((layout.mask & ~known).to(torch.int64))
+        whole = known & layout.of_each_row(missing == 0)
     if batch.old_logprobs is not None:
         difference = torch.where(known, logprobs - old_logprobs, 0.0)
     if spec.off_policy:
@@ -107,7 +115,10 @@ def metric_sums(
         rows["kl_ref"] = kl_estimate(kind, clamped(ref_logprobs - logprobs, spec.max_log_ratio)[0])[0]
     if entropy is not None:
         rows["entropy"] = entropy
-    sums = {name: torch.where(known, value, 0.0).sum() for name, value in rows.items()}
+    sums = {
+        name: torch.where(known if _DENOMINATORS.get(name) == "rows" else whole, value, 0.0).sum()
+        for name, value in rows.items()
+    }
 
     positive, negative = ((terms.signs * sign > 0).sum() for sign in (1, -1))
     sums |= {"active_fraction": terms.active.sum(), "positive_fraction": positive}
@@ -115,12 +126,12 @@ def metric_sums(
     if objective.weighting is not None:
         _, _, *counts = totals_of_batch(batch, terms.lengths, terms.signs)
         sums["hysteretic_weight"] = calls * hysteretic_weight(batch, *counts)
-    sums |= dict(zip(COUNTS, (known.sum(), layout.mask.sum(), positive + negative, calls), strict=True))
+    sums |= dict(zip(COUNTS, (known.sum(), whole.sum(), layout.mask.sum(), positive + negative, calls), strict=True))
     extremes: dict[str, Tensor] = {}
     if bounds is not None:
-        count = layout.response_sum(known.to(torch.float32))
+        count = layout.response_sum(whole.to(torch.float32))
         for name, at_work, sign in (("clip_low_min", bounds.low, -1.0), ("clip_high_max", bounds.high, 1.0)):
-            share = layout.response_sum((at_work & known).to(torch.float32)) / count
+            share = layout.response_sum((at_work & whole).to(torch.float32)) / count
             shares = torch.where(count > 0, sign * share, -torch.inf)
             extremes[name] = torch.cat([shares, shares.new_full((1,), -torch.inf)]).amax()
     return MetricSums(

@@ -215,7 +215,8 @@ class TruncatedRatio:
 class GammaGate:
     """VESPO's gate (arXiv 2602.10693), shaped like a gamma density: s = sg[e^lambda r^k e^(-lambda r)] A logp.
 
-    At r = 1 the weight is 1, whatever k and lambda. The paper's ratio is the whole response's product
+    At r = 1 the weight is 1, whatever k and lambda; at r = k / lambda it is highest, and beyond float32 for k far above
+    lambda. The paper's ratio is the whole response's product
     (``ratio_level="sequence_sum"``).
 
     Args:

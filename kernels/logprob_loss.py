@@ -146,7 +146,7 @@ def logprob_loss_kernel(
         tl.store(results + N + row, logprob, mask=inside)
         if entropy is not None:
             tl.store(results + 2 * N + row, row_entropy, mask=inside)
-        tl.store(logprob_coefficients + row, slope * by_ratio + by_logprob, mask=inside)
+        tl.store(logprob_coefficients + row, tl.where(slope != 0, by_ratio, 0.0) + by_logprob, mask=inside)
         if ENTROPY_BONUS:
             tl.store(entropy_coefficients + row, h, mask=inside)
 

@@ -92,7 +92,7 @@ def policy_loss_kernel(
                 logprob, entropy, advantage, policy_weight, kl_weight, entropy_weight, log_ratio, difference,
                 ref_logprob, parameters, max_log_ratio, 0, KIND, OFF_POLICY, KL, ENTROPY_BONUS,
             )  # fmt: skip
-            c = slope * by_ratio + by_logprob
+            c = tl.where(slope != 0, by_ratio, 0.0) + by_logprob
         tl.store(results + row, loss)
         tl.store(results + N + row, logprob)
         if ENTROPY:

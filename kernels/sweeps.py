@@ -22,7 +22,7 @@ from .row_tiles import edge_columns, frame, group_mask, load_step, tile_offsets,
 # Finite start of the running maximum and finite stand-in for a scaled -inf: no inf - inf and no 0 * inf can arise,
 # and a difference with any float32 is still finite.
 LOWEST = tl.constexpr(-1e30)
-# Times a logit it is below half a unit of 1 up to 2^100, and -inf of -inf.
+# Times a logit it is below half a unit of 1 up to 2^100 (beyond, at most 4), and -inf of -inf.
 TINY = tl.constexpr(2.0**-126)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -209,3 +210,17 @@ def test_sums_read_no_value(name: str, packed: bool) -> None:
 def test_ranks_add_up() -> None:
     """One collective of the sums, one of the extremes: the whole batch's metrics."""
     run_ranks("metrics")
+
+
+def test_a_response_s_ratio_counts_where_all_of_it_is_known(backend: str, device: torch.device) -> None:
+    """Rows of an entropy bonus alone are known without the others, whose log-ratios the response's mean needs."""
+    old = torch.tensor([[0.5, -0.5, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]], device=device)
+    weights = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]], device=device)
+    logprobs = torch.zeros(2, 4, device=device)
+    values = hf.logprob_policy_loss(
+        logprobs, torch.zeros(2, device=device), entropy=logprobs, old_logprobs=old, entropy_weights=weights,
+        objective="gspo", backend=backend,
+    ).metrics()  # fmt: skip
+    assert values["rows"].item() == 5
+    assert values["ratio_mean"].item() == pytest.approx(math.exp(-1.0))
+    assert values["approx_kl"].item() == pytest.approx((math.exp(-0.5) - 0.5 + 4 * math.exp(-1.0)) / 5)
