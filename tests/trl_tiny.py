@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import tempfile
 from typing import Any
 
@@ -17,24 +16,27 @@ pytest.importorskip("trl", minversion="1.15", reason="needs the trl extra")
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.utils.logging import disable_progress_bar
 from trl import GRPOConfig, GRPOTrainer
 
 from hpo_fused.integrations.trl import HPOConfig, HPOTrainer
 
+disable_progress_bar()
+
 VOCABULARY = 60
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "pad_token_id": 0,
+    "eos_token_id": 1, "bos_token_id": None, "initializer_range": 0.15,
+}  # fmt: skip
 STEPS = 2  # micro-batches of a generation batch, and of a window
 
 
-def save_tiny(folder: str, kind: Any = Qwen2ForCausalLM, config: Any = None, **changes: Any) -> str:
+def save_tiny(folder: str, kind: Any = Qwen2ForCausalLM, config: Any = None, tie: bool = False) -> str:
     """A config-built model in a folder, from which a reference model can be loaded; its path."""
     torch.manual_seed(0)
     if config is None:
-        settings = dict(
-            vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-            num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=False, pad_token_id=0,
-            eos_token_id=1, bos_token_id=None, initializer_range=0.15,
-        )  # fmt: skip
-        config = Qwen2Config(**{**settings, **changes})
+        config = Qwen2Config(**SIZES, tie_word_embeddings=tie)
     kind(config).save_pretrained(folder)
     return folder
 
@@ -58,19 +60,23 @@ def rare_success(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [float(ids[0] % 4 == 0) for ids in completion_ids]
 
 
+def tiny_model(path: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
 def make_trainer(path: str, *, stock: bool = False, model: Any = None, **options: Any) -> Any:
     """A trainer of the tiny model with the options; ``stock``: TRL's own."""
     trainer, config = (GRPOTrainer, GRPOConfig) if stock else (HPOTrainer, HPOConfig)
-    defaults = dict(
-        output_dir=tempfile.gettempdir(), use_cpu=True, bf16=False, report_to="none", num_generations=4,
-        per_device_train_batch_size=8, gradient_accumulation_steps=STEPS, max_completion_length=12, max_steps=2,
-        learning_rate=1e-2, logging_steps=1, save_strategy="no", seed=3, optim="sgd", max_grad_norm=0.0,
-        disable_tqdm=True, temperature=0.9, lr_scheduler_type="constant", num_iterations=2,
-        gradient_checkpointing=False,
-    )  # fmt: skip
+    defaults: dict[str, Any] = {
+        "output_dir": tempfile.gettempdir(), "use_cpu": True, "bf16": False, "report_to": "none",
+        "num_generations": 4, "per_device_train_batch_size": 8, "gradient_accumulation_steps": STEPS,
+        "max_completion_length": 12, "max_steps": 2, "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no",
+        "seed": 3, "optim": "sgd", "max_grad_norm": 0.0, "disable_tqdm": True, "temperature": 0.9,
+        "lr_scheduler_type": "constant", "num_iterations": 2, "gradient_checkpointing": False,
+    }  # fmt: skip
     rest = {name: options.pop(name) for name in ("peft_config", "callbacks") if name in options}
     if model is None:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model = tiny_model(path)
     # A random model hardly ever ends: all completions would have the same length, and all normalisers would be alike.
     model.generation_config.eos_token_id = [1, *range(10, VOCABULARY, 10)]
     made = trainer(
@@ -125,14 +131,19 @@ def generation_batch(
             batch["importance_sampling_ratio"] = cut
         batches.append(batch)
     masks = [batch["completion_mask"] * batch.get("tool_mask", 1) for batch in batches]
-    signs = [torch.where(mask.any(-1), b["advantages"].reshape(size, -1)[:, 0].sign(), 0) for b, mask in zip(batches, masks, strict=True)]
+    signs = [
+        torch.where(mask.any(-1), b["advantages"].reshape(size, -1)[:, 0].sign(), 0)
+        for b, mask in zip(batches, masks, strict=True)
+    ]
     for batch in batches:
         batch["num_items_in_batch"] = torch.stack(masks).sum()
         batch["hpo_positive"], batch["hpo_negative"] = (torch.stack(signs) > 0).sum(), (torch.stack(signs) < 0).sum()
     return batches
 
 
-def gradients(trainer: Any, batches: list[dict[str, Tensor]], model: Any = None) -> tuple[float, dict[str, Tensor], dict[str, float]]:
+def gradients(
+    trainer: Any, batches: list[dict[str, Tensor]], model: Any = None
+) -> tuple[float, dict[str, Tensor], dict[str, float]]:
     """Loss and gradients of one window, and the metrics it logs."""
     model = trainer.model if model is None else model
     model.train()
@@ -152,3 +163,11 @@ def differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """Largest relative difference of a parameter's gradient."""
     assert found.keys() == expected.keys()
     return max(float((found[n] - g).norm() / g.norm().clamp(min=1e-12)) for n, g in expected.items())
+
+
+def trained(path: str, **options: Any) -> Any:
+    """A trainer after train()."""
+    made = make_trainer(path, **options)
+    with contextlib.redirect_stdout(io.StringIO()):
+        made.train()
+    return made
