@@ -6,11 +6,15 @@ other architectures, whole trainings, FSDP2. LoRA needs peft.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
+import io
 import json
 import math
 import os
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +26,7 @@ import torch
 import transformers
 import trl
 from torch import Tensor
+from transformers import AutoProcessor, AutoTokenizer
 
 import hpo_fused as hf
 from hpo_fused.integrations.trl import HPOConfig, HPOTrainer, versions
@@ -36,8 +41,10 @@ from .trl_tiny import (
     gradients,
     make_trainer,
     prompts,
+    rare_success,
     save_tiny,
     tiny_model,
+    tokenizer,
     trained,
 )
 
@@ -521,6 +528,19 @@ def test_objectives_take_what_trl_says_elsewhere(path: str) -> None:
     def objective(**options: Any) -> hf.Objective:
         return trainer_module.objective_of(HPOConfig("out", use_cpu=True, bf16=False, **options))
 
+    clip = {"kind": "clip", "low": 0.2, "high": 0.28}
+    for loss_type, same in {
+        "grpo": {"preset": "grpo", "shaping": clip},
+        "dapo": {"preset": "dapo", "shaping": clip},
+        "dr_grpo": {"preset": "dr_grpo", "shaping": clip},
+        "cispo": {"preset": "cispo", "shaping": {"kind": "truncated_ratio", "high": 0.28}},
+        "sapo": "sapo",
+        "vespo": "vespo",
+    }.items():
+        assert objective(objective=same) == objective(loss_type=loss_type, epsilon_high=0.28)
+    assert objective(objective={"preset": "gspo", "shaping": clip}) == objective(
+        loss_type="grpo", epsilon_high=0.28, **SEQUENCE
+    )
     assert objective(objective="dr_grpo", max_completion_length=77).max_length == 77
     assert objective(objective={"preset": "dr_grpo", "max_length": 9}).max_length == 9
     assert (objective(objective="ahpo", beta=0.1).kl, objective(objective="ahpo", beta=0.1).kl_coef) == (
@@ -532,6 +552,23 @@ def test_objectives_take_what_trl_says_elsewhere(path: str) -> None:
     ours = make_trainer(path, objective={"preset": "ahpo", "kl_coef": 0.1})
     assert ours.ref_model is not None
     assert ours.beta == 0.1
+
+
+def test_two_lines_of_a_script_change(path: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """docs/trl.md's example, on a model that trains in a second."""
+    text = (Path(__file__).parent.parent / "docs" / "trl.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert "max_steps" not in block
+    quick = ", max_steps=2, max_completion_length=8, use_cpu=True, report_to='none', logging_steps=1, num_generations=4"
+    ours = block.replace('output_dir="out"', f'output_dir="{tmp_path}"{quick}')
+    model = tiny_model(path)
+    scope = {"model": model, "reward": rare_success, "dataset": prompts()}
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer())
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *_, **__: tokenizer())
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(ours, scope)
+    history = scope["trainer"].state.log_history
+    assert {"clip_ratio/low_mean", "entropy", "hpo/hysteretic_weight"} <= history[0].keys()
 
 
 def test_two_processes(path: str) -> None:
