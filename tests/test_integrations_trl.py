@@ -384,6 +384,20 @@ def test_metrics_cost_one_collective_per_logging(path: str, monkeypatch: pytest.
     )
 
 
+def test_metrics_of_other_names_are_taken_first(path: str) -> None:
+    """On-policy calls have no approx_kl: the two kinds are not added up."""
+    ours = make_trainer(path, objective="ahpo")
+    first, second = generation_batch(ours.model)[0], generation_batch(ours.model, on_policy=True, seed=1)[1]
+    _, _, logs = gradients(ours, [first, second, second])
+    ratios = {}
+    for name, batch in (("off", first), ("on", second)):
+        ratios[name] = gradients(ours, [batch])[2]
+    assert logs["hpo/approx_kl"] == pytest.approx(ratios["off"]["hpo/approx_kl"])
+    entropies = [ratios[name]["hpo/entropy"] for name in ("off", "on")]
+    assert logs["hpo/entropy"] == pytest.approx(sum(entropies) / 2)
+    assert logs["entropy"] == pytest.approx((ratios["off"]["entropy"] + 2 * ratios["on"]["entropy"]) / 3)
+
+
 def test_skip_inactive_changes_metrics_alone(path: str) -> None:
     whole, part = (make_trainer(path, objective="ahpo", skip_inactive=skip) for skip in (False, True))
     batches = generation_batch(whole.model)

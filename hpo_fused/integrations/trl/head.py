@@ -152,11 +152,12 @@ def probe(model: Any, temperature: float, device: torch.device) -> None:
             found = model(**given, labels=ids, fused_lm_head=True).log_probs
     finally:
         model.train(training)
-    precision = torch.finfo(logits.dtype).eps
+    # The largest rounding of a GEMM that its caller does not see: TF32's.
+    precision = max(torch.finfo(logits.dtype).eps, 2**-10)
     logits = logits.float() / temperature
     expected = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
     error = float((found - expected).abs().max())
-    if not error <= 16 * precision * (1 + float(logits.abs().max())):
+    if not error <= 8 * precision * (1 + float(logits.abs().max())):
         raise ValueError(
             f"model: expected {name}.forward to give the LM head's logits of its backbone's hidden states, scaled and "
             f"capped as its config says; log-probabilities of four tokens differ by {error:.1e}. head='logprobs' uses "

@@ -34,7 +34,7 @@ class StepMetrics:
         """A mean over unmasked tokens of a value [B, T], or over responses of one [B, 1]."""
         tokens = mask.sum()
         if value.shape[1] == 1:
-            self.means[key] = value.sum(), tokens.new_tensor(len(value))
+            self.means[key] = value.sum(), tokens.new_full((), len(value))
         else:
             self.means[key] = torch.where(mask.bool(), value, 0).sum(), tokens
 

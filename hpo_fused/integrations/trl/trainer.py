@@ -196,7 +196,7 @@ class HPOTrainer(GRPOTrainer):
         logprobs, entropies = logprobs.detach(), entropies.detach()
         known = None if fused and self.args.skip_inactive else entropies
         step = step_metrics(objective, penalty.ratio_level, logprobs, known, mask, advantages, old, ref)
-        if isinstance(objective.shaping, GammaGate):
+        if isinstance(objective.shaping, GammaGate) and known is not None:
             parameters = dataclasses.astuple(objective.shaping)
             change = torch.zeros_like(logprobs) if old is None else logprobs - old
             phi = self.get_gamma_weights(advantages.reshape(len(mask), -1), change, mask, sampling, *parameters)
