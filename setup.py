@@ -99,8 +99,15 @@ setup(
     python_requires=">=3.10",
     install_requires=["torch>=2.8"],
     extras_require={
-        "triton": TRITON, "trl": TRL, "verl": VERL, "test": TEST, "bench": BENCH, "peers": PEERS, "dev": DEV, "ci": CI,
-    },  # fmt: skip
+        "triton": TRITON,
+        "trl": TRL,
+        "verl": VERL,
+        "test": TEST,
+        "bench": BENCH,
+        "peers": PEERS,
+        "dev": DEV,
+        "ci": CI,
+    },
     entry_points={
         "console_scripts": ["hpo-fused-bench = hpo_fused.bench.cli:main"],
         "verl.plugins": ["hpo_fused = hpo_fused.integrations.verl"],

@@ -36,7 +36,7 @@ _NORMALIZATIONS: dict[str, Normalization] = {
 
 
 @dataclass
-class HPOConfig(GRPOConfig):
+class HPOConfig(GRPOConfig):  # type: ignore[misc]  # Any: TRL's types are not followed
     """TRL's GRPOConfig and three fields more.
 
     Args:

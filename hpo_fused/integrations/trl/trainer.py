@@ -33,7 +33,7 @@ _MEDIA = (
 )  # fmt: skip
 
 
-class HPOTrainer(GRPOTrainer):
+class HPOTrainer(GRPOTrainer):  # type: ignore[misc]  # Any: TRL's types are not followed
     """TRL's GRPOTrainer with every objective of hpo_fused and a fused LM head.
 
     With ``args.objective=None`` the loss is TRL's ``loss_type`` with all its options. Normalisers are TRL's for every
