@@ -81,27 +81,30 @@ def trainer_and_batch(way: str) -> tuple[Any, dict[str, Any]]:
 
 
 def measure(way: str) -> dict[str, float]:
-    """Seconds and MiB of loss and gradient: the peak of the first step beyond the model, the time of the second."""
+    """Loss and gradient of a micro-batch: MiB of the first step's peak beyond the model, seconds of a later one.
+
+    On a CPU these are processor seconds, summed over threads: other work on the machine adds little to them.
+    """
     import torch
 
     with contextlib.redirect_stdout(io.StringIO()):
         trainer, batch = trainer_and_batch(way)
     gpu = trainer.accelerator.device.type == "cuda"
 
-    def step() -> tuple[float, float]:
+    def step() -> float:
         trainer.model.zero_grad(set_to_none=True)
-        begin = time.perf_counter(), time.process_time()
+        clock = time.perf_counter if gpu else time.process_time
+        begin = clock()
         trainer.compute_loss(trainer.model, dict(batch)).backward()
         if gpu:
             torch.cuda.synchronize()
-        return time.perf_counter() - begin[0], time.process_time() - begin[1]
+        return clock() - begin
 
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     before = torch.cuda.memory_allocated() if gpu else pages * os.sysconf("SC_PAGE_SIZE")
     step()
     peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    seconds, busy = min(step() for _ in range(5 if gpu else 1))
-    return {"seconds": seconds, "processor": busy, "mebibytes": (peak - before) / 2**20}
+    return {"seconds": min(step() for _ in range(5 if gpu else 1)), "mebibytes": (peak - before) / 2**20}
 
 
 def run(rounds: int) -> None:
@@ -125,7 +128,7 @@ def plot() -> None:
     found = json.loads(RESULTS.read_text(encoding="utf-8"))
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 2.9), sharey=True, layout="constrained", facecolor="#f6f8fa")
     labels = [way.replace(", half", "\nhalf") for way in found]
-    for axes, name, title in zip(panels, ("processor", "mebibytes"), ("processor seconds", "peak, MiB"), strict=True):
+    for axes, name, title in zip(panels, ("seconds", "mebibytes"), ("seconds", "peak in MiB"), strict=True):
         values = [row[name] for row in found.values()]
         bars = axes.barh(labels, values, color=["#8c959f", *["#0969da"] * (len(values) - 1)], height=0.62)
         axes.bar_label(
