@@ -56,6 +56,9 @@ BENCH = ["matplotlib>=3.8", "rich>=13.7", "typer>=0.12"]
 TESTED_PEERS = ['trl>=1.16; python_version >= "3.11"', 'liger-kernel>=0.8; platform_system == "Linux"']
 PEERS = [*TESTED_PEERS, 'cut-cross-entropy>=25.1; platform_system == "Linux"']
 
+# The trainer that hpo_fused.integrations.trl subclasses, from the oldest version that it was tested with.
+TRL = ['trl>=1.15,<2; python_version >= "3.11"']
+
 # The trainer whose plug-in hpo_fused.integrations.verl is; the suite has it apart, tests/requirements-verl.txt.
 VERL = ["verl>=0.9,<0.10"]
 
@@ -95,7 +98,16 @@ setup(
     include_package_data=False,
     python_requires=">=3.10",
     install_requires=["torch>=2.8"],
-    extras_require={"triton": TRITON, "test": TEST, "bench": BENCH, "peers": PEERS, "verl": VERL, "dev": DEV, "ci": CI},
+    extras_require={
+        "triton": TRITON,
+        "trl": TRL,
+        "verl": VERL,
+        "test": TEST,
+        "bench": BENCH,
+        "peers": PEERS,
+        "dev": DEV,
+        "ci": CI,
+    },
     entry_points={
         "console_scripts": ["hpo-fused-bench = hpo_fused.bench.cli:main"],
         "verl.plugins": ["hpo_fused = hpo_fused.integrations.verl"],

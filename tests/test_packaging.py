@@ -215,7 +215,7 @@ def test_only_pytorch_is_required(metadata: Distribution) -> None:
     required = [line for line in metadata.requires or () if "extra ==" not in line]
     assert [line.partition(">")[0] for line in required] == ["torch"]
     extras = metadata.metadata.get_all("Provides-Extra") or []
-    assert {"triton", "test", "bench", "verl", "dev"} <= set(extras)
+    assert {"triton", "trl", "verl", "test", "bench", "dev"} <= set(extras)
 
 
 def test_wheel_imports_without_the_checkout(installed: Path, tmp_path: Path) -> None:
@@ -242,6 +242,28 @@ def test_wheel_imports_without_the_checkout(installed: Path, tmp_path: Path) -> 
         for name in ("hpo_fused", "hpo_fused.bench", "hpo_fused.kernels")
     }
     assert result == {"origins": expected, "leaked": []}
+
+
+def test_no_trainer_is_imported_unless_its_integration_is(installed: Path, tmp_path: Path) -> None:
+    """TRL and transformers take seconds to import; where they are missing, the integration says what to install."""
+    result = isolated(
+        """
+        import json
+        import hpo_fused
+        import hpo_fused.integrations
+
+        imported = [name for name in ("transformers", "trl", "verl") if name in sys.modules]
+        sys.path[:] = [place for place in sys.path if "-packages" not in place]
+        try:
+            import hpo_fused.integrations.trl
+        except ImportError as error:
+            print(json.dumps({"imported": imported, "error": str(error)}))
+        """,
+        installed,
+        tmp_path,
+    )
+    message = "hpo_fused.integrations.trl: expected trl >= 1.15, < 2.0, found none; pip install 'hpo-fused[trl]'"
+    assert result == {"imported": [], "error": message}
 
 
 def test_loss_runs_where_triton_cannot_be_imported(installed: Path, tmp_path: Path) -> None:
