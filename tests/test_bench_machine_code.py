@@ -124,7 +124,7 @@ BOTH = [loop("statistics", 11.5), loop("gradient", 11.0)]  # 22.5 instructions t
         ({"loops": [loop("statistics"), loop("gradient", store=2)], "unaligned": True}, []),
         ({"loops": [loop("statistics", special=2.0), loop("gradient")]}, ["2 special functions per element"]),
         ({"loops": [loop("statistics", special=3.0), loop("gradient")], "softcap": True}, []),
-        ({"loops": BOTH}, ["22.5 instructions per element, limit 17"]),
+        ({"loops": BOTH}, ["22.5 instructions per element, limit 19"]),
         ({"loops": BOTH, "softcap": True}, []),
         (
             {"loops": [loop("statistics", 10.0), loop("gradient", 9.0)], "entropy": False},
