@@ -398,6 +398,17 @@ def test_metrics_of_other_names_are_taken_first(path: str) -> None:
     assert logs["entropy"] == pytest.approx((ratios["off"]["entropy"] + 2 * ratios["on"]["entropy"]) / 3)
 
 
+def test_long_waits_for_a_logging_are_cut(path: str) -> None:
+    """Sums in float32 count no further than 2^24, and nothing grows without end where nobody logs."""
+    ours = make_trainer(path)
+    ours.model.train()
+    batch = generation_batch(ours.model)[0]
+    with torch.no_grad():
+        for _ in range(257):
+            ours.compute_loss(ours.model, dict(batch))
+    assert len(ours._metrics["train"]["entropy"]) == 256
+
+
 def test_skip_inactive_changes_metrics_alone(path: str) -> None:
     whole, part = (make_trainer(path, objective="ahpo", skip_inactive=skip) for skip in (False, True))
     batches = generation_batch(whole.model)
