@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import types
 from pathlib import Path
 from typing import Any
 
@@ -637,6 +638,22 @@ def test_a_head_without_its_cap_is_noticed(tmp_path: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr(head_module, "_transform", lambda config, temperature: {"temperature": temperature})
     with pytest.raises(ValueError, match=r"model: expected Gemma2ForCausalLM.forward to give the LM head's logits"):
         make_trainer(path)
+
+
+def test_a_model_on_one_gpu_is_probed() -> None:
+    """accelerate calls the only process's GPU "cuda", its parameters say "cuda:0"."""
+
+    def lies(device: str, *places: str, size: int = 1) -> bool:
+        parts = [types.SimpleNamespace(device=torch.device(place), numel=lambda: size) for place in places]
+        return head_module.lies_on(types.SimpleNamespace(parameters=lambda: parts), torch.device(device))
+
+    assert lies("cuda", "cuda:0", "cuda:0")
+    assert lies("cuda:1", "cuda:1")
+    assert lies("cpu", "cpu")
+    assert not lies("cuda", "cuda:0", "cuda:1")
+    assert not lies("cuda:1", "cuda:0")
+    assert not lies("cuda", "cpu")
+    assert not lies("cuda", "cuda:0", size=0)  # ZeRO-3's parts
 
 
 @pytest.mark.parametrize("precise", [False, pytest.param(True, marks=slow)])
