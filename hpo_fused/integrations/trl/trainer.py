@@ -73,7 +73,8 @@ class HPOTrainer(GRPOTrainer):  # type: ignore[misc]  # Any: TRL's types are not
         if args.head != "logprobs":
             base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
             add_head(base, self.temperature, args.cast_lm_head_to_fp32)
-            probe(base, self.temperature, self.accelerator.device)
+            with self.accelerator.autocast():  # as in training: attention in float32 is not every kernel's
+                probe(base, self.temperature, self.accelerator.device)
         if self.accelerator.is_main_process:
             for message in (check_trl(), self._two_step_because()):
                 if message is not None:
