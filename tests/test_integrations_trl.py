@@ -574,6 +574,9 @@ def test_objectives_take_what_trl_says_elsewhere(path: str) -> None:
         0.1,
     )
     assert objective(objective="ahpo", beta=0.1, use_bias_correction_kl=False).kl == "k3"
+    for beta in ({"beta": 0.1}, {"beta": 0.1, "use_bias_correction_kl": False}):
+        assert objective(objective=hf.Objective.preset("ahpo"), **beta) == objective(objective="ahpo", **beta)
+    assert objective(objective=hf.Objective.preset("ahpo", kl="k2"), beta=0.1).kl == "k2"
     assert objective(objective={"preset": "ahpo", "kl": "k2"}, beta=0.1).kl == "k2"
     ours = make_trainer(path, objective={"preset": "ahpo", "kl_coef": 0.1})
     assert ours.ref_model is not None

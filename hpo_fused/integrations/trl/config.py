@@ -81,6 +81,8 @@ class HPOConfig(GRPOConfig):  # type: ignore[misc]  # Any: TRL's types are not f
         given: object = self.objective
         if isinstance(given, Objective):  # the field's type is what command lines and files can say
             self.objective = given.to_mapping()
+            if given.kl_coef == 0 and given.kl == Objective.kl:  # no more said of it than by a preset's name
+                del self.objective["kl"]
         objective_of(self)
 
 
