@@ -439,10 +439,11 @@ def test_nothing_to_learn_from_is_a_zero_with_a_gradient(path: str) -> None:
 def test_options_that_need_log_probabilities_first_say_so_once(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(trainer_module.logger, "warning", said.append)
-    ours = make_trainer(path, top_entropy_quantile=0.5)
+    ours = make_trainer(path, top_entropy_quantile=0.5, skip_inactive=True)
     gradients(ours, generation_batch(ours.model))
     gradients(make_trainer(path, entropy_coef=0.1, beta=0.1), generation_batch(ours.model))
-    assert said == ["head='linear' runs as 'two_step', with one GEMM more, for top_entropy_quantile"]
+    sentence = "head='linear' runs as 'two_step', with one GEMM more, for top_entropy_quantile"
+    assert said == [f"{sentence}; skip_inactive has no effect there"]
 
 
 def test_forward_keeps_the_classes_signature(path: str) -> None:
@@ -477,6 +478,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "adaptive": ({"objective": {"entropy_coef": 0.1}, "use_adaptive_entropy": True}, f"use_adaptive_entropy: {GIVEN}"),
     "gmpo": ({"objective": "gmpo", "beta": 0.1}, "kl: expected another kind than 'k3_ratio' for GeometricMean"),
     "unknown loss": ({"loss_type": "ppo"}, "loss_type: expected one of .*got 'ppo'"),
+    "skip head": ({"skip_inactive": True, "head": "two_step"}, "skip_inactive: expected False beside head='two_step'"),
     "skip": ({"skip_inactive": True, "use_adaptive_entropy": True}, "skip_inactive: expected False beside use_adapt"),
 }
 

@@ -90,7 +90,8 @@ class HPOTrainer(GRPOTrainer):  # type: ignore[misc]  # Any: TRL's types are not
         reasons = [name for name, needed in needs.items() if needed]
         if self.args.head != "linear" or not reasons:
             return None
-        return f"head='linear' runs as 'two_step', with one GEMM more, for {', '.join(reasons)}"
+        ignored = "; skip_inactive has no effect there" if self.args.skip_inactive else ""
+        return f"head='linear' runs as 'two_step', with one GEMM more, for {', '.join(reasons)}{ignored}"
 
     def _penalty(self) -> Objective:
         """The objective that holds the KL term: another one than the policy term's where their ratios differ.
