@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import types
 from pathlib import Path
 from typing import Any
 
@@ -398,6 +399,17 @@ def test_metrics_of_other_names_are_taken_first(path: str) -> None:
     assert logs["entropy"] == pytest.approx((ratios["off"]["entropy"] + 2 * ratios["on"]["entropy"]) / 3)
 
 
+def test_long_waits_for_a_logging_are_cut(path: str) -> None:
+    """Sums in float32 count no further than 2^24, and nothing grows without end where nobody logs."""
+    ours = make_trainer(path)
+    ours.model.train()
+    batch = generation_batch(ours.model)[0]
+    with torch.no_grad():
+        for _ in range(257):
+            ours.compute_loss(ours.model, dict(batch))
+    assert len(ours._metrics["train"]["entropy"]) == 256
+
+
 def test_skip_inactive_changes_metrics_alone(path: str) -> None:
     whole, part = (make_trainer(path, objective="ahpo", skip_inactive=skip) for skip in (False, True))
     batches = generation_batch(whole.model)
@@ -427,10 +439,11 @@ def test_nothing_to_learn_from_is_a_zero_with_a_gradient(path: str) -> None:
 def test_options_that_need_log_probabilities_first_say_so_once(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(trainer_module.logger, "warning", said.append)
-    ours = make_trainer(path, top_entropy_quantile=0.5)
+    ours = make_trainer(path, top_entropy_quantile=0.5, skip_inactive=True)
     gradients(ours, generation_batch(ours.model))
     gradients(make_trainer(path, entropy_coef=0.1, beta=0.1), generation_batch(ours.model))
-    assert said == ["head='linear' runs as 'two_step', with one GEMM more, for top_entropy_quantile"]
+    sentence = "head='linear' runs as 'two_step', with one GEMM more, for top_entropy_quantile"
+    assert said == [f"{sentence}; skip_inactive has no effect there"]
 
 
 def test_forward_keeps_the_classes_signature(path: str) -> None:
@@ -465,6 +478,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "adaptive": ({"objective": {"entropy_coef": 0.1}, "use_adaptive_entropy": True}, f"use_adaptive_entropy: {GIVEN}"),
     "gmpo": ({"objective": "gmpo", "beta": 0.1}, "kl: expected another kind than 'k3_ratio' for GeometricMean"),
     "unknown loss": ({"loss_type": "ppo"}, "loss_type: expected one of .*got 'ppo'"),
+    "skip head": ({"skip_inactive": True, "head": "two_step"}, "skip_inactive: expected False beside head='two_step'"),
     "skip": ({"skip_inactive": True, "use_adaptive_entropy": True}, "skip_inactive: expected False beside use_adapt"),
 }
 
@@ -562,6 +576,9 @@ def test_objectives_take_what_trl_says_elsewhere(path: str) -> None:
         0.1,
     )
     assert objective(objective="ahpo", beta=0.1, use_bias_correction_kl=False).kl == "k3"
+    for beta in ({"beta": 0.1}, {"beta": 0.1, "use_bias_correction_kl": False}):
+        assert objective(objective=hf.Objective.preset("ahpo"), **beta) == objective(objective="ahpo", **beta)
+    assert objective(objective=hf.Objective.preset("ahpo", kl="k2"), beta=0.1).kl == "k2"
     assert objective(objective={"preset": "ahpo", "kl": "k2"}, beta=0.1).kl == "k2"
     ours = make_trainer(path, objective={"preset": "ahpo", "kl_coef": 0.1})
     assert ours.ref_model is not None
@@ -626,6 +643,22 @@ def test_a_head_without_its_cap_is_noticed(tmp_path: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr(head_module, "_transform", lambda config, temperature: {"temperature": temperature})
     with pytest.raises(ValueError, match=r"model: expected Gemma2ForCausalLM.forward to give the LM head's logits"):
         make_trainer(path)
+
+
+def test_a_model_on_one_gpu_is_probed() -> None:
+    """accelerate calls the only process's GPU "cuda", its parameters say "cuda:0"."""
+
+    def lies(device: str, *places: str, size: int = 1) -> bool:
+        parts = [types.SimpleNamespace(device=torch.device(place), numel=lambda: size) for place in places]
+        return head_module.lies_on(types.SimpleNamespace(parameters=lambda: parts), torch.device(device))
+
+    assert lies("cuda", "cuda:0", "cuda:0")
+    assert lies("cuda:1", "cuda:1")
+    assert lies("cpu", "cpu")
+    assert not lies("cuda", "cuda:0", "cuda:1")
+    assert not lies("cuda:1", "cuda:0")
+    assert not lies("cuda", "cpu")
+    assert not lies("cuda", "cuda:0", size=0)  # ZeRO-3's parts
 
 
 @pytest.mark.parametrize("precise", [False, pytest.param(True, marks=slow)])

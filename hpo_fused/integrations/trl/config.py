@@ -74,6 +74,8 @@ class HPOConfig(GRPOConfig):  # type: ignore[misc]  # Any: TRL's types are not f
         super().__post_init__()
         if self.head not in HEADS:
             raise ValueError(f"head: expected one of {', '.join(HEADS)}, got {self.head!r}")
+        if self.skip_inactive and self.head != "linear":
+            raise ValueError(f"skip_inactive: expected False beside head={self.head!r}, which has all tokens, got True")
         if self.skip_inactive and self.use_adaptive_entropy:
             raise ValueError(
                 "skip_inactive: expected False beside use_adaptive_entropy, which takes every token's, got True"
@@ -81,6 +83,8 @@ class HPOConfig(GRPOConfig):  # type: ignore[misc]  # Any: TRL's types are not f
         given: object = self.objective
         if isinstance(given, Objective):  # the field's type is what command lines and files can say
             self.objective = given.to_mapping()
+            if given.kl_coef == 0 and given.kl == Objective.kl:  # no more said of it than by a preset's name
+                del self.objective["kl"]
         objective_of(self)
 
 

@@ -130,6 +130,13 @@ def _balancing_loss(model: Any, config: Any, body: Any, kwargs: dict[str, Any]) 
     return loss
 
 
+def lies_on(model: Any, device: torch.device) -> bool:
+    """Whether the whole model lies on one device, and that is this one; "cuda", as accelerate says, is any of its."""
+    places = {value.device for value in model.parameters()}
+    whole = len(places) == 1 and all(value.numel() > 0 for value in model.parameters())
+    return whole and all(at.type == device.type and device.index in (None, at.index) for at in places)
+
+
 def probe(model: Any, temperature: float, device: torch.device) -> None:
     """Compare the head with the logits that the model itself makes of a few tokens.
 
@@ -139,7 +146,7 @@ def probe(model: Any, temperature: float, device: torch.device) -> None:
         ValueError: they differ: the model's forward does something to hidden states or logits that no LM head with a
             scale and a softcap does.
     """
-    if any(value.device != device or value.numel() == 0 for value in model.parameters()):
+    if not lies_on(model, device):
         return
     vocabulary = model.get_output_embeddings().weight.shape[0]
     ids = (torch.arange(4, device=device) % vocabulary).unsqueeze(0)

@@ -53,28 +53,28 @@ class Unlogged:
     """Metrics of micro-batches since the last logging, on the device."""
 
     def __init__(self) -> None:
-        self._steps: list[StepMetrics] = []
+        self._first: StepMetrics | None = None
         self._vectors: list[Tensor] = []
         self._sums: MetricSums | None = None
 
     def accepts(self, step: StepMetrics, sums: MetricSums) -> bool:
         """Whether a micro-batch can be added before the others are taken: of the same names, and no more than 256."""
-        if not self._steps or self._sums is None:
+        if self._first is None or self._sums is None:
             return True
-        same = self._steps[0].names == step.names and self._sums.names == sums.names
-        return same and len(self._steps) < 256
+        same = self._first.names == step.names and self._sums.names == sums.names
+        return same and len(self._vectors) < 256
 
     def add(self, step: StepMetrics, sums: MetricSums) -> None:
         """One more micro-batch; no synchronisation."""
-        self._steps = self._steps or [step]
+        self._first = self._first or step
         self._vectors.append(step.vector())
         self._sums = sums if self._sums is None else self._sums + sums
 
     def take(self, gather: Callable[[Tensor], Tensor]) -> dict[str, list[float]]:
         """Everything added since, by key: TRL's per micro-batch, ours once; one collective, one wait."""
-        if not self._steps or self._sums is None:
+        if self._first is None or self._sums is None:
             return {}
-        step, sums, count = self._steps[0], self._sums, len(self._vectors)
+        step, sums, count = self._first, self._sums, len(self._vectors)
         local = torch.cat([*self._vectors, sums.values, sums.extremes])
         ranks = gather(local).view(-1, len(local)).cpu().double()
         theirs, values, extremes = ranks.split([count * len(self._vectors[0]), len(sums.values), len(sums.extremes)], 1)

@@ -73,7 +73,8 @@ class HPOTrainer(GRPOTrainer):  # type: ignore[misc]  # Any: TRL's types are not
         if args.head != "logprobs":
             base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
             add_head(base, self.temperature, args.cast_lm_head_to_fp32)
-            probe(base, self.temperature, self.accelerator.device)
+            with self.accelerator.autocast():  # as in training: attention in float32 is not every kernel's
+                probe(base, self.temperature, self.accelerator.device)
         if self.accelerator.is_main_process:
             for message in (check_trl(), self._two_step_because()):
                 if message is not None:
@@ -89,7 +90,8 @@ class HPOTrainer(GRPOTrainer):  # type: ignore[misc]  # Any: TRL's types are not
         reasons = [name for name, needed in needs.items() if needed]
         if self.args.head != "linear" or not reasons:
             return None
-        return f"head='linear' runs as 'two_step', with one GEMM more, for {', '.join(reasons)}"
+        ignored = "; skip_inactive has no effect there" if self.args.skip_inactive else ""
+        return f"head='linear' runs as 'two_step', with one GEMM more, for {', '.join(reasons)}{ignored}"
 
     def _penalty(self) -> Objective:
         """The objective that holds the KL term: another one than the policy term's where their ratios differ.
