@@ -69,7 +69,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help bench evidence pytest-benchmark test verl lint types versions sanitize clean distclean
+.PHONY: help bench evidence pytest-benchmark test verl trainers lint types versions sanitize clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -93,6 +93,9 @@ test: lint $(PEERS_STAMP) $(VERL_STAMP) ## lint, types and tests
 verl: $(VERL_STAMP) ## the tests that need verl alone
 	PYTHONPATH="$(CURDIR)/$(VERL)" OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) \
 		--dist loadfile -k verl tests/test_integrations_verl.py tests/test_trainers.py
+
+trainers: $(PEERS_STAMP) ## every combination of TRL's options, whole trainings: what the suite leaves out, 3 minutes
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) -m slow_trainers tests/test_integrations_trl.py
 
 lint: $(STAMP) ## style, formatting and types
 	$(BIN)/ruff check .

@@ -53,7 +53,7 @@ BENCH = ["matplotlib>=3.8", "rich>=13.7", "typer>=0.12"]
 # What the benchmark compares with, where it is installed; the first two run without a GPU, so that tests hold the
 # adapters against them. Liger and cut-cross-entropy ask for the distribution named triton: on ROCm install them with
 # --no-deps, or it is laid over ROCm's own.
-TESTED_PEERS = ['trl>=1.16; python_version >= "3.11"', 'liger-kernel>=0.8; platform_system == "Linux"']
+TESTED_PEERS = ['trl[peft]>=1.16; python_version >= "3.11"', 'liger-kernel>=0.8; platform_system == "Linux"']
 PEERS = [*TESTED_PEERS, 'cut-cross-entropy>=25.1; platform_system == "Linux"']
 
 # The trainer that hpo_fused.integrations.trl subclasses, from the oldest version that it was tested with.

@@ -342,9 +342,7 @@ TRAININGS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [*list(TRAININGS)[:1], *(pytest.param(name, marks=slow) for name in list(TRAININGS)[1:])]
-)
+@pytest.mark.parametrize("name", TRAININGS)
 @pytest.mark.parametrize("head", ["linear", *(pytest.param(head, marks=slow) for head in HEADS[1:])])
 def test_trains_and_evaluates_as_stock(path: str, name: str, head: str) -> None:
     options = {"max_steps": 6, **TRAININGS[name]}
@@ -606,7 +604,6 @@ def test_two_processes(path: str) -> None:
     run_trl_ranks("ddp", path)
 
 
-@slow
 @pytest.mark.parametrize("part", ["every_head", "fsdp2"])
 def test_two_processes_any_way(path: str, part: str) -> None:
     run_trl_ranks(part, path)
@@ -624,7 +621,7 @@ def architectures() -> list[Any]:
         "Qwen2Moe": {**experts, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
         "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True},
     }
-    return [pytest.param(*row, id=row[0], marks=[] if row[0] == "Gemma2" else slow) for row in made.items()]
+    return [pytest.param(*row, id=row[0]) for row in made.items()]
 
 
 @pytest.mark.parametrize(("name", "changes"), architectures())
@@ -677,7 +674,6 @@ def test_bfloat16_is_as_near_as_stock(path: str, precise: bool) -> None:
     assert all(error < 1.1 * stock for error in ours), (stock, ours)
 
 
-@slow
 @pytest.mark.parametrize("kind", ["lora", "lora-tied", "saved-head", "prompt", "prefix"])
 def test_adapters(tmp_path: Any, kind: str) -> None:
     peft = pytest.importorskip("peft", reason="needs peft")
@@ -711,7 +707,6 @@ def test_adapters(tmp_path: Any, kind: str) -> None:
         assert differences(found, expected) < GRADIENT
 
 
-@slow
 def test_tied_and_checkpointed_and_compiled(tmp_path: Any) -> None:
     path = save_tiny(str(tmp_path), tie=True)
     assert_like_stock(path, {"beta": 0.1, "gradient_checkpointing": True}, {})

@@ -193,7 +193,11 @@ class HPOTrainer(GRPOTrainer):  # type: ignore[misc]  # Any: TRL's types are not
                 nothing = torch.zeros_like(advantages)
                 loss = loss + logprob_policy_loss(logprobs, nothing, old_logprobs=old, objective=penalty, **given).loss
         else:
-            assert call.output is not None
+            if call.output is None:
+                raise RuntimeError(
+                    "model: expected HPOTrainer's forward, got another, which left the LM head out; something (another "
+                    "trainer?) has bound model.forward since the trainer was made"
+                )
             out = call.output
         logprobs, entropies = logprobs.detach(), entropies.detach()
         known = None if fused and self.args.skip_inactive else entropies

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import PackageNotFoundError, version
 
 OLDEST, NEWEST_TESTED, TOO_NEW = (1, 15), (1, 16), (2, 0)
@@ -20,7 +21,7 @@ def check_trl() -> str | None:
         raise ImportError(
             f"hpo_fused.integrations.trl: expected {expected}, found none; pip install 'hpo-fused[trl]'"
         ) from None
-    release = tuple(int(part) for part in found.split(".")[:2])
+    release = tuple(int(part) for part in re.findall(r"\d+", found)[:2])
     if not OLDEST <= release < TOO_NEW:
         raise ImportError(f"hpo_fused.integrations.trl: expected {expected}, found trl {found}")
     if release <= NEWEST_TESTED:
