@@ -42,6 +42,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PEERS_STAMP := $(VENV)/.installed-peers
 VERL := $(VENV)/verl
+OLDEST_TRL := $(VENV)/trl-1.15.0
 VERL_STAMP := $(VERL)/.installed
 CONSTRAINTS := $(VENV)/constraints.txt
 TYPED := $(VENV)/typed
@@ -94,8 +95,11 @@ verl: $(VERL_STAMP) ## the tests that need verl alone
 	PYTHONPATH="$(CURDIR)/$(VERL)" OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) \
 		--dist loadfile -k verl tests/test_integrations_verl.py tests/test_trainers.py
 
-trainers: $(PEERS_STAMP) ## every combination of TRL's options, whole trainings: what the suite leaves out, 3 minutes
+trainers: $(PEERS_STAMP) ## what the suite leaves out: TRL's options in every combination, its oldest version
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) -m slow_trainers tests/test_integrations_trl.py
+	[ -d $(OLDEST_TRL) ] || $(PIP) install -q --no-deps --target $(OLDEST_TRL) trl==1.15.0
+	PYTHONPATH="$(CURDIR)/$(OLDEST_TRL)" OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) \
+		tests/test_integrations_trl.py
 
 lint: $(STAMP) ## style, formatting and types
 	$(BIN)/ruff check .
