@@ -81,6 +81,7 @@ class LaunchConfiguration(NamedTuple):
     unroll: int
     rows: int
     options: dict[str, object]
+    leader: bool = False  # whether one warp computes a row's scalars, see sweeps.leads
 
     def grid(self, rows: int) -> tuple[int]:
         """The grid for a call with that many rows."""
@@ -142,7 +143,9 @@ def configure(machine: Machine, parameters: LaunchParameters) -> LaunchConfigura
     elif machine.known:
         # 65536 registers for the threads that are to be resident, 64 for 1024: one more each and a program waits.
         options["maxnreg"] = min(255, 65536 // (threads * math.ceil(rows / machine.processors)))
-    return LaunchConfiguration(threads // machine.warp_size, threads, loads, rows, options)
+    return LaunchConfiguration(
+        threads // machine.warp_size, threads, loads, rows, options, machine.architecture.startswith("sm_")
+    )
 
 
 # Of the process and not of a context: autograd runs a GPU's backward on a thread of its own.

@@ -17,7 +17,18 @@ from hpo_fused.interface import LogitTransform, LossSpec
 from .launch import launch_configuration, on_device_of, same_alignment, transform_constants
 from .numerics import to_float32
 from .surrogate import token_log_ratio, token_loss
-from .sweeps import lane_statistics, row_gradient, row_offset, row_scale, row_statistics, zero_row
+from .sweeps import (
+    combine_lanes,
+    from_leader,
+    gradient_constants,
+    lane_statistics,
+    leads,
+    row_gradient,
+    row_offset,
+    row_scale,
+    row_statistics,
+    zero_row,
+)
 from .token_terms import ADVANTAGE, ENTROPY_WEIGHT, KL_WEIGHT, MASKED, OLD_LOGPROB, POLICY_WEIGHT, REF_LOGPROB
 
 
@@ -52,6 +63,7 @@ def policy_loss_kernel(
     ALIGNED_OUT: tl.constexpr,  # see sweeps.row_gradient
     LANES: tl.constexpr,  # this and UNROLL: how a row is cut, see row_tiles.py
     UNROLL: tl.constexpr,
+    LEADER: tl.constexpr,  # see sweeps.leads
 ):
     """A row per iteration of persistent programs: 1. statistics; 2. loss and coefficients; 3. gradient."""
     VEC: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth  # elements in 16 bytes
@@ -60,12 +72,8 @@ def policy_loss_kernel(
     for row in range(tl.program_id(0), N, tl.num_programs(0)):
         y = tl.load(targets + row)
         unknown = tl.full((), float("nan"), tl.float32)
-        c = tl.full((), 0.0, tl.float32)
-        h = c
-        loss = tl.where(y < V, c, unknown)
-        maximum, others, z_y = unknown, unknown, unknown
-        logprob = tl.where(y == MASKED, c, unknown)
-        entropy = logprob
+        zero = tl.full((), 0.0, tl.float32)
+        maximum, constant, slope, target = zero, zero, zero, zero
         start = logits + row_offset(row, T, stride_b, stride_t)
         if (y >= 0) & (y < V):
             scale, inverse = row_scale(transform, temperatures, row)
@@ -76,7 +84,7 @@ def policy_loss_kernel(
             z_y = to_float32(tl.load(start + y))
             advantage = tl.load(values + ADVANTAGE * N + row)
             policy_weight = tl.load(values + POLICY_WEIGHT * N + row)
-            kl_weight, entropy_weight, ref_logprob, difference = c, c, c, c
+            kl_weight, entropy_weight, ref_logprob, difference = zero, zero, zero, zero
             if OFF_POLICY:
                 old_logprob = tl.load(values + OLD_LOGPROB * N + row)
             if KL != "none":
@@ -84,28 +92,43 @@ def policy_loss_kernel(
                 ref_logprob = tl.load(values + REF_LOGPROB * N + row)
             if ENTROPY_BONUS:
                 entropy_weight = tl.load(values + ENTROPY_WEIGHT * N + row)
-            logprob, maximum, others, entropy = row_statistics(lanes, z_y, own, ENTROPY)
-            if OFF_POLICY:
-                difference = logprob - old_logprob
-            log_ratio, slope = token_log_ratio(difference, advantage, parameters, KIND)
-            loss, by_ratio, by_logprob, h = token_loss(
-                logprob, entropy, advantage, policy_weight, kl_weight, entropy_weight, log_ratio, difference,
-                ref_logprob, parameters, max_log_ratio, 0, KIND, OFF_POLICY, KL, ENTROPY_BONUS,
-            )  # fmt: skip
-            c = tl.where(slope != 0, by_ratio, 0.0) + by_logprob
-        tl.store(results + row, loss)
-        tl.store(results + N + row, logprob)
-        if ENTROPY:
-            tl.store(results + 2 * N + row, entropy)
+            maximum, others, moment = combine_lanes(lanes, z_y, own, ENTROPY)
+            if leads(LEADER):
+                logprob, entropy = row_statistics(maximum, others, moment, z_y, own, ENTROPY)
+                if OFF_POLICY:
+                    difference = logprob - old_logprob
+                log_ratio, inside = token_log_ratio(difference, advantage, parameters, KIND)
+                loss, by_ratio, by_logprob, h = token_loss(
+                    logprob, entropy, advantage, policy_weight, kl_weight, entropy_weight, log_ratio, difference,
+                    ref_logprob, parameters, max_log_ratio, 0, KIND, OFF_POLICY, KL, ENTROPY_BONUS,
+                )  # fmt: skip
+                tl.store(results + row, loss)
+                tl.store(results + N + row, logprob)
+                if ENTROPY:
+                    tl.store(results + 2 * N + row, entropy)
+                if out is not None:
+                    c = tl.where(inside != 0, by_ratio, 0.0) + by_logprob
+                    if (c != 0) | (h != 0):  # a weight of 0 stays 0 whatever the row holds
+                        constant, slope, target = gradient_constants(
+                            maximum, others, entropy, z_y, c, h, own, ENTROPY_BONUS
+                        )
+        else:
+            tl.store(results + row, tl.where(y < V, zero, unknown))
+            tl.store(results + N + row, tl.where(y == MASKED, zero, unknown))
+            if ENTROPY:
+                tl.store(results + 2 * N + row, tl.where(y == MASKED, zero, unknown))
         if out is not None:
             destination = out + row_offset(row, T, out_stride_b, out_stride_t)
+            constant = from_leader(constant, LANES, LEADER)
+            if ENTROPY_BONUS:
+                slope = from_leader(slope, LANES, LEADER)
             # NaN differs from 0: an undefined row gets a NaN gradient, never a silent 0.
-            if (c != 0) | (h != 0):
+            if (constant != 0) | (slope != 0):
                 # Kept from above, they would crowd the registers.
                 scale, inverse = row_scale(transform, temperatures, row)
                 own = (scale, inverse, transform[2])
                 row_gradient(
-                    start, destination, V, y, z_y, maximum, others, entropy, c, h, own,
+                    start, destination, V, y, maximum, constant, slope, target, own,
                     LANES, VEC, UNROLL, ENTROPY_BONUS, ALIGNED_OUT,
                 )  # fmt: skip
             else:
@@ -144,6 +167,6 @@ def policy_loss(
             spec.parameters, spec.max_log_ratio, B * T, T, V, logits.stride(0), logits.stride(1), out_stride_b,
             out_stride_t,
             KIND=spec.kind, OFF_POLICY=spec.off_policy, KL=spec.kl, ENTROPY_BONUS=spec.entropy_bonus,
-            ENTROPY=entropy, ALIGNED_OUT=aligned, LANES=launch.lanes, UNROLL=launch.unroll,
+            ENTROPY=entropy, ALIGNED_OUT=aligned, LANES=launch.lanes, UNROLL=launch.unroll, LEADER=launch.leader,
             num_warps=launch.num_warps, **launch.options,
         )  # fmt: skip

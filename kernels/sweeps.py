@@ -35,6 +35,29 @@ def row_offset(row, T, stride_b, stride_t):
 
 
 @triton.jit
+def leads(LEADER: tl.constexpr):
+    """Whether this thread is one that computes a row's scalars; :func:`from_leader` hands them to the others.
+
+    On NVIDIA the threads of the first warp, the only condition in these kernels that is not the same in all threads:
+    what stands under it may neither reduce nor wait. Some 500 instructions per row, which 32 warps used to execute
+    alike: a tenth of the time, in which no byte moved. Elsewhere every thread.
+    """
+    if LEADER:
+        return tl.inline_asm_elementwise("mov.u32 $0, %tid.x;", "=r", [], tl.int32, True, 1) < 32
+    else:
+        return tl.full((), True, tl.int1)
+
+
+@triton.jit
+def from_leader(value, LANES: tl.constexpr, LEADER: tl.constexpr):
+    """A leader's scalar in every thread: the first lane's, through the sum's exchange between warps."""
+    if LEADER:
+        return tl.sum(tl.where(tl.arange(0, LANES) == 0, value, 0.0), axis=0)
+    else:
+        return value
+
+
+@triton.jit
 def row_scale(transform, temperatures, row):
     """First two constants of a row's transform: the call's where ``temperatures`` is None, else divided by the row's.
 
@@ -75,6 +98,25 @@ def _summand(z, transform):
     if transform[2] is not None:
         v += to_float32(z) * TINY
     return v
+
+
+@triton.jit
+def _summands(
+    body, step, groups, y_element, transform,
+    LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr, PARTIAL: tl.constexpr, EVICTION: tl.constexpr,
+):  # fmt: skip
+    """Tiles of v of a step, -inf in place of the sampled token, ``y_element`` elements from the first boundary."""
+    raw = load_step(body, step, groups, LANES, VEC, UNROLL, PARTIAL, EVICTION)
+    tiles = ()
+    for i in tl.static_range(UNROLL):
+        tiles = tiles + (_summand(raw[i], transform),)  # type: ignore[assignment]
+    y_in_step = y_element - step * (LANES * VEC * UNROLL)
+    if (y_in_step >= 0) & (y_in_step < LANES * VEC * UNROLL):
+        without_y = ()
+        for i in tl.static_range(UNROLL):
+            without_y = without_y + (without_target(tiles[i], step, i, y_element, LANES, VEC, UNROLL),)  # type: ignore[assignment]
+        tiles = without_y
+    return tiles
 
 
 @triton.jit
@@ -147,29 +189,19 @@ def lane_statistics(
     steps = groups // (LANES * UNROLL)
     y_element = y - lead
     for step in range(0, steps):
-        raw = load_step(body, step, groups, LANES, VEC, UNROLL, False, EVICTION)
-        tiles = ()
-        for i in tl.static_range(UNROLL):
-            tiles = tiles + (_summand(raw[i], transform),)  # type: ignore[assignment]
-        y_in_step = y_element - step * (LANES * VEC * UNROLL)
-        if (y_in_step >= 0) & (y_in_step < LANES * VEC * UNROLL):
-            without_y = ()
-            for i in tl.static_range(UNROLL):
-                without_y = without_y + (without_target(tiles[i], step, i, y_element, LANES, VEC, UNROLL),)  # type: ignore[assignment]
-            tiles = without_y
+        tiles = _summands(body, step, groups, y_element, transform, LANES, VEC, UNROLL, False, EVICTION)
         peak, total, moment = _absorb(peak, total, moment, tiles, scale, UNROLL, ENTROPY)
     if steps * (LANES * UNROLL) < groups:
-        raw = load_step(body, steps, groups, LANES, VEC, UNROLL, True, EVICTION)
+        tiles = _summands(body, steps, groups, y_element, transform, LANES, VEC, UNROLL, True, EVICTION)
         for i in tl.static_range(UNROLL):
             if (steps * UNROLL + i) * LANES < groups:  # a tile beyond the row costs its (masked) load and this branch
-                v = without_target(_summand(raw[i], transform), steps, i, y_element, LANES, VEC, UNROLL)
-                peak, total, moment = _absorb(peak, total, moment, (v,), scale, 1, ENTROPY)
+                peak, total, moment = _absorb(peak, total, moment, (tiles[i],), scale, 1, ENTROPY)
     return peak, total, moment
 
 
 @triton.jit
-def row_statistics(lanes, z_y, transform, ENTROPY: tl.constexpr):
-    """First sweep, the lanes' meeting: (logp, maximum, others, entropy) of the row, see ``SoftmaxStatistics``.
+def combine_lanes(lanes, z_y, transform, ENTROPY: tl.constexpr):
+    """First sweep, the lanes' meeting: (maximum, others, moment) of the row, the same in every thread.
 
     ``maximum`` is in natural units and everything after it is relative to maximum * log2(e) as float32 rounds it,
     so that a second kernel which starts from ``maximum`` finds exactly the same u.
@@ -178,25 +210,62 @@ def row_statistics(lanes, z_y, transform, ENTROPY: tl.constexpr):
         lanes: of :func:`lane_statistics`.
         z_y: the sampled token's raw logit.
         transform: constants of the logits' transform.
-        ENTROPY: whether the lanes have moments; the entropy is 0 otherwise.
+        ENTROPY: whether the lanes have moments; the row's is 0 otherwise.
     """
     peak, total, moment = lanes
     maximum = tl.maximum(tl.max(peak, axis=0), _summand(z_y, transform) * transform[0]) * LN2
     shift = peak - maximum * LOG2E
     decay = tl.exp2(shift)
     others = tl.sum(decay * total, axis=0)
+    row_moment = tl.full((), 0.0, tl.float32)
+    if ENTROPY:
+        row_moment = tl.sum(decay * (moment + shift * total), axis=0)
+    return maximum, others, row_moment
+
+
+@triton.jit
+def row_statistics(maximum, others, moment, z_y, transform, ENTROPY: tl.constexpr):
+    """(logp, entropy) of a row, from what :func:`combine_lanes` gives; see ``SoftmaxStatistics``."""
     u, e, _, log_total = _target_terms(z_y, maximum, others, transform)
     peaked = others < e
     logprob = tl.where(peaked, -log1p_unit(others / e), u * LN2 - log_total)
     entropy = tl.full((), 0.0, tl.float32)
     if ENTROPY:
-        moments = tl.sum(decay * (moment + shift * total), axis=0)
-        # H = log S - ln2 (moments + e u) / S. On a peaked row log S and u are the same rounding residue and cancel:
-        # with log S = u ln2 - logp, H = -logp + ln2 (u others - moments) / S keeps its relative precision.
+        # H = log S - ln2 (moment + e u) / S. On a peaked row log S and u are the same rounding residue and cancel:
+        # with log S = u ln2 - logp, H = -logp + ln2 (u others - moment) / S keeps its relative precision.
         reciprocal = LN2 / (others + e)
-        spread = log_total - (moments + e * tl.maximum(u, LOWEST)) * reciprocal
-        entropy = tl.where(peaked, (u * others - moments) * reciprocal - logprob, spread)
-    return logprob, maximum, others, entropy
+        spread = log_total - (moment + e * tl.maximum(u, LOWEST)) * reciprocal
+        entropy = tl.where(peaked, (u * others - moment) * reciprocal - logprob, spread)
+    return logprob, entropy
+
+
+@triton.jit
+def gradient_constants(maximum, others, entropy, z_y, c, h, transform, ENTROPY_BONUS: tl.constexpr):
+    """A row's three numbers of the second sweep: (constant, slope, target), see :func:`row_gradient`.
+
+    For j != y, g_j = p_j (h (E[z'] - z'_j) - c) dz'/dz = exp2(u_j) (constant - slope u_j) dz'/dz, with the row's
+    constants folded: E[z'] - z'_j = (log S - H) - ln2 u_j relative to the maximum. The sampled token's own gradient is
+    c (1 - p_y) with 1 - p_y = others / S.
+
+    Args:
+        maximum, others, entropy: the row's statistics; the entropy is read with ENTROPY_BONUS only.
+        z_y, transform: as in the first sweep.
+        c, h: the row's gradient coefficients dloss/dlogp and dloss/dH.
+        ENTROPY_BONUS: whether h can differ from 0.
+    """
+    u_y, e_y, slope_y, log_total = _target_terms(z_y, maximum, others, transform)
+    normalizer = transform[1] / (others + e_y)
+    constant = -c * normalizer
+    slope = tl.full((), 0.0, tl.float32)
+    target = c * others * normalizer
+    if ENTROPY_BONUS:
+        mean = log_total - entropy
+        constant = (h * mean - c) * normalizer
+        slope = h * LN2 * normalizer
+        target += h * e_y * normalizer * (mean - LN2 * tl.maximum(u_y, LOWEST))
+    if transform[2] is not None:
+        target = target * slope_y
+    return constant, slope, target
 
 
 @triton.jit
@@ -215,25 +284,22 @@ def _gradient(raw, transform, peak, constant, slope, ENTROPY_BONUS: tl.constexpr
 
 @triton.jit
 def row_gradient(
-    row, out, V, y, z_y, maximum, others, entropy, c, h, transform,
+    row, out, V, y, maximum, constant, slope, target, transform,
     LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
     ENTROPY_BONUS: tl.constexpr, ALIGNED_OUT: tl.constexpr,
 ):  # fmt: skip
     """Second sweep: dloss/dz of the whole row, written to ``out``.
 
-    For j != y, g_j = p_j (h (E[z'] - z'_j) - c) dz'/dz = exp2(u_j) (constant - slope u_j) dz'/dz, with the row's
-    constants folded: E[z'] - z'_j = (log S - H) - ln2 u_j relative to the maximum. The sampled token gets its own
-    value, c (1 - p_y) with 1 - p_y = others / S, in one scalar store after a barrier: no per-element comparison.
+    The sampled token gets its own value in one scalar store after a barrier: no per-element comparison.
 
     Steps: 1. the masked last step; 2. whole steps backwards, since the end of the row is nearest in the cache; 3. the
     edge; 4. the sampled token.
 
     Args:
         row, out: pointers to the row's first logit and to its gradient's, which may be the same.
-        V, y, z_y, transform: as in the first sweep; z_y was read before anything is written.
-        maximum, others, entropy: the row's statistics; the entropy is read with ENTROPY_BONUS only.
-        c, h: the row's gradient coefficients dloss/dlogp and dloss/dH.
-        ENTROPY_BONUS: whether h can differ from 0.
+        V, y, maximum, transform: as in the first sweep.
+        constant, slope, target: of :func:`gradient_constants`; the target's gradient is read by the leader only.
+        ENTROPY_BONUS: whether the slope can differ from 0.
         ALIGNED_OUT: whether ``out`` is as far from a 16-byte boundary as ``row``.
     """
     lead, groups = frame(row, V, VEC)
@@ -243,18 +309,6 @@ def row_gradient(
         out_body = tl.multiple_of(out_body, 16)
     dtype: tl.constexpr = out.dtype.element_ty
     peak = maximum * LOG2E
-    u_y, e_y, slope_y, log_total = _target_terms(z_y, maximum, others, transform)
-    normalizer = transform[1] / (others + e_y)
-    constant = -c * normalizer
-    slope = 0.0
-    target = c * others * normalizer
-    if ENTROPY_BONUS:
-        mean = log_total - entropy
-        constant = (h * mean - c) * normalizer
-        slope = h * LN2 * normalizer
-        target += h * e_y * normalizer * (mean - LN2 * tl.maximum(u_y, LOWEST))
-    if transform[2] is not None:
-        target = target * slope_y
 
     steps = groups // (LANES * UNROLL)
     if steps * (LANES * UNROLL) < groups:

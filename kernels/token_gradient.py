@@ -10,7 +10,7 @@ from hpo_fused.interface import LogitTransform, SoftmaxStatistics
 
 from .launch import launch_configuration, on_device_of, same_alignment, transform_constants
 from .numerics import to_float32
-from .sweeps import row_gradient, row_offset, row_scale, zero_row
+from .sweeps import gradient_constants, row_gradient, row_offset, row_scale, zero_row
 
 
 @triton.jit(
@@ -59,10 +59,12 @@ def token_gradient_kernel(
             z_y = to_float32(tl.load(start + y))
             maximum = tl.load(maxima + row)
             total = tl.load(others + row)
+            BONUS: tl.constexpr = entropy_coefficients is not None
+            constant, slope, target = gradient_constants(maximum, total, entropy, z_y, c, h, own, BONUS)
             tl.debug_barrier()  # in place: every thread has its copy of z_y before any overwrites it
             row_gradient(
-                start, destination, V, y, z_y, maximum, total, entropy, c, h, own,
-                LANES, VEC, UNROLL, entropy_coefficients is not None, ALIGNED_OUT,
+                start, destination, V, y, maximum, constant, slope, target, own,
+                LANES, VEC, UNROLL, BONUS, ALIGNED_OUT,
             )  # fmt: skip
         else:
             zero_row(destination, V, LANES, VEC, UNROLL)

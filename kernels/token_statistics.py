@@ -10,7 +10,7 @@ from hpo_fused.interface import LogitTransform, SoftmaxStatistics
 
 from .launch import launch_configuration, on_device_of, transform_constants
 from .numerics import to_float32
-from .sweeps import lane_statistics, row_offset, row_scale, row_statistics
+from .sweeps import combine_lanes, lane_statistics, leads, row_offset, row_scale, row_statistics
 
 
 @triton.jit(
@@ -34,13 +34,12 @@ def token_statistics_kernel(
     stride_t,
     LANES: tl.constexpr,  # this and UNROLL: how a row is cut, see row_tiles.py
     UNROLL: tl.constexpr,
+    LEADER: tl.constexpr,  # see sweeps.leads
 ):
     """The first sweep of every row whose target is an id; NaN in the others, which are not read."""
     VEC: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth  # elements in 16 bytes
     ENTROPY: tl.constexpr = entropies is not None
     for row in range(tl.program_id(0), N, tl.num_programs(0)):
-        logprob = tl.full((), float("nan"), tl.float32)
-        maximum, total, entropy = logprob, logprob, logprob
         y = tl.load(targets + row)
         if (y >= 0) & (y < V):
             scale, inverse = row_scale(transform, temperatures, row)
@@ -48,12 +47,21 @@ def token_statistics_kernel(
             start = logits + row_offset(row, T, stride_b, stride_t)
             lanes = lane_statistics(start, V, y, own, LANES, VEC, UNROLL, ENTROPY, "evict_first")
             z_y = to_float32(tl.load(start + y))
-            logprob, maximum, total, entropy = row_statistics(lanes, z_y, own, ENTROPY)
-        tl.store(logprobs + row, logprob)
-        tl.store(maxima + row, maximum)
-        tl.store(others + row, total)
-        if ENTROPY:
-            tl.store(entropies + row, entropy)
+            maximum, total, moment = combine_lanes(lanes, z_y, own, ENTROPY)
+            if leads(LEADER):
+                logprob, entropy = row_statistics(maximum, total, moment, z_y, own, ENTROPY)
+                tl.store(logprobs + row, logprob)
+                tl.store(maxima + row, maximum)
+                tl.store(others + row, total)
+                if ENTROPY:
+                    tl.store(entropies + row, entropy)
+        else:
+            unknown = tl.full((), float("nan"), tl.float32)
+            tl.store(logprobs + row, unknown)
+            tl.store(maxima + row, unknown)
+            tl.store(others + row, unknown)
+            if ENTROPY:
+                tl.store(entropies + row, unknown)
 
 
 def token_statistics(logits: Tensor, targets: Tensor, transform: LogitTransform, statistics: SoftmaxStatistics) -> None:
@@ -73,5 +81,5 @@ def token_statistics(logits: Tensor, targets: Tensor, transform: LogitTransform,
         token_statistics_kernel[launch.grid(B * T)](
             logits, targets, *statistics, transform_constants(*transform[:2]), transform.temperatures, B * T, T, V,
             logits.stride(0), logits.stride(1),
-            LANES=launch.lanes, UNROLL=launch.unroll, num_warps=launch.num_warps, **launch.options,
+            LANES=launch.lanes, UNROLL=launch.unroll, LEADER=launch.leader, num_warps=launch.num_warps, **launch.options,
         )  # fmt: skip
