@@ -8,8 +8,11 @@ Two quantities decide, both per streaming multiprocessor (SM):
   of 32 warps (64 KB) where only one row does. A100: 1.6 TB/s x 0.7 us / 108 = 10 KB; B200: 7 TB/s x 0.9 us / 148
   = 43 KB; RTX 5090: 1.8 TB/s x 0.8 us / 170 = 8 KB; MI300X: 4.5 TB/s x 1 us / 304 = 15 KB. 4 loads serve H200 and
   B200, 2 (32 KB) the others.
-* Rows in flight. The second sweep reads the row again, and should find it in the last-level cache, so
-  rows in flight x row bytes should stay below about 0.85 of it (the rest holds lines being written back):
+* Rows in flight. The second sweep reads the row again. An H200 finds in the first-level cache (248 KB per SM) what fits
+  it, 0.8 of Qwen's row, and next to nothing in the second-level one, counters say: few and long programs are better
+  than many. Elsewhere the row should be found in the last-level cache, and nothing else was measured there: rows in
+  flight x row bytes stay below about 0.85 of it (the rest holds lines being written back), but never less than a row
+  per SM.
 
                      cache x 0.85   Qwen 304 KB     Llama-3 257 KB   Gemma 524 KB    GPT-2 101 KB
     A100   108 SMs        36 MB     108 = 33 MB     108 = 28 MB      108 = 57 MB     216 = 22 MB
@@ -18,11 +21,17 @@ Two quantities decide, both per streaming multiprocessor (SM):
     5090   170 SMs        86 MB     170 = 52 MB     170 = 44 MB      170 = 89 MB     340 = 34 MB
     MI300X 304 CUs       228 MB     608 = 185 MB    608 = 156 MB     304 = 159 MB    608 = 61 MB
 
-  Never less than a row per SM, though: on an H200, Gemma's rows took 1.49 times a copy with 132 in flight, of whose
-  second read a third misses the cache, and 1.69 with the 85 that fit (bf16, 8192 tokens). Of the others the H200 has
-  seen Qwen's row only: 132 programs of 1024 threads and 4 loads took 1.52 to 1.64, (512, 4) with 132 or 264 rows
-  1.63 to 1.79, (1024, 2) 1.62 to 1.76, (256, 4) with 528 rows 1.90, (1024, 1) 1.84 to 2.06 (docs/kernels.md). The
-  table's other entries are not measured.
+Measured on an H200, loss and gradient, times over a copy's (bf16 where not said; the first column is the table's):
+
+    (threads, loads, rows)    of the table    (1024, 2, 132)   (512, 4, 264)   (512, 8, 132)   (256, 4, 528)
+    Qwen                      1.27            1.43             1.35            1.34            1.48
+    Qwen, float32             1.37                             1.46            1.37
+    Llama-3                   1.30                             1.31
+    Gemma                     1.33                             1.44            1.41
+    Gemma, softcap 30         1.88            2.02             1.88
+    GPT-2, V 50257 / 50304    1.32 / 1.26                                                      1.35 / 1.27
+
+The entries of the other GPUs are not measured.
 
 Programs are persistent (each strides over the rows), so that the grid's size is the number of rows in flight.
 """
@@ -88,15 +97,16 @@ class LaunchConfiguration(NamedTuple):
         return (min(rows, self.rows),)
 
 
-# Loads that a thread has outstanding, and the same in variants that need more registers or arithmetic per element
-# (narrow): the most that spill nothing, counted by ``hpo-fused-bench compile``. sm_80: 4 spills 168 bytes with Triton
-# 3.9, where 2 spills 32 with softcap, and an A100 needs no more. sm_120: 4 spills 40 bytes with an entropy term, and 2
-# spills 16 with narrow stores. gfx942: 4 spills scalar registers in all, and 2 one with softcap,
-# KL and entropy term.
+# Loads that a thread has outstanding, by the variant's pressure on registers (see default_parameters): the most that
+# spill nothing, counted by ``hpo-fused-bench compile``. sm_80: 4 spills 168 bytes with Triton 3.9, where 2 spills 32
+# with softcap, and an A100 needs no more. sm_90: 4 spills 80 bytes with Triton 3.9 where softcap and entropy bonus
+# meet. sm_120: 4 spills 40 bytes with an entropy term, and 2 spills 16 with unaligned stores. gfx942: 4 spills scalar
+# registers in all, and 2 one with softcap, KL and entropy term.
 _LOADS = {
-    "sm_80": (2, 1), "sm_90": (4, 2), "sm_100": (4, 2), "sm_120": (2, 1), "gfx942": (2, 1), "gfx950": (2, 2),
+    "sm_80": (2, 1, 1), "sm_90": (4, 4, 2), "sm_100": (4, 2, 2), "sm_120": (2, 1, 1), "gfx942": (2, 1, 1),
+    "gfx950": (2, 2, 2),
 }  # fmt: skip
-_LOADS_UNKNOWN = (2, 1)
+_LOADS_UNKNOWN = (2, 1, 1)
 
 # Last-level caches that the driver does not report (it reports the 4 MB of L2 per XCD): MI300X's memory-side cache.
 _MEMORY_SIDE_CACHE = {"gfx942": 256 * _MB, "gfx950": 256 * _MB}
@@ -115,17 +125,18 @@ def machine(device_index: int) -> Machine:
 
 
 def default_parameters(
-    machine: Machine, itemsize: int, V: int, *, reread: bool = True, narrow: bool = False
+    machine: Machine, itemsize: int, V: int, *, reread: bool = True, pressure: int = 0
 ) -> LaunchParameters:
     """The table's entry for rows of ``V`` elements of ``itemsize`` bytes.
 
-    ``reread``: a second sweep follows the first. ``narrow``: the variant needs more registers or arithmetic per
-    element (softcap: 3 MUFU per element and sweep, bound by arithmetic; stores at another alignment than the loads).
+    ``reread``: a second sweep follows the first. ``pressure``: of the variant on registers and arithmetic. 0: plain; 1:
+    softcap, three special functions per element and sweep, hence bound by arithmetic, which two programs per SM
+    overlap; 2: softcap with an entropy bonus, or stores at another alignment than the loads.
     """
     row_bytes = V * itemsize
     fits_two = not reread or 2 * machine.processors * row_bytes <= USABLE_CACHE * machine.cache_bytes
-    threads = 512 if fits_two else 1024
-    loads = _LOADS.get(machine.architecture, _LOADS_UNKNOWN)[narrow]
+    threads = 512 if fits_two or pressure == 1 else 1024
+    loads = _LOADS.get(machine.architecture, _LOADS_UNKNOWN)[pressure]
     # The last tile is partly idle. Small vocabularies get smaller programs, and more of them, so that a row has four.
     while threads > 128 and 4 * threads * VECTOR_BYTES > row_bytes:
         threads //= 2
@@ -199,18 +210,18 @@ def _interpreted(itemsize: int, V: int) -> LaunchConfiguration:
 
 
 @functools.cache
-def _default(machine: Machine, itemsize: int, V: int, reread: bool, narrow: bool) -> LaunchConfiguration:
-    return configure(machine, default_parameters(machine, itemsize, V, reread=reread, narrow=narrow))
+def _default(machine: Machine, itemsize: int, V: int, reread: bool, pressure: int) -> LaunchConfiguration:
+    return configure(machine, default_parameters(machine, itemsize, V, reread=reread, pressure=pressure))
 
 
-def launch_configuration(tensor: Tensor, *, reread: bool = True, narrow: bool = False) -> LaunchConfiguration:
+def launch_configuration(tensor: Tensor, *, reread: bool = True, pressure: int = 0) -> LaunchConfiguration:
     """The launch for the rows of ``tensor``, [B, T, V]."""
     itemsize, V = tensor.element_size(), tensor.shape[-1]
     if INTERPRETED.value:
         return _interpreted(itemsize, V)
     chosen, parameters = _overridden[-1]
     chosen = machine(tensor.device.index) if chosen is None else chosen
-    return _default(chosen, itemsize, V, reread, narrow) if parameters is None else configure(chosen, parameters)
+    return _default(chosen, itemsize, V, reread, pressure) if parameters is None else configure(chosen, parameters)
 
 
 _NO_CHANGE = nullcontext()

@@ -159,7 +159,8 @@ def policy_loss(
     if B * T == 0:
         return
     entropy, aligned = results.shape[0] == 3, out is None or same_alignment(logits, out)
-    launch = launch_configuration(logits, reread=out is not None, narrow=transform.softcap is not None or not aligned)
+    pressure = 2 if not aligned else int(transform.softcap is not None) << int(spec.entropy_bonus)
+    launch = launch_configuration(logits, reread=out is not None, pressure=pressure)
     out_stride_b, out_stride_t = (0, 0) if out is None else out.stride()[:2]
     with on_device_of(logits):
         policy_loss_kernel[launch.grid(B * T)](

@@ -96,7 +96,9 @@ def token_gradient(
     if entropy_coefficients is not None and statistics.entropy is None:
         raise ValueError("statistics: expected the rows' entropy beside entropy_coefficients, got None")
     aligned = same_alignment(logits, out)
-    launch = launch_configuration(logits, reread=False, narrow=transform.softcap is not None or not aligned)
+    bonus = entropy_coefficients is not None
+    pressure = 2 if not aligned else int(transform.softcap is not None) << int(bonus)
+    launch = launch_configuration(logits, reread=False, pressure=pressure)
     with on_device_of(logits):
         token_gradient_kernel[launch.grid(B * T)](
             logits, out, targets, *statistics[1:], logprob_coefficients, entropy_coefficients,

@@ -76,10 +76,11 @@ def token_statistics(logits: Tensor, targets: Tensor, transform: LogitTransform,
     B, T, V = logits.shape
     if B * T == 0:
         return
-    launch = launch_configuration(logits, reread=False, narrow=transform.softcap is not None)
+    launch = launch_configuration(logits, reread=False, pressure=int(transform.softcap is not None))
     with on_device_of(logits):
         token_statistics_kernel[launch.grid(B * T)](
             logits, targets, *statistics, transform_constants(*transform[:2]), transform.temperatures, B * T, T, V,
             logits.stride(0), logits.stride(1),
-            LANES=launch.lanes, UNROLL=launch.unroll, LEADER=launch.leader, num_warps=launch.num_warps, **launch.options,
+            LANES=launch.lanes, UNROLL=launch.unroll, LEADER=launch.leader,
+            num_warps=launch.num_warps, **launch.options,
         )  # fmt: skip

@@ -59,8 +59,9 @@ def test_rows_in_flight_fit_the_cache_or_are_one_to_a_processor(gpu: str, itemsi
 
 
 def test_variants() -> None:
-    """Narrow ones hold fewer loads; without a second read the cache is no concern."""
-    assert launch.default_parameters(GPUS["H100"], 2, GEMMA, narrow=True) == (1024, 2, 132)
+    """Those that press on the registers hold fewer loads; without a second read the cache is no concern."""
+    assert launch.default_parameters(GPUS["H100"], 2, GEMMA, pressure=1) == (512, 4, 264)
+    assert launch.default_parameters(GPUS["H100"], 2, GEMMA, pressure=2) == (1024, 2, 132)
     assert launch.default_parameters(GPUS["H100"], 2, GEMMA, reread=False) == (512, 4, 264)
 
 
@@ -76,10 +77,10 @@ def test_few_lanes_are_idle(V: int) -> None:
 def test_unknown_architecture_gets_what_is_safe() -> None:
     machine = launch.Machine("sm_89", 142, 96 * MB, 32)
     assert not machine.known
-    for narrow in (False, True):
-        parameters = launch.default_parameters(machine, 2, QWEN, narrow=narrow)
-        assert parameters.loads == 2 - narrow  # at most what is safe on every architecture
-        assert parameters.rows == 142
+    for pressure in (0, 1, 2):
+        parameters = launch.default_parameters(machine, 2, QWEN, pressure=pressure)
+        assert parameters.loads == 2 - (pressure > 0)  # at most what is safe on every architecture
+        assert parameters.rows == (284 if pressure == 1 else 142)
         assert "maxnreg" not in launch.configure(machine, parameters).options  # no cap: nothing need spill
     wave32 = launch.Machine("gfx1201", 64, 64 * MB, 32)
     configuration = launch.configure(wave32, launch.default_parameters(wave32, 2, 32000))
