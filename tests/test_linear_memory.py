@@ -210,6 +210,15 @@ def test_default_chunk_of_a_real_head_fits_the_stated_gibibyte() -> None:
         assert hf.linear_memory(16384, width, vocabulary).extra < 1024 * MIB
 
 
+def test_one_chunk_where_its_logits_take_no_more_than_the_accumulator() -> None:
+    """2 H rows of bfloat16 on a GPU: they take what dweight's float32 sum over chunks would."""
+    one, chunked = (hf.linear_memory(rows, 4096, 151936) for rows in (8192, 8193))
+    assert (one.accumulator, one.chunk) == (0, chunked.accumulator)
+    assert one.peak <= chunked.peak + 8192 * 4 * 4096  # a chunk's hidden states and their gradient
+    for kept in ({"device": "cpu"}, {"weight_requires_grad": False}, {"autocast": torch.float16}, {"dtype": FP32}):
+        assert hf.linear_memory(8192, 4096, 151936, **kept).chunk <= 896 * MIB  # type: ignore[arg-type]
+
+
 def test_frozen_sides_cost_nothing() -> None:
     full = hf.linear_memory(8192, 64, 32000, chunk_bytes=64 * MIB)
     assert hf.linear_memory(8192, 64, 32000, chunk_bytes=64 * MIB, weight_requires_grad=False).accumulator == 0

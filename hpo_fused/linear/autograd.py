@@ -25,7 +25,7 @@ from hpo_fused.interface import LOGPROB, LOSS, SKIPPED, LogitTransform, LossSpec
 from .arguments import check_still_held
 from .head import GemmDtypes, Gradients, Head, HeadGradients, Inputs
 from .keep import Keep
-from .memory import ChunkPlan
+from .memory import ChunkPlan, accumulator_bytes
 from .rows import Rows
 
 
@@ -45,13 +45,16 @@ class Settings(NamedTuple):
 
 
 class _Chunks:
-    """The chunks of a call's rows, and the logits of each from a GEMM."""
+    """The chunks of a call's rows, and the logits of each from a GEMM; ``summed``: dweight is summed over them."""
 
-    def __init__(self, inputs: Inputs, rows: Rows, settings: Settings) -> None:
+    def __init__(self, inputs: Inputs, rows: Rows, settings: Settings, *, summed: bool = False) -> None:
         self.inputs = self.hidden, weight, bias = inputs
         self.rows, self.head, self.keep = rows, Head(weight, bias, settings.dtypes), settings.keep
         vocabulary, width = weight.shape
-        self.plan = ChunkPlan.of(len(rows), vocabulary, width, settings.dtypes, weight.device, settings.chunk_bytes)
+        accumulator = accumulator_bytes(weight.numel(), weight.dtype, settings.dtypes) if summed else 0
+        self.plan = ChunkPlan.of(
+            len(rows), vocabulary, width, settings.dtypes, weight.device, settings.chunk_bytes, accumulator
+        )
 
     def __iter__(self) -> Iterator[tuple[Rows, Tensor, Tensor]]:
         """(rows, x [r, H], logits [1, r, V]) of each chunk; the logits share one buffer."""
@@ -147,7 +150,7 @@ def policy_loss(
     results = terms.values.new_zeros((3 if entropy else 2, *terms.targets.shape))
     results[LOGPROB:].masked_fill_(terms.targets == SKIPPED, torch.nan)
     with _plain(inputs[0]):
-        chunks = _Chunks(inputs, rows, settings)
+        chunks = _Chunks(inputs, rows, settings, summed=needed[1])
         gradients = chunks.gradients(needed)
         for chunk, x, logits in chunks:
             entries = results.new_empty((len(results), 1, len(chunk)))
@@ -201,7 +204,8 @@ class _TokenStatistics(torch.autograd.Function):
         with _plain(statistics):
             c = torch.zeros_like(statistics[0]) if c is None else c
             coefficients = torch.stack([value.to(torch.float32) for value in (c, *h) if value is not None])
-            chunks = _Chunks((hidden, weight, bias), ctx.rows, ctx.settings)
+            summed = ctx.needs_input_grad[1] and ctx.into is None
+            chunks = _Chunks((hidden, weight, bias), ctx.rows, ctx.settings, summed=summed)
             gradients = chunks.gradients(ctx.needs_input_grad[:3], ctx.into)
             for chunk, x, logits in chunks:
                 c, *h = chunk.gather(coefficients)

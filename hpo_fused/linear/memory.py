@@ -38,6 +38,11 @@ def _row_bytes(hidden_size: int, dtypes: GemmDtypes, dtype: torch.dtype) -> int:
     return hidden_size * (2 * dtypes.arithmetic.itemsize + (dtype.itemsize if dtype != dtypes.arithmetic else 0))
 
 
+def accumulator_bytes(entries: int, dtype: torch.dtype, dtypes: GemmDtypes) -> int:
+    """Bytes of dweight's float32 sum over chunks which a single chunk, whose GEMM writes ``dtype`` itself, spares."""
+    return 4 * entries if dtype.itemsize < 4 and dtype == dtypes.operands else 0
+
+
 class ChunkPlan(NamedTuple):
     """``chunks`` chunks of ``rows`` rows; the last may be smaller."""
 
@@ -47,12 +52,12 @@ class ChunkPlan(NamedTuple):
     @classmethod
     def of(
         cls, total: int, vocabulary: int, hidden_size: int, dtypes: GemmDtypes, device: torch.device,
-        chunk_bytes: int | None,
+        chunk_bytes: int | None, accumulator: int = 0,
     ) -> ChunkPlan:  # fmt: skip
         """The plan for ``total`` rows.
 
         ``chunk_bytes`` is for logits alone; the default budget counts a row's hidden states (gathered, and their
-        gradient) as well.
+        gradient) as well. ``accumulator``: bytes that more chunks than one take for dweight's sum.
 
         Raises:
             TypeError, ValueError: chunk_bytes not an int, or less than one row.
@@ -61,6 +66,8 @@ class ChunkPlan(NamedTuple):
         if chunk_bytes is None:
             largest = max(_DEFAULT_LARGEST // (logits + _row_bytes(hidden_size, dtypes, dtypes.operands)), 1)
             largest = min(largest, _DEFAULT_ROWS.get(device.type, _DEFAULT_ROWS_ELSEWHERE))
+            if device.type != "cpu" and total * logits <= accumulator:
+                largest = max(largest, total)
         elif isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int):
             raise TypeError(f"chunk_bytes: expected an int or None, got {described(chunk_bytes)}")
         elif chunk_bytes < logits:
@@ -154,8 +161,9 @@ def linear_memory(
         raise TypeError(f"logits_dtype: expected None, torch.float32 or the GEMMs' own {operands}, got {logits}")
     place = torch.device(device)
     dtypes = GemmDtypes.of(operands, logits, place)
-    plan = ChunkPlan.of(rows, vocabulary, hidden_size, dtypes, place, chunk_bytes)
     size, head = dtype.itemsize, hidden_size * vocabulary
+    spared = accumulator_bytes(head, dtype, dtypes) if weight_requires_grad else 0
+    plan = ChunkPlan.of(rows, vocabulary, hidden_size, dtypes, place, chunk_bytes, spared)
 
     # A single GEMM can write the gradient itself, if that has its dtype.
     accumulated = weight_requires_grad and size < 4 and rows > 0 and (plan.chunks > 1 or operands != dtype)
