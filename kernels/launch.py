@@ -41,12 +41,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from ctypes import c_float
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
 
 from .numerics import INTERPRETED, LOG2E
 
@@ -55,6 +57,7 @@ VECTOR_BYTES = 16
 USABLE_CACHE = 0.85
 # a * b + c rounded once is part of the kernels' arithmetic; Triton 3.10 leaves it to whoever asks for it.
 _FUSED_MULTIPLY_ADD = {"enable_fp_fusion": True}
+_HIP = torch.version.hip is not None
 
 
 class Machine(NamedTuple):
@@ -85,16 +88,15 @@ class LaunchParameters(NamedTuple):
 class LaunchConfiguration(NamedTuple):
     """A launch as Triton takes it; a program handles a row at a time, ``lanes`` x 16 bytes x ``unroll`` a step."""
 
-    num_warps: int
     lanes: int
     unroll: int
     rows: int
     options: dict[str, object]
     leader: bool = False  # whether one warp computes a row's scalars, see sweeps.leads
 
-    def grid(self, rows: int) -> tuple[int]:
-        """The grid for a call with that many rows."""
-        return (min(rows, self.rows),)
+    def programs(self, rows: int) -> int:
+        """How many are launched for a call with that many rows."""
+        return min(rows, self.rows)
 
 
 # Loads that a thread has outstanding, by the variant's pressure on registers (see default_parameters): the most that
@@ -148,15 +150,13 @@ def default_parameters(
 def configure(machine: Machine, parameters: LaunchParameters) -> LaunchConfiguration:
     """The launch with these parameters."""
     threads, loads, rows = parameters
-    options: dict[str, object] = dict(_FUSED_MULTIPLY_ADD)
+    options: dict[str, object] = {"num_warps": threads // machine.warp_size, **_FUSED_MULTIPLY_ADD}
     if machine.architecture.startswith("gfx"):
         options["allow_flush_denorm"] = True  # exp2 as the bare v_exp_f32; NVIDIA's flushes by itself
     elif machine.known:
         # 65536 registers for the threads that are to be resident, 64 for 1024: one more each and a program waits.
         options["maxnreg"] = min(255, 65536 // (threads * math.ceil(rows / machine.processors)))
-    return LaunchConfiguration(
-        threads // machine.warp_size, threads, loads, rows, options, machine.architecture.startswith("sm_")
-    )
+    return LaunchConfiguration(threads, loads, rows, options, machine.architecture.startswith("sm_"))
 
 
 # Of the process and not of a context: autograd runs a GPU's backward on a thread of its own.
@@ -206,7 +206,7 @@ def _interpreted(itemsize: int, V: int) -> LaunchConfiguration:
     lanes = 64
     while lanes < 4096 and lanes * vec < V:
         lanes *= 2
-    return LaunchConfiguration(1, lanes, 1, 4, {})
+    return LaunchConfiguration(lanes, 1, 4, {"num_warps": 1})
 
 
 @functools.cache
@@ -224,14 +224,62 @@ def launch_configuration(tensor: Tensor, *, reread: bool = True, pressure: int =
     return _default(chosen, itemsize, V, reread, pressure) if parameters is None else configure(chosen, parameters)
 
 
-_NO_CHANGE = nullcontext()
+# What Triton compiled for a launch, by all that it compiles anew for.
+_compiled: dict[tuple[object, ...], CompiledKernel] = {}
 
 
-def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Make the tensor's device current: Triton launches on the current one."""
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-        return torch.cuda.device(tensor.device)
-    return _NO_CHANGE
+def _variant(
+    kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any], options: dict[str, Any]
+) -> tuple[object, ...] | None:
+    """All that Triton compiles ``kernel`` anew for, and where; None where it is to find that out itself.
+
+    That is in the interpreter, where launches are intercepted (also to compile for a machine that is not there), where
+    a hook asks for the arguments by name, on AMD (Triton asks there for the sizes of storages too), and with integers
+    beyond 32 bits. Integers within, of which the kernels let none be specialised, and numbers count by their type.
+    """
+    if type(kernel) is not JITFunction or kernel.pre_run_hooks or _HIP or _overridden[-1][0] is not None:
+        return None
+    key: list[object] = [kernel.fn, arguments[0].get_device(), *constants.values(), *options.items()]
+    for value in arguments:
+        if isinstance(value, Tensor):
+            key += value.dtype, value.data_ptr() % VECTOR_BYTES == 0
+        elif isinstance(value, tuple):  # of float and None
+            key += map(type, value)
+        else:
+            if isinstance(value, int) and not -(1 << 31) <= value < 1 << 31:
+                return None
+            key.append(type(value))
+    return tuple(key)
+
+
+def run_kernel(
+    kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """Run so many programs of a kernel on the device of its first argument, a tensor.
+
+    A kernel that was launched with the like before is called straight: Triton looks for what it compiled in several
+    times the time. Its settings for debugging and instrumentation are those of the first such launch.
+
+    Args:
+        kernel: what ``triton.jit`` made.
+        programs: how many.
+        arguments: the values of its parameters, in order, but for
+        constants: those of its constexpr parameters, which come last, in order.
+        options: of the launch.
+    """
+    device = arguments[0].get_device()
+    if device >= 0 and device != torch.cuda.current_device():  # Triton launches on the current one
+        with torch.cuda.device(device):
+            return run_kernel(kernel, programs, arguments, constants, options)
+    key = _variant(kernel, arguments, constants, options)
+    compiled = None if key is None else _compiled.get(key)
+    if compiled is not None:
+        compiled[programs, 1, 1](*arguments, *constants.values())
+        return
+    compiled = kernel[(programs,)](*arguments, **constants, **options)
+    if key is not None and isinstance(compiled, CompiledKernel):
+        assert kernel.arg_names[len(arguments) :] == list(constants)
+        _compiled[key] = compiled
 
 
 def response_launch() -> dict[str, object]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hpo_fused.interface import LogprobLoss, LossSpec, TokenTerms
 
-from .launch import on_device_of, response_launch
+from .launch import response_launch, run_kernel
 from .surrogate import token_log_ratio, token_loss
 from .token_terms import (
     ADVANTAGE,
@@ -167,12 +167,14 @@ def logprob_loss(logprobs: Tensor, entropy: Tensor | None, terms: TokenTerms, sp
     responses = terms.response_statistics.shape[1]
     if B * T == 0:
         return LogprobLoss(results, c, h)
-    with on_device_of(logprobs):
-        logprob_loss_kernel[(responses,)](
-            logprobs, entropy, terms.targets, terms.values, terms.response_statistics, terms.cu_seqlens,
-            terms.response_log_ratios, results, c, h, spec.parameters, spec.max_log_ratio,
-            int(spec.ratio_level == "sequence_sum"), int(spec.ratio_level != "sequence_token"), B * T, T,
-            KIND=spec.kind, OFF_POLICY=spec.off_policy, KL=spec.kl, ENTROPY_BONUS=spec.entropy_bonus,
-            SEQUENCE=spec.response_ratio, **response_launch(),
-        )  # fmt: skip
+    arguments = (
+        logprobs, entropy, terms.targets, terms.values, terms.response_statistics, terms.cu_seqlens,
+        terms.response_log_ratios, results, c, h, spec.parameters, spec.max_log_ratio,
+        int(spec.ratio_level == "sequence_sum"), int(spec.ratio_level != "sequence_token"), B * T, T,
+    )  # fmt: skip
+    constants = {
+        "KIND": spec.kind, "OFF_POLICY": spec.off_policy, "KL": spec.kl, "ENTROPY_BONUS": spec.entropy_bonus,
+        "SEQUENCE": spec.response_ratio,
+    }  # fmt: skip
+    run_kernel(logprob_loss_kernel, responses, arguments, constants, response_launch())
     return LogprobLoss(results, c, h)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hpo_fused.interface import LogitTransform, LossSpec
 
-from .launch import launch_configuration, on_device_of, same_alignment, transform_constants
+from .launch import launch_configuration, run_kernel, same_alignment, transform_constants
 from .numerics import to_float32
 from .surrogate import token_log_ratio, token_loss
 from .sweeps import (
@@ -162,12 +162,13 @@ def policy_loss(
     pressure = 2 if not aligned else int(transform.softcap is not None) << int(spec.entropy_bonus)
     launch = launch_configuration(logits, reread=out is not None, pressure=pressure)
     out_stride_b, out_stride_t = (0, 0) if out is None else out.stride()[:2]
-    with on_device_of(logits):
-        policy_loss_kernel[launch.grid(B * T)](
-            logits, out, targets, values, results, transform_constants(*transform[:2]), transform.temperatures,
-            spec.parameters, spec.max_log_ratio, B * T, T, V, logits.stride(0), logits.stride(1), out_stride_b,
-            out_stride_t,
-            KIND=spec.kind, OFF_POLICY=spec.off_policy, KL=spec.kl, ENTROPY_BONUS=spec.entropy_bonus,
-            ENTROPY=entropy, ALIGNED_OUT=aligned, LANES=launch.lanes, UNROLL=launch.unroll, LEADER=launch.leader,
-            num_warps=launch.num_warps, **launch.options,
-        )  # fmt: skip
+    arguments = (
+        logits, out, targets, values, results, transform_constants(*transform[:2]), transform.temperatures,
+        spec.parameters, spec.max_log_ratio, B * T, T, V, *logits.stride()[:2], out_stride_b, out_stride_t,
+    )  # fmt: skip
+    constants = {
+        "KIND": spec.kind, "OFF_POLICY": spec.off_policy, "KL": spec.kl, "ENTROPY_BONUS": spec.entropy_bonus,
+        "ENTROPY": entropy, "ALIGNED_OUT": aligned, "LANES": launch.lanes, "UNROLL": launch.unroll,
+        "LEADER": launch.leader,
+    }  # fmt: skip
+    run_kernel(policy_loss_kernel, launch.programs(B * T), arguments, constants, launch.options)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch_configuration, on_device_of
+from .launch import launch_configuration, run_kernel
 from .sweeps import row_offset, scale_row
 
 
@@ -37,8 +37,6 @@ def scale_gradient(gradient: Tensor, factor: Tensor) -> None:
     if B * T == 0:
         return
     launch = launch_configuration(gradient, reread=False)
-    with on_device_of(gradient):
-        scale_gradient_kernel[launch.grid(B * T)](
-            gradient, factor, B * T, T, V, gradient.stride(0), gradient.stride(1),
-            LANES=launch.lanes, UNROLL=launch.unroll, num_warps=launch.num_warps, **launch.options,
-        )  # fmt: skip
+    arguments = (gradient, factor, B * T, T, V, *gradient.stride()[:2])
+    constants = {"LANES": launch.lanes, "UNROLL": launch.unroll}
+    run_kernel(scale_gradient_kernel, launch.programs(B * T), arguments, constants, launch.options)

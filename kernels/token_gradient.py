@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hpo_fused.interface import LogitTransform, SoftmaxStatistics
 
-from .launch import launch_configuration, on_device_of, same_alignment, transform_constants
+from .launch import launch_configuration, run_kernel, same_alignment, transform_constants
 from .numerics import to_float32
 from .sweeps import gradient_constants, row_gradient, row_offset, row_scale, zero_row
 
@@ -99,11 +99,10 @@ def token_gradient(
     bonus = entropy_coefficients is not None
     pressure = 2 if not aligned else int(transform.softcap is not None) << int(bonus)
     launch = launch_configuration(logits, reread=False, pressure=pressure)
-    with on_device_of(logits):
-        token_gradient_kernel[launch.grid(B * T)](
-            logits, out, targets, *statistics[1:], logprob_coefficients, entropy_coefficients,
-            transform_constants(*transform[:2]), transform.temperatures, B * T, T, V,
-            logits.stride(0), logits.stride(1), out.stride(0), out.stride(1),
-            ALIGNED_OUT=aligned, LANES=launch.lanes, UNROLL=launch.unroll,
-            num_warps=launch.num_warps, **launch.options,
-        )  # fmt: skip
+    arguments = (
+        logits, out, targets, *statistics[1:], logprob_coefficients, entropy_coefficients,
+        transform_constants(*transform[:2]), transform.temperatures, B * T, T, V, *logits.stride()[:2],
+        *out.stride()[:2],
+    )  # fmt: skip
+    constants = {"ALIGNED_OUT": aligned, "LANES": launch.lanes, "UNROLL": launch.unroll}
+    run_kernel(token_gradient_kernel, launch.programs(B * T), arguments, constants, launch.options)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hpo_fused.interface import LogitTransform, SoftmaxStatistics
 
-from .launch import launch_configuration, on_device_of, transform_constants
+from .launch import launch_configuration, run_kernel, transform_constants
 from .numerics import to_float32
 from .sweeps import combine_lanes, lane_statistics, leads, row_offset, row_scale, row_statistics
 
@@ -77,10 +77,9 @@ def token_statistics(logits: Tensor, targets: Tensor, transform: LogitTransform,
     if B * T == 0:
         return
     launch = launch_configuration(logits, reread=False, pressure=int(transform.softcap is not None))
-    with on_device_of(logits):
-        token_statistics_kernel[launch.grid(B * T)](
-            logits, targets, *statistics, transform_constants(*transform[:2]), transform.temperatures, B * T, T, V,
-            logits.stride(0), logits.stride(1),
-            LANES=launch.lanes, UNROLL=launch.unroll, LEADER=launch.leader,
-            num_warps=launch.num_warps, **launch.options,
-        )  # fmt: skip
+    arguments = (
+        logits, targets, *statistics, transform_constants(*transform[:2]), transform.temperatures, B * T, T, V,
+        *logits.stride()[:2],
+    )  # fmt: skip
+    constants = {"LANES": launch.lanes, "UNROLL": launch.unroll, "LEADER": launch.leader}
+    run_kernel(token_statistics_kernel, launch.programs(B * T), arguments, constants, launch.options)

@@ -16,7 +16,7 @@ import triton.language as tl
 from hpo_fused import interface
 from hpo_fused.interface import Batch, LossSpec, TokenTerms
 
-from .launch import on_device_of, response_launch
+from .launch import response_launch, run_kernel
 from .numerics import to_float32
 
 ADVANTAGE = tl.constexpr(interface.ADVANTAGE)
@@ -315,20 +315,23 @@ def token_terms(batch: Batch, spec: LossSpec, vocabulary: int | None, skip_inact
     )
     levels = batch.advantages, batch.token_weights, batch.entropy_weights
     advantages_steps, weights_steps, entropy_steps = (_steps(value, batch) for value in levels)
-    with on_device_of(values):
-        response_statistics_kernel[(responses,)](
-            response_statistics, mask, batch.advantages, batch.cu_seqlens, rows, T, responses, mask_stride,
-            *advantages_steps, **launch,
-        )  # fmt: skip
-        token_terms_kernel[(responses,)](
-            values, targets, active, response_statistics, tokens, mask, *levels, batch.loss_scale, old, ref,
-            batch.cu_seqlens, batch.normalizers, *totals, factors, rows, T, responses, vocabulary or 0, tokens_stride,
-            mask_stride, *advantages_steps, *weights_steps, *entropy_steps, old_stride, ref_stride,
-            int(spec.every_advantage),
-            NORMALIZATION=batch.normalization, WEIGHTING=batch.weighting, GIVEN_TOTALS=batch.totals is not None,
-            KL=spec.kl != "none", ENTROPY_BONUS=spec.entropy_bonus, SEQUENCE=spec.response_ratio, SKIP=skip_inactive,
-            **launch,
-        )  # fmt: skip
+    arguments: tuple[object, ...] = (
+        response_statistics, mask, batch.advantages, batch.cu_seqlens, rows, T, responses, mask_stride,
+        *advantages_steps,
+    )  # fmt: skip
+    run_kernel(response_statistics_kernel, responses, arguments, {}, launch)
+    arguments = (
+        values, targets, active, response_statistics, tokens, mask, *levels, batch.loss_scale, old, ref,
+        batch.cu_seqlens, batch.normalizers, *totals, factors, rows, T, responses, vocabulary or 0, tokens_stride,
+        mask_stride, *advantages_steps, *weights_steps, *entropy_steps, old_stride, ref_stride,
+        int(spec.every_advantage),
+    )  # fmt: skip
+    constants = {
+        "NORMALIZATION": batch.normalization, "WEIGHTING": batch.weighting, "GIVEN_TOTALS": batch.totals is not None,
+        "KL": spec.kl != "none", "ENTROPY_BONUS": spec.entropy_bonus, "SEQUENCE": spec.response_ratio,
+        "SKIP": skip_inactive,
+    }  # fmt: skip
+    run_kernel(token_terms_kernel, responses, arguments, constants, launch)
     return terms
 
 

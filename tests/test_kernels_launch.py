@@ -53,7 +53,7 @@ def test_rows_in_flight_fit_the_cache_or_are_one_to_a_processor(gpu: str, itemsi
     fits = parameters.rows * V * itemsize <= launch.USABLE_CACHE * machine.cache_bytes
     assert fits or parameters.rows == machine.processors
     configuration = launch.configure(machine, parameters)
-    assert configuration.lanes == configuration.num_warps * machine.warp_size == parameters.threads
+    assert configuration.lanes == configuration.options["num_warps"] * machine.warp_size == parameters.threads
     resident = parameters.threads * math.ceil(parameters.rows / machine.processors)
     assert configuration.options.get("maxnreg", 64) * resident <= 65536
 
@@ -84,7 +84,7 @@ def test_unknown_architecture_gets_what_is_safe() -> None:
         assert "maxnreg" not in launch.configure(machine, parameters).options  # no cap: nothing need spill
     wave32 = launch.Machine("gfx1201", 64, 64 * MB, 32)
     configuration = launch.configure(wave32, launch.default_parameters(wave32, 2, 32000))
-    assert configuration.num_warps * 32 == configuration.lanes
+    assert configuration.options["num_warps"] * 32 == configuration.lanes
     assert configuration.options["allow_flush_denorm"] is True
 
 
@@ -101,7 +101,7 @@ def test_override(monkeypatch: pytest.MonkeyPatch) -> None:
             configuration = launch.launch_configuration(logits)
         assert (configuration.lanes, configuration.unroll, configuration.rows) == chosen
         assert configuration.options["maxnreg"] == 64
-        assert (configuration.grid(100), configuration.grid(8192)) == ((100,), (264,))
+        assert (configuration.programs(100), configuration.programs(8192)) == (100, 264)
         assert launch.launch_configuration(logits).rows == 296
     assert not launch.serves(logits)
     # Of a real device: the parameters alone.
