@@ -252,7 +252,7 @@ def _variant(
     return tuple(key)
 
 
-def run_kernel(
+def launch_programs(
     kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any], options: dict[str, Any]
 ) -> None:
     """Run so many programs of a kernel on the device of its first argument, a tensor.
@@ -270,7 +270,7 @@ def run_kernel(
     device = arguments[0].get_device()
     if device >= 0 and device != torch.cuda.current_device():  # Triton launches on the current one
         with torch.cuda.device(device):
-            return run_kernel(kernel, programs, arguments, constants, options)
+            return launch_programs(kernel, programs, arguments, constants, options)
     key = _variant(kernel, arguments, constants, options)
     compiled = None if key is None else _compiled.get(key)
     if compiled is not None:

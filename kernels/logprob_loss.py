@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hpo_fused.interface import LogprobLoss, LossSpec, TokenTerms
 
-from .launch import response_launch, run_kernel
+from .launch import launch_programs, response_launch
 from .surrogate import token_log_ratio, token_loss
 from .token_terms import (
     ADVANTAGE,
@@ -176,5 +176,5 @@ def logprob_loss(logprobs: Tensor, entropy: Tensor | None, terms: TokenTerms, sp
         "KIND": spec.kind, "OFF_POLICY": spec.off_policy, "KL": spec.kl, "ENTROPY_BONUS": spec.entropy_bonus,
         "SEQUENCE": spec.response_ratio,
     }  # fmt: skip
-    run_kernel(logprob_loss_kernel, responses, arguments, constants, response_launch())
+    launch_programs(logprob_loss_kernel, responses, arguments, constants, response_launch())
     return LogprobLoss(results, c, h)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hpo_fused.interface import LogitTransform, LossSpec
 
-from .launch import launch_configuration, run_kernel, same_alignment, transform_constants
+from .launch import launch_configuration, launch_programs, same_alignment, transform_constants
 from .numerics import to_float32
 from .surrogate import token_log_ratio, token_loss
 from .sweeps import (
@@ -171,4 +171,4 @@ def policy_loss(
         "ENTROPY": entropy, "ALIGNED_OUT": aligned, "LANES": launch.lanes, "UNROLL": launch.unroll,
         "LEADER": launch.leader,
     }  # fmt: skip
-    run_kernel(policy_loss_kernel, launch.programs(B * T), arguments, constants, launch.options)
+    launch_programs(policy_loss_kernel, launch.programs(B * T), arguments, constants, launch.options)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch_configuration, run_kernel
+from .launch import launch_configuration, launch_programs
 from .sweeps import row_offset, scale_row
 
 
@@ -39,4 +39,4 @@ def scale_gradient(gradient: Tensor, factor: Tensor) -> None:
     launch = launch_configuration(gradient, reread=False)
     arguments = (gradient, factor, B * T, T, V, *gradient.stride()[:2])
     constants = {"LANES": launch.lanes, "UNROLL": launch.unroll}
-    run_kernel(scale_gradient_kernel, launch.programs(B * T), arguments, constants, launch.options)
+    launch_programs(scale_gradient_kernel, launch.programs(B * T), arguments, constants, launch.options)

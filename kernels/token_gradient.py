@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hpo_fused.interface import LogitTransform, SoftmaxStatistics
 
-from .launch import launch_configuration, run_kernel, same_alignment, transform_constants
+from .launch import launch_configuration, launch_programs, same_alignment, transform_constants
 from .numerics import to_float32
 from .sweeps import gradient_constants, row_gradient, row_offset, row_scale, zero_row
 
@@ -105,4 +105,4 @@ def token_gradient(
         *out.stride()[:2],
     )  # fmt: skip
     constants = {"ALIGNED_OUT": aligned, "LANES": launch.lanes, "UNROLL": launch.unroll}
-    run_kernel(token_gradient_kernel, launch.programs(B * T), arguments, constants, launch.options)
+    launch_programs(token_gradient_kernel, launch.programs(B * T), arguments, constants, launch.options)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hpo_fused.interface import LogitTransform, SoftmaxStatistics
 
-from .launch import launch_configuration, run_kernel, transform_constants
+from .launch import launch_configuration, launch_programs, transform_constants
 from .numerics import to_float32
 from .sweeps import combine_lanes, lane_statistics, leads, row_offset, row_scale, row_statistics
 
@@ -82,4 +82,4 @@ def token_statistics(logits: Tensor, targets: Tensor, transform: LogitTransform,
         *logits.stride()[:2],
     )  # fmt: skip
     constants = {"LANES": launch.lanes, "UNROLL": launch.unroll, "LEADER": launch.leader}
-    run_kernel(token_statistics_kernel, launch.programs(B * T), arguments, constants, launch.options)
+    launch_programs(token_statistics_kernel, launch.programs(B * T), arguments, constants, launch.options)

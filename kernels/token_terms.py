@@ -16,7 +16,7 @@ import triton.language as tl
 from hpo_fused import interface
 from hpo_fused.interface import Batch, LossSpec, TokenTerms
 
-from .launch import response_launch, run_kernel
+from .launch import launch_programs, response_launch
 from .numerics import to_float32
 
 ADVANTAGE = tl.constexpr(interface.ADVANTAGE)
@@ -319,7 +319,7 @@ def token_terms(batch: Batch, spec: LossSpec, vocabulary: int | None, skip_inact
         response_statistics, mask, batch.advantages, batch.cu_seqlens, rows, T, responses, mask_stride,
         *advantages_steps,
     )  # fmt: skip
-    run_kernel(response_statistics_kernel, responses, arguments, {}, launch)
+    launch_programs(response_statistics_kernel, responses, arguments, {}, launch)
     arguments = (
         values, targets, active, response_statistics, tokens, mask, *levels, batch.loss_scale, old, ref,
         batch.cu_seqlens, batch.normalizers, *totals, factors, rows, T, responses, vocabulary or 0, tokens_stride,
@@ -331,7 +331,7 @@ def token_terms(batch: Batch, spec: LossSpec, vocabulary: int | None, skip_inact
         "KL": spec.kl != "none", "ENTROPY_BONUS": spec.entropy_bonus, "SEQUENCE": spec.response_ratio,
         "SKIP": skip_inactive,
     }  # fmt: skip
-    run_kernel(token_terms_kernel, responses, arguments, constants, launch)
+    launch_programs(token_terms_kernel, responses, arguments, constants, launch)
     return terms
 
 
