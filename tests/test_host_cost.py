@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import json
 import os
 import subprocess
@@ -23,8 +24,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="needs Triton")
 
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel, make_backend
+from triton.runtime import jit
+
 import hpo_fused as hf
 from hpo_fused.backend import kernels
+from hpo_fused.kernels import launch
 
 from .test_equivalence import PRESETS
 
@@ -270,6 +276,61 @@ def test_arguments_of_the_fused_launch(name: str, launches: list[Launch]) -> Non
     assert sum(leaves(value) for name, value in arguments.items() if name not in constants) <= 22
     assert len(parameters) <= 25
     assert 0 < len(constants) <= 10
+
+
+class Compiled(CompiledKernel):
+    """In a compiled kernel's place: called straight, it demands arguments for which Triton would have found it."""
+
+    def __init__(self, variant: str, look_up: Callable[..., str], calls: list[str]) -> None:
+        self.variant, self.look_up, self.calls = variant, look_up, calls
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def call(*arguments: Any) -> None:
+            assert len(grid) == 3
+            assert self.look_up(*arguments) == self.variant
+            self.calls.append("straight")
+
+        return call
+
+
+def test_repeated_launches_are_straight(monkeypatch: pytest.MonkeyPatch, launches: list[Launch]) -> None:
+    """Past Triton's search, and to the same kernel: whatever it specialises on is asked for."""
+    target = make_backend(GPUTarget("cuda", 90, 32))
+    calls: list[str] = []
+
+    def run(self: Any, *arguments: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> Compiled:
+        bind = jit.create_function_from_signature(self.signature, self.params, target)
+        own = {name: value for name, value in options.items() if name not in self.arg_names}
+
+        def look_up(*everything: Any) -> str:
+            return str(bind(*everything, **own)[1:])
+
+        calls.append("searched")
+        return Compiled(look_up(*bind(*arguments, **options)[0].values()), look_up, calls)
+
+    monkeypatch.setattr(jit.JITFunction, "run", run)
+    monkeypatch.setattr(launch, "_compiled", {})
+    for name in MODULES:
+        module = importlib.import_module(f"hpo_fused.kernels.{name}")
+        for key in [key for key in vars(module) if key.endswith("_kernel")]:
+            kernel = getattr(module, key).kernel
+            given = getattr(kernel, "kwargs", vars(kernel))  # of the interpreter's; it keeps none before Triton 3.5
+            if "do_not_specialize" not in given:
+                pytest.skip("the interpreter does not say what is not specialised")
+            monkeypatch.setattr(module, key, jit.JITFunction(kernel.fn, do_not_specialize=given["do_not_specialize"]))
+    objectives = PRESETS["mhpo_ahpo"], PRESETS["cispo"], PRESETS["gspo"], hf.Objective(kl_coef=0.1)
+    transforms = (1.0, None), (0.5, 20.0), (torch.tensor(0.5), None)
+    shapes = (4, 8, 128), (1, 1, 128), (16, 16, 128), (2, 3, 997)
+    for objective, (B, T, V), shift, dtype, (temperature, softcap) in itertools.product(
+        objectives, shapes, (0, 1, 8), (torch.bfloat16, torch.float32), transforms
+    ):
+        room = torch.zeros(B * T * V + shift, dtype=dtype, requires_grad=True)
+        rows = torch.zeros(B * T + shift, dtype=dtype)[shift:].view(B, T)
+        hf.policy_loss(
+            room[shift:].view(B, T, V), rows.long(), rows[:, 0], old_logprobs=rows, ref_logprobs=rows,
+            objective=objective, temperature=temperature, softcap=softcap, backend="triton",
+        ).loss.backward()  # fmt: skip
+    assert calls.count("straight") > 2 * calls.count("searched") > 0
 
 
 def _compilations(*arguments: str) -> dict[str, int]:
