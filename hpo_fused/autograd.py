@@ -63,9 +63,9 @@ def _gradient_like(logits: Tensor) -> Tensor:
         return logits.new_empty(logits.shape)
     itemsize = logits.element_size()
     shift = logits.data_ptr() % 16 // itemsize
-    if shift == 0 and (
-        logits.is_contiguous() or all(step * itemsize % 16 == 0 for step in (logits.shape[-1], *logits.stride()[:2]))
-    ):
+    if shift == 0 and logits.is_contiguous():
+        return torch.empty_like(logits)  # in less than half of new_empty's time
+    if shift == 0 and all(step * itemsize % 16 == 0 for step in (logits.shape[-1], *logits.stride()[:2])):
         return logits.new_empty(logits.shape)
     span = 1 + sum((size - 1) * stride for size, stride in zip(logits.shape, logits.stride(), strict=True))
     if not logits.numel() <= span <= 1.25 * logits.numel():  # rows that share memory, or lie far apart

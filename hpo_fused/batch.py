@@ -153,7 +153,7 @@ def check_level(
             f"responses as tokens, got {described(checked)}"
         )
     if tuple(checked.shape) in per_response:
-        return checked.reshape(responses)
+        return checked if checked.dim() == 1 else checked.reshape(responses)
     if checked.dim() == 2 and checked.stride(1) == 0 and not packed and length > 0:
         return checked[:, 0]
     return checked.reshape(count, length)
