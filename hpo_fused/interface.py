@@ -140,7 +140,8 @@ class SoftmaxStatistics(NamedTuple):
 
     The softmax denominator is kept as ``maximum`` and ``others`` = sum over j != y of exp(z'_j - maximum), without the
     sampled token y: log p_y = -log1p(others / e_y) and 1 - p_y = others / (others + e_y) then keep their relative
-    precision on peaked rows, where log p_y computed as z'_y - lse cancels to nothing.
+    precision on peaked rows, where log p_y computed as z'_y - lse cancels to nothing. ``maximum`` is stored in a unit
+    of the backend's own, natural or base-2: only its second sweep reads it.
     """
 
     logprobs: Tensor

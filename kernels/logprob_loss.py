@@ -108,7 +108,8 @@ def logprob_loss_kernel(
                 )
                 bounded, _ = token_log_ratio(logprob - old, advantage, parameters, KIND)
                 total += tl.where(unmasked, bounded, 0.0)
-            log_ratio = tl.sum(total) / divisor
+            # IEEE's: a weight's exponent may multiply the two units by which `/` can be off, GammaGate's by lambda r.
+            log_ratio = tl.div_rn(tl.sum(total), divisor)
         if spread != 0:
             total = zero
             for start in range(first, last, TOKENS_BLOCK):

@@ -16,7 +16,7 @@ rows have temperatures of their own, :func:`row_scale`.
 import triton
 import triton.language as tl
 
-from .numerics import LN2, LOG2E, log1p_unit, multiply_subtract, round_to, to_float32
+from .numerics import LN2, log1p_unit, multiply_subtract, round_to, to_float32
 from .row_tiles import edge_columns, frame, group_mask, load_step, tile_offsets, without_target
 
 # Finite start of the running maximum and finite stand-in for a scaled -inf: no inf - inf and no 0 * inf can arise,
@@ -150,7 +150,7 @@ def _absorb(
 def _target_terms(z_y, maximum, others, transform):
     """Of the sampled token: u, exp2(u), the softcap's slope; of the row: the log of its sum of exponentials."""
     _, slope = softcapped(z_y, transform)
-    u = multiply_subtract(_summand(z_y, transform), transform[0], maximum * LOG2E)
+    u = multiply_subtract(_summand(z_y, transform), transform[0], maximum)
     e = tl.exp2(u)
     log_total = tl.where(others < e, u * LN2 + log1p_unit(others / e), tl.log(others + e))
     return u, e, slope, log_total
@@ -203,8 +203,9 @@ def lane_statistics(
 def combine_lanes(lanes, z_y, transform, ENTROPY: tl.constexpr):
     """First sweep, the lanes' meeting: (maximum, others, moment) of the row, the same in every thread.
 
-    ``maximum`` is in natural units and everything after it is relative to maximum * log2(e) as float32 rounds it,
-    so that a second kernel which starts from ``maximum`` finds exactly the same u.
+    ``maximum`` is scale * v as float32 rounds it, and what follows, in a second kernel too, is relative to it as it is:
+    from a product of it, such as maximum * log2(e), one compiler subtracts the rounded value, another's fused
+    multiply-add the exact one, and by the difference every sum would be off.
 
     Args:
         lanes: of :func:`lane_statistics`.
@@ -213,8 +214,8 @@ def combine_lanes(lanes, z_y, transform, ENTROPY: tl.constexpr):
         ENTROPY: whether the lanes have moments; the row's is 0 otherwise.
     """
     peak, total, moment = lanes
-    maximum = tl.maximum(tl.max(peak, axis=0), _summand(z_y, transform) * transform[0]) * LN2
-    shift = peak - maximum * LOG2E
+    maximum = tl.maximum(tl.max(peak, axis=0), _summand(z_y, transform) * transform[0])
+    shift = peak - maximum
     decay = tl.exp2(shift)
     others = tl.sum(decay * total, axis=0)
     row_moment = tl.full((), 0.0, tl.float32)
@@ -269,10 +270,10 @@ def gradient_constants(maximum, others, entropy, z_y, c, h, transform, ENTROPY_B
 
 
 @triton.jit
-def _gradient(raw, transform, peak, constant, slope, ENTROPY_BONUS: tl.constexpr):
+def _gradient(raw, transform, maximum, constant, slope, ENTROPY_BONUS: tl.constexpr):
     """dloss/dz of raw logits but the sampled token's: exp2(u) (constant - slope u), times the softcap's derivative."""
     v, derivative = softcapped(raw, transform)
-    u = multiply_subtract(v, transform[0], peak)
+    u = multiply_subtract(v, transform[0], maximum)
     if ENTROPY_BONUS:
         g = tl.exp2(u) * (constant - slope * tl.maximum(u, LOWEST))
     else:
@@ -308,7 +309,6 @@ def row_gradient(
     if ALIGNED_OUT:  # the rows' alignment; otherwise the compiler itself finds narrower, coalesced stores
         out_body = tl.multiple_of(out_body, 16)
     dtype: tl.constexpr = out.dtype.element_ty
-    peak = maximum * LOG2E
 
     steps = groups // (LANES * UNROLL)
     if steps * (LANES * UNROLL) < groups:
@@ -316,7 +316,7 @@ def row_gradient(
         for i in tl.static_range(UNROLL):
             if (steps * UNROLL + i) * LANES < groups:
                 base, offsets = tile_offsets(steps, i, LANES, VEC, UNROLL)
-                g = _gradient(raw[i], transform, peak, constant, slope, ENTROPY_BONUS)
+                g = _gradient(raw[i], transform, maximum, constant, slope, ENTROPY_BONUS)
                 mask = group_mask(steps, i, groups, LANES, UNROLL)
                 tl.store(out_body + base + offsets, round_to(g, dtype), mask=mask, eviction_policy="evict_first")
     for index in range(0, steps):
@@ -324,14 +324,14 @@ def row_gradient(
         raw = load_step(body, step, groups, LANES, VEC, UNROLL, False, "evict_first")
         for i in tl.static_range(UNROLL):
             base, offsets = tile_offsets(step, i, LANES, VEC, UNROLL)
-            g = _gradient(raw[i], transform, peak, constant, slope, ENTROPY_BONUS)
+            g = _gradient(raw[i], transform, maximum, constant, slope, ENTROPY_BONUS)
             tl.store(out_body + base + offsets, round_to(g, dtype), eviction_policy="evict_first")
     edge = V - groups * VEC
     if edge > 0:
         columns = edge_columns(lead, groups, LANES, VEC)
         mask = tl.arange(0, LANES) < edge
         raw = tl.load(row + columns, mask=mask, other=float("-inf"))
-        g = _gradient(raw, transform, peak, constant, slope, ENTROPY_BONUS)
+        g = _gradient(raw, transform, maximum, constant, slope, ENTROPY_BONUS)
         tl.store(out + columns, round_to(g, dtype), mask=mask)
     tl.debug_barrier()  # orders the sampled token's store after the sweep's
     tl.store(out + y, round_to(target, dtype))

@@ -20,6 +20,20 @@ from hpo_fused.backend import kernels  # noqa: E402
 BACKENDS = ["torch"] if kernels is None else ["torch", "triton"]
 
 
+def pytest_report_header() -> str:
+    """Where the kernels run, and which Triton compiles them."""
+    if kernels is None:
+        return "kernels: none, Triton cannot be imported"
+    import triton
+
+    if not GPU:
+        return f"kernels: no GPU, Triton {triton.__version__}'s interpreter"
+    properties = torch.cuda.get_device_properties(0)
+    hip = torch.version.hip is not None
+    architecture = properties.gcnArchName if hip else f"sm_{properties.major}{properties.minor}"
+    return f"kernels: {properties.name}, {architecture}, Triton {triton.__version__}"
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where the tests' tensors live, as they name it themselves."""

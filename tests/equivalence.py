@@ -331,11 +331,12 @@ def worst(name: str, error: Tensor, limit: float) -> None:
 
 
 def hold_values(
-    exact: reference.ReferenceLogprobs, mask: Tensor, logprobs: Tensor, entropy: Tensor | None, known: Tensor
-) -> None:
+    exact: reference.ReferenceLogprobs, mask: Tensor, logprobs: Tensor, entropy: Tensor | None, known: Tensor,
+    transform: Mapping[str, Any],
+) -> None:  # fmt: skip
     """Log-probabilities and entropy in the rows ``known``; NaN in other unmasked ones, 0 where masked."""
     for name, values, right, limit in (
-        ("logprobs", logprobs, exact.logprobs, LOGPROB_LIMIT),
+        ("logprobs", logprobs, exact.logprobs, LOGPROB_LIMIT + softcap_error(transform)),
         ("entropy", entropy, exact.entropy, ENTROPY_LIMIT),
     ):
         if values is not None:
@@ -358,7 +359,7 @@ def gradient_scale(*dtypes: torch.dtype | None) -> float:
 
 
 def softcap_error(transform: Mapping[str, Any]) -> float:
-    """What tanh adds to a gradient's error: it is known to a few roundings of 1, which the exponential multiplies."""
+    """What tanh adds to log p's and a gradient's error: a few roundings of 1, times softcap over temperature."""
     if "softcap" not in transform:
         return 0.0
     temperatures = torch.as_tensor(transform.get("temperature", 1.0))
@@ -386,7 +387,7 @@ def check(case: Case, backend: str, device: torch.device, *, scale: float | None
     assert not (out.active & ~mask).any()
     z = inputs.logits.detach().double()
     exact = reference.token_logprobs(z, tokens, mask=mask, **inputs.transform)
-    hold_values(exact, mask, out.logprobs, out.entropy, known)
+    hold_values(exact, mask, out.logprobs, out.entropy, known, inputs.transform)
     loss = exact_loss(inputs, exact, out.logprobs, known)
     hold_loss(out.loss, loss)
     expected = logit_gradient(z, tokens, mask, *loss[1:], inputs.transform)

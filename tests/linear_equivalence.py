@@ -477,7 +477,7 @@ def check_linear(
     hold_logits(case, inputs, made, known)
     z = torch.where(known.unsqueeze(-1), made, 0.0)
     exact = reference.token_logprobs(z, tokens, mask=inputs.mask, **inputs.transform)
-    hold_values(exact, inputs.mask, out.logprobs, out.entropy, known)
+    hold_values(exact, inputs.mask, out.logprobs, out.entropy, known, inputs.transform)
     loss = exact_loss(inputs, exact, out.logprobs, known)
     hold_loss(out.loss, loss)
     if not attached:
@@ -519,7 +519,7 @@ def check_linear_logprobs(
     hold_logits(case, inputs, made, mask)
     z = torch.where(mask.unsqueeze(-1), made, 0.0)
     exact = reference.token_logprobs(z, tokens, mask=mask, **inputs.transform)
-    hold_values(exact, mask, out.logprobs, out.entropy, mask)
+    hold_values(exact, mask, out.logprobs, out.entropy, mask, inputs.transform)
     up_c = torch.zeros_like(c) if outputs == "entropy" else c
     up_h = None if outputs == "logprobs" else h.double()
     gradient = logit_gradient(z, tokens, mask, up_c.double(), up_h, inputs.transform)

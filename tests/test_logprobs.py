@@ -47,7 +47,8 @@ def test_matches_the_oracle(
     totals = {"logprobs": (out.logprobs * c).sum(), "entropy": (out.entropy * h).sum()}
     (totals[outputs] if outputs in totals else sum(totals.values())).backward()
     z = base.detach()[:, :-1].double()
-    hold_values(reference.token_logprobs(z, tokens, mask=mask, **transform), mask, out.logprobs, out.entropy, mask)
+    exact = reference.token_logprobs(z, tokens, mask=mask, **transform)
+    hold_values(exact, mask, out.logprobs, out.entropy, mask, transform)
     assert base.grad is not None
     assert not base.grad[:, -1].any()
     gradient = base.grad[:, :-1]

@@ -129,7 +129,7 @@ def check_float32(width: int, transform: LogitTransform) -> None:
         options["temperature"] = transform.temperatures
     options = {name: value for name, value in options.items() if value is not None}
     exact = reference.token_logprobs(logits.double(), targets, **options)
-    hold_values(exact, mask, statistics.logprobs, statistics.entropy, mask)
+    hold_values(exact, mask, statistics.logprobs, statistics.entropy, mask, options)
     expected = logit_gradient(logits.double(), targets, mask, c.double(), h.double(), options)
     for name, error in zip(("sampled", "other"), gradient_errors(out, expected, targets), strict=True):
         worst(f"gradient of the {name} tokens", error, GRADIENT_LIMIT + softcap_error(options))

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from hpo_fused.checks import LOGIT_DTYPES, check_tensor, described
+from hpo_fused.checks import LOGIT_DTYPES, check_tensor, described, same_device
 
 from .head import GemmDtypes, Inputs
 
@@ -96,7 +96,7 @@ def check_head(hidden: object, weight: object, bias: object, logits_dtype: objec
             f"weight: expected shape [V, {width}] with V > 0 (as nn.Linear keeps it), got {described(weight)}"
             + ("" if weight.numel() else f"; {_gathering('weight')}")
         )
-    if weight.device != hidden.device:
+    if not same_device(weight.device, hidden.device):
         raise ValueError(f"weight: expected a tensor on {hidden.device}, got {described(weight)}")
     kind = hidden.device.type
     autocast = torch.is_autocast_enabled(kind)
