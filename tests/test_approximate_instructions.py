@@ -2,14 +2,13 @@
 
 For NVIDIA, Triton takes ex2.approx.ftz for exp2, a rounded product by log2(e) and ex2.approx for exp, div.full for `/`
 and rsqrt.approx.ftz for rsqrt; log and log2 are libdevice's polynomials, and div_rn is IEEE's. Here each of them is off
-by as many units as NVIDIA's manuals allow: all up, all down, or each argument its own way. A product and the sum that
-follows it are rounded once, as the compilers fuse them.
+by as many units as NVIDIA's manuals allow: all up, all down, or each argument its own way. Products are not fused
+with the sums that follow them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -79,7 +78,7 @@ def approximate(name: str, way: float) -> Callable[..., np.ndarray]:
 
 @pytest.fixture(params=[1, -1, 0], ids=["up", "down", "drawn"])
 def approximations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stands in for the interpreter's elementary functions, and fuses its products with the sums that follow."""
+    """Stands in for the interpreter's elementary functions."""
     builder = interpreter.InterpreterBuilder
     functions = {name: approximate(name, request.param) for name in UNITS}
     for name in UNITS.keys() - {"divide"}:
@@ -87,27 +86,6 @@ def approximations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
             builder, f"create_{name}", lambda self, value, name=name: self.unary_op(value, functions[name])
         )
     monkeypatch.setattr(builder, "create_fdiv", lambda self, *values: self.binary_op(*values, functions["divide"]))
-
-    def product(self: Any, left: Any, right: Any) -> Any:
-        result = self.binary_op(left, right, np.multiply)
-        if result.data.dtype == np.float32:
-            result.exact = left.data.astype(np.float64) * right.data
-        return result
-
-    def fused(operation: Callable[..., np.ndarray]) -> Callable[..., Any]:
-        def function(self: Any, left: Any, right: Any) -> Any:
-            values = [left.data, right.data]
-            for i, operand in enumerate((left, right)):  # one of them, as a fused multiply-add does
-                if hasattr(operand, "exact"):
-                    values[i] = operand.exact
-                    break
-            return interpreter.TensorHandle(operation(*values).astype(left.data.dtype), left.dtype.scalar)
-
-        return function
-
-    monkeypatch.setattr(builder, "create_fmul", product)
-    monkeypatch.setattr(builder, "create_fadd", fused(np.add))
-    monkeypatch.setattr(builder, "create_fsub", fused(np.subtract))
 
 
 @pytest.mark.usefixtures("approximations")
