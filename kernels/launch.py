@@ -12,7 +12,7 @@ Two quantities decide, both per streaming multiprocessor (SM):
   it, 0.8 of Qwen's row, and next to nothing in the second-level one, counters say: few and long programs are better
   than many. Elsewhere the row should be found in the last-level cache, and nothing else was measured there: rows in
   flight x row bytes stay below about 0.85 of it (the rest holds lines being written back), but never less than a row
-  per SM.
+  per SM. Under a softcap, which arithmetic bounds, two programs per SM everywhere.
 
                      cache x 0.85   Qwen 304 KB     Llama-3 257 KB   Gemma 524 KB    GPT-2 101 KB
     A100   108 SMs        36 MB     108 = 33 MB     108 = 28 MB      108 = 57 MB     216 = 22 MB
@@ -100,10 +100,10 @@ class LaunchConfiguration(NamedTuple):
 
 
 # Loads that a thread has outstanding, by the variant's pressure on registers (see default_parameters): the most that
-# spill nothing, counted by ``hpo-fused-bench compile``. sm_80: 4 spills 168 bytes with Triton 3.9, where 2 spills 32
-# with softcap, and an A100 needs no more. sm_90: 4 spills 80 bytes with Triton 3.9 where softcap and entropy bonus
-# meet. sm_120: 4 spills 40 bytes with an entropy term, and 2 spills 16 with unaligned stores. gfx942: 4 spills scalar
-# registers in all, and 2 one with softcap, KL and entropy term.
+# spill nothing in a main loop, counted by ``hpo-fused-bench compile``. sm_80: 4 spills 168 bytes with Triton 3.9, where
+# 2 spills 32 with softcap, and an A100 needs no more. sm_90: 4 spills 80 bytes with Triton 3.9 where softcap and
+# entropy bonus meet. sm_120: 4 spills 40 bytes with an entropy term, and 2 spills 16 with unaligned stores. gfx942: 4
+# spills scalar registers in all, and 2 one with softcap, KL and entropy term.
 _LOADS = {
     "sm_80": (2, 1, 1), "sm_90": (4, 4, 2), "sm_100": (4, 2, 2), "sm_120": (2, 1, 1), "gfx942": (2, 1, 1),
     "gfx950": (2, 2, 2),

@@ -112,6 +112,10 @@ def policy_loss_kernel(
                         constant, slope, target = gradient_constants(
                             maximum, others, entropy, z_y, c, h, own, ENTROPY_BONUS
                         )
+            if out is not None:
+                constant = from_leader(constant, LANES, LEADER)
+            if out is not None and ENTROPY_BONUS:
+                slope = from_leader(slope, LANES, LEADER)
         else:
             tl.store(results + row, tl.where(y < V, zero, unknown))
             tl.store(results + N + row, tl.where(y == MASKED, zero, unknown))
@@ -119,9 +123,6 @@ def policy_loss_kernel(
                 tl.store(results + 2 * N + row, tl.where(y == MASKED, zero, unknown))
         if out is not None:
             destination = out + row_offset(row, T, out_stride_b, out_stride_t)
-            constant = from_leader(constant, LANES, LEADER)
-            if ENTROPY_BONUS:
-                slope = from_leader(slope, LANES, LEADER)
             # NaN differs from 0: an undefined row gets a NaN gradient, never a silent 0.
             if (constant != 0) | (slope != 0):
                 # Kept from above, they would crowd the registers.

@@ -1,9 +1,10 @@
 """The objectives' table as device functions: one token's (x, A) to (s, ds/dx), then to its loss and two numbers.
 
 The torch twin is ``hpo_fused/surrogate.py``: ties, NaN and clamps are treated alike in both. Everything here is a
-scalar of one row, computed once per V logits, so each function aims at accuracy first; every thread of the
-program computes it redundantly between the two sweeps, so long library routines are avoided where a short form
-is as accurate. ``parameters`` travel at run time: a new epsilon, temperature or alpha never recompiles.
+scalar of one row, computed once per V logits, so each function aims at accuracy first; it stands between the two
+sweeps, while no byte moves, so long library routines are avoided where a short form is as accurate. Under
+``sweeps.leads`` one warp alone computes it: nothing here may reduce or wait. ``parameters`` travel at run time: a new
+epsilon, temperature or alpha never recompiles.
 """
 
 import triton

@@ -40,7 +40,7 @@ def leads(LEADER: tl.constexpr):
 
     On NVIDIA the threads of the first warp, the only condition in these kernels that is not the same in all threads:
     what stands under it may neither reduce nor wait. Executed by 32 warps alike these were 9 % of all instructions and
-    2 to 5 % of the time (an H200: Qwen 1.30 to 1.27 times a copy, GPT-2 1.38 to 1.32). Elsewhere every thread.
+    up to 5 % of the time (an H200: Qwen 1.30 to 1.27 times a copy, GPT-2 1.38 to 1.32). Elsewhere every thread.
     """
     if LEADER:
         return tl.inline_asm_elementwise("mov.u32 $0, %tid.x;", "=r", [], tl.int32, True, 1) < 32

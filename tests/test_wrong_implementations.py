@@ -668,8 +668,8 @@ def temperatures_ignored_by_the_second_sweep(f: Any, sweeps: Any, *rest: Any) ->
 @mutant(("triton",), (kernel_policy, "row_gradient"), interpreted=True)
 def temperatures_ignored_by_the_kernel_s_second_sweep(f: Any, *arguments: Any) -> None:
     """But for the factor of 1 / temperature; numbers in a transform are not of a row."""
-    *before, (scale, inverse, rate) = arguments[:11]
-    f(*before, (scale if isinstance(scale, float) else scale / inverse, inverse, rate), *arguments[11:])
+    *before, (scale, inverse, rate) = arguments[:9]
+    f(*before, (scale if isinstance(scale, float) else scale / inverse, inverse, rate), *arguments[9:])
 
 
 # ---------------------------------------------------------------------------------------------------------------

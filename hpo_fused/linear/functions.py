@@ -68,7 +68,8 @@ def linear_policy_loss(
             is kept; bits beyond V are ignored. What masked rows keep is of no meaning.
         skip_inactive: leave unmasked rows without a learning signal uncomputed (their logprobs and entropy are NaN).
             False adds one GEMM for them.
-        chunk_bytes: memory for a chunk's logits, at least one row. None: 4096 rows (1024 on a CPU), at most 896 MiB.
+        chunk_bytes: memory for a chunk's logits, at least one row. None: 4096 rows (1024 on a CPU), at most 896 MiB;
+            on a GPU all rows, where their logits take no more than dweight's sum over chunks would.
         logits_dtype: dtype that the logits are rounded to: None for the GEMMs' own, or float32, for parity with a
             sampler that does so, which takes more of the chunk and, on a CPU, time.
         active_count: number of active rows, or an upper bound, if the caller knows it: the call then does not
