@@ -70,7 +70,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help bench evidence pytest-benchmark test verl trainers lint types versions sanitize clean distclean
+.PHONY: help bench evidence gpu links pytest-benchmark test verl trainers lint types versions sanitize clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -108,10 +108,27 @@ lint: $(STAMP) ## style, formatting and types
 
 # mypy does not follow setuptools' editable finder, so it is shown the package as it is installed: a tree of links
 # in which kernels/ and bench/ lie inside hpo_fused/.
-types: $(STAMP) ## types alone
+types: $(STAMP) links ## types alone
+	cd $(TYPED) && ../bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p hpo_fused
+
+links:
 	@rm -rf $(TYPED) && mkdir -p $(TYPED)/hpo_fused
 	@ln -s "$(CURDIR)"/hpo_fused/* "$(CURDIR)/kernels" "$(CURDIR)/bench" $(TYPED)/hpo_fused/
-	cd $(TYPED) && ../bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p hpo_fused
+
+# For a GPU at hand for minutes: nothing is installed (BIN=DIR names another environment's programs), most telling first,
+# each step under a limit of its own and into a log, so that a cut loses nothing: 8 minutes in all.
+ON_GPU := env PYTHONPATH="$(CURDIR)/$(TYPED)"
+UNDER_TEST := tests/test_kernels_rows.py tests/test_equivalence.py
+gpu: links ## what a GPU alone can tell, in 8 minutes, into evidence/: kernels' tests, timings, races, suite
+	@mkdir -p evidence
+	-timeout 60 $(ON_GPU) $(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist worksteal $(UNDER_TEST) \
+		>evidence/kernels.log 2>&1; tail -n 1 evidence/kernels.log
+	-timeout 190 $(ON_GPU) $(BIN)/python -c 'import sys; from hpo_fused.bench.cli import main; sys.exit(main())' \
+		all --output evidence --budget 180 >evidence/all.log 2>&1; tail -n 1 evidence/all.log
+	-timeout 50 $(ON_GPU) compute-sanitizer --tool racecheck --target-processes all \
+		$(BIN)/python -m pytest -q -p no:xdist tests/test_kernels_rows.py >evidence/races.log 2>&1; tail -n 1 evidence/races.log
+	-timeout 180 $(ON_GPU) $(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist worksteal --durations 20 \
+		>evidence/suite.log 2>&1; tail -n 1 evidence/suite.log
 
 # Each Triton in a folder of its own, found before the one that PyTorch brought. The sample has both paths of the
 # kernels, the terms of a batch, float16 and rows that start anywhere. Before Triton 3.7 the interpreter does not know
