@@ -126,6 +126,11 @@ def machine(device_index: int) -> Machine:
     return Machine(architecture, properties.multi_processor_count, cache, warp_size)
 
 
+def pressure_of(softcap: float | None, bonus: bool = False, aligned: bool = True) -> int:
+    """A variant's pressure, see :func:`default_parameters`: of its softcap, entropy bonus and stores' alignment."""
+    return 2 if not aligned else int(softcap is not None) << int(bonus)
+
+
 def default_parameters(
     machine: Machine, itemsize: int, V: int, *, reread: bool = True, pressure: int = 0
 ) -> LaunchParameters:

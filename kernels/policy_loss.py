@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hpo_fused.interface import LogitTransform, LossSpec
 
-from .launch import launch_configuration, launch_programs, same_alignment, transform_constants
+from .launch import launch_configuration, launch_programs, pressure_of, same_alignment, transform_constants
 from .numerics import to_float32
 from .surrogate import token_log_ratio, token_loss
 from .sweeps import (
@@ -160,7 +160,7 @@ def policy_loss(
     if B * T == 0:
         return
     entropy, aligned = results.shape[0] == 3, out is None or same_alignment(logits, out)
-    pressure = 2 if not aligned else int(transform.softcap is not None) << int(spec.entropy_bonus)
+    pressure = pressure_of(transform.softcap, spec.entropy_bonus, aligned)
     launch = launch_configuration(logits, reread=out is not None, pressure=pressure)
     out_stride_b, out_stride_t = (0, 0) if out is None else out.stride()[:2]
     arguments = (

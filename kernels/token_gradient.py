@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hpo_fused.interface import LogitTransform, SoftmaxStatistics
 
-from .launch import launch_configuration, launch_programs, same_alignment, transform_constants
+from .launch import launch_configuration, launch_programs, pressure_of, same_alignment, transform_constants
 from .numerics import to_float32
 from .sweeps import gradient_constants, row_gradient, row_offset, row_scale, zero_row
 
@@ -96,8 +96,7 @@ def token_gradient(
     if entropy_coefficients is not None and statistics.entropy is None:
         raise ValueError("statistics: expected the rows' entropy beside entropy_coefficients, got None")
     aligned = same_alignment(logits, out)
-    bonus = entropy_coefficients is not None
-    pressure = 2 if not aligned else int(transform.softcap is not None) << int(bonus)
+    pressure = pressure_of(transform.softcap, entropy_coefficients is not None, aligned)
     launch = launch_configuration(logits, reread=False, pressure=pressure)
     arguments = (
         logits, out, targets, *statistics[1:], logprob_coefficients, entropy_coefficients,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hpo_fused.interface import LogitTransform, SoftmaxStatistics
 
-from .launch import launch_configuration, launch_programs, transform_constants
+from .launch import launch_configuration, launch_programs, pressure_of, transform_constants
 from .numerics import to_float32
 from .sweeps import combine_lanes, lane_statistics, leads, row_offset, row_scale, row_statistics
 
@@ -76,7 +76,7 @@ def token_statistics(logits: Tensor, targets: Tensor, transform: LogitTransform,
     B, T, V = logits.shape
     if B * T == 0:
         return
-    launch = launch_configuration(logits, reread=False, pressure=int(transform.softcap is not None))
+    launch = launch_configuration(logits, reread=False, pressure=pressure_of(transform.softcap))
     arguments = (
         logits, targets, *statistics, transform_constants(*transform[:2]), transform.temperatures, B * T, T, V,
         *logits.stride()[:2],
