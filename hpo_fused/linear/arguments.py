@@ -7,13 +7,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from hpo_fused.checks import LOGIT_DTYPES, check_tensor, described, same_device
+from hpo_fused.checks import LOGIT_DTYPES, check_tensor, described, is_dtensor, same_device
 
 from .head import GemmDtypes, Inputs
-
-
-def _is_dtensor(value: object) -> bool:
-    return type(value).__name__ == "DTensor" and hasattr(value, "full_tensor")
 
 
 def gathered(name: str, value: Tensor) -> Tensor:
@@ -25,7 +21,7 @@ def gathered(name: str, value: Tensor) -> Tensor:
     Raises:
         ValueError: sharded over another dimension than the first, or holding partial sums.
     """
-    if not _is_dtensor(value):
+    if not is_dtensor(value):
         return value
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
@@ -79,7 +75,7 @@ def check_head(hidden: object, weight: object, bias: object, logits_dtype: objec
             logits_dtype that is neither float32 nor the GEMMs' own.
         ValueError: a wrong shape or device, or a DTensor that cannot be gathered.
     """
-    if _is_dtensor(hidden):
+    if is_dtensor(hidden):
         raise TypeError("hidden: expected a plain tensor of this rank's rows, got a DTensor; pass hidden.to_local()")
     given = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
     for name, value in given.items():
@@ -140,12 +136,12 @@ def check_weight_grad(weight_grad: object, weight: Tensor) -> Tensor | None:
     """
     if weight_grad is None:
         return None
-    if not isinstance(weight_grad, Tensor) or weight_grad.dtype != torch.float32 or _is_dtensor(weight_grad):
+    if not isinstance(weight_grad, Tensor) or weight_grad.dtype != torch.float32 or is_dtensor(weight_grad):
         raise TypeError(f"weight_grad: expected a float32 tensor {list(weight.shape)}, got {described(weight_grad)}")
     check_tensor("weight_grad", weight_grad, [tuple(weight.shape)], "floating", weight.device)
     if weight_grad.requires_grad:
         raise ValueError("weight_grad: expected a buffer that does not require grad itself")
-    kind = "DTensor weight, whose gradient has to be reduced" if _is_dtensor(weight) else ""
+    kind = "DTensor weight, whose gradient has to be reduced" if is_dtensor(weight) else ""
     kind = kind or ("" if weight.requires_grad else "weight that does not require grad")
     if kind:
         raise ValueError(f"weight_grad: expected None for a {kind}, got a buffer")
