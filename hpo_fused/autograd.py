@@ -138,7 +138,8 @@ def _statistics(
     assert logprobs is not None and maximum is not None and others is not None
     statistics = SoftmaxStatistics(logprobs, maximum, others, entropies)
     if shard is not None:
-        return vocab_parallel.token_statistics(shard, logits, targets, transform, statistics, backend)
+        elsewhere = vocab_parallel.local_statistics(shard, logits, targets, transform, statistics, backend)
+        return shard.combined(statistics, elsewhere, backend)
     ops.token_statistics(logits, targets, transform, statistics, backend)
     return logprobs, statistics
 

@@ -90,6 +90,13 @@ class VocabShard:
         sizes, rank = known[columns], distributed.get_rank(group)
         return cls(group, sum(sizes[:rank]), sum(sizes))
 
+    @property
+    def ranks(self) -> int:
+        """Number of ranks that hold the vocabulary."""
+        from torch import distributed
+
+        return distributed.get_world_size(self.group)
+
     def check(self, logits: Tensor) -> None:
         """Ask all ranks of the group whether their shards make up the vocabulary, and whether they have the same rows.
 
@@ -175,27 +182,22 @@ class VocabShard:
         return (tokens + share).amax(0).to(torch.float32), SoftmaxStatistics(*narrow, entropy)
 
 
-def token_statistics(
+def local_statistics(
     shard: VocabShard, logits: Tensor, targets: Tensor, transform: LogitTransform, statistics: SoftmaxStatistics,
     backend: str,
-) -> tuple[Tensor, SoftmaxStatistics]:  # fmt: skip
-    """First sweep over a shard's columns [B, T, columns] and the ranks' meeting, see :meth:`VocabShard.combined`.
+) -> Tensor:  # fmt: skip
+    """First sweep over a shard's columns: writes ``statistics``, as :meth:`VocabShard.combined` takes them.
 
-    ``targets``: int32 [B, T], ids of the whole vocabulary or codes. ``statistics``: room for the shard's own.
+    ``targets``: int32 [B, T], ids of the whole vocabulary or codes. Returns which tokens are another rank's.
     """
     local, elsewhere = shard.local(targets, logits.shape[-1])
     if logits.shape[-1] > 0:
         ops.token_statistics(logits, local, transform, statistics, backend)
     else:
-        no_columns(statistics)
-    return shard.combined(statistics, elsewhere, backend)
-
-
-def no_columns(statistics: SoftmaxStatistics) -> None:
-    """Writes the statistics of a shard without columns."""
-    for entry, value in zip(statistics, (torch.nan, _LOWEST, 0.0, 0.0), strict=True):
-        if entry is not None:
-            entry.fill_(value)
+        for entry, value in zip(statistics, (torch.nan, _LOWEST, 0.0, 0.0), strict=True):
+            if entry is not None:
+                entry.fill_(value)
+    return elsewhere
 
 
 def token_gradient(
@@ -246,7 +248,8 @@ def all_gathered(value: Tensor, group: ProcessGroup) -> Tensor:
 
     ranks = distributed.get_world_size(group)
     every = value.new_empty((ranks * len(value), *value.shape[1:]))  # gloo takes no other shape
-    distributed.all_gather_into_tensor(every, value, group=group)
+    gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor  # PyTorch < 2.13
+    gather(every, value, group=group)
     return every.view(ranks, *value.shape)
 
 
@@ -375,7 +378,8 @@ class _Gathered(torch.autograd.Function):
         ranks = distributed.get_world_size(ctx.group)
         parts = gradient.view(batch, ranks, length // ranks, width).transpose(0, 1).contiguous()
         mine = torch.empty_like(parts[0])
-        distributed.reduce_scatter_tensor(mine, parts.view(-1, *mine.shape[1:]), group=ctx.group)
+        scatter = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
+        scatter(mine, parts.view(-1, *mine.shape[1:]), group=ctx.group)
         return mine, None
 
 
