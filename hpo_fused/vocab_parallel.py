@@ -257,10 +257,10 @@ def check_group(name: str, group: object) -> None:
     """TypeError or ValueError unless ``group`` is a process group that this rank belongs to."""
     from torch import distributed
 
-    if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
-        raise TypeError(f"{name}: expected a torch.distributed process group, got {described(group)}")
-    if distributed.get_rank(group) < 0:
+    if group is not None and group == distributed.GroupMember.NON_GROUP_MEMBER:  # what new_group gives the others
         raise ValueError(f"{name}: expected a process group that this rank belongs to, got one of other ranks")
+    if not isinstance(group, distributed.ProcessGroup):
+        raise TypeError(f"{name}: expected a torch.distributed process group, got {described(group)}")
 
 
 def _shard_of_dtensor(name: str, value: DTensor, dimension: int, group: VocabGroup) -> tuple[Tensor, VocabShard | None]:
@@ -282,7 +282,9 @@ def _shard_of_dtensor(name: str, value: DTensor, dimension: int, group: VocabGro
     local = value.to_local()
     if not sharded:
         if group is not None:
-            raise ValueError(f"{name}: expected a DTensor with Shard({dimension}) for vocab_group, got Replicate() only")
+            raise ValueError(
+                f"{name}: expected a DTensor with Shard({dimension}) for vocab_group, got Replicate() only"
+            )
         return local, None
     own = value.device_mesh.get_group(sharded[0])
     given = _group(group)
@@ -306,9 +308,7 @@ def _group(group: VocabGroup) -> ProcessGroup | None:
     return group.group if isinstance(group, VocabShard) else group
 
 
-def resolve_shard(
-    name: str, value: Tensor, dimension: int, group: VocabGroup
-) -> tuple[Tensor, VocabShard | None]:
+def resolve_shard(name: str, value: Tensor, dimension: int, group: VocabGroup) -> tuple[Tensor, VocabShard | None]:
     """A tensor of which ``dimension`` is the vocabulary's as this rank's plain tensor, and its shard, if it is one.
 
     Raises:
