@@ -178,8 +178,10 @@ class VocabShard:
         if entropies:
             weight = share.exp()
             entropy = torch.where(weight == 0, 0.0, weight * (entropies[0] - share)).sum(0).to(torch.float32)
-        narrow = (value.to(torch.float32) for value in (column, top, beside))
-        return (tokens + share).amax(0).to(torch.float32), SoftmaxStatistics(*narrow, entropy)
+        found, column, top, beside = (
+            value.to(torch.float32) for value in ((tokens + share).amax(0), column, top, beside)
+        )
+        return found, SoftmaxStatistics(column, top, beside, entropy)
 
 
 def local_statistics(
@@ -318,7 +320,8 @@ def resolve_shard(name: str, value: Tensor, dimension: int, group: VocabGroup) -
     """
     if group is None and not is_dtensor(value):
         return value, None
-    return _resolved(name, value, dimension, group)
+    resolved: tuple[Tensor, VocabShard | None] = _resolved(name, value, dimension, group)
+    return resolved
 
 
 @torch.compiler.disable(reason="process groups are known only at run time; call it between compiled graphs")  # type: ignore[untyped-decorator]

@@ -120,9 +120,10 @@ def dtensor(rank: int, world: int) -> dict[str, float]:
     width, alone = part.shape[-1], distributed.new_group([0])
     start = 16 * rank
     hf.VocabShard(group, start, 31).check(part)
+    batches, copies = (distribute_tensor(logits, line, [place]) for place in (Shard(0), Replicate()))
     refused: list[tuple[Any, Any, type[Exception], str]] = [
-        (distribute_tensor(logits, line, [Shard(0)]), None, ValueError, r"logits: expected .*Shard\(2\) only, got .*dim=0"),
-        (distribute_tensor(logits, line, [Replicate()]), line, ValueError, r"logits: expected a DTensor with Shard\(2\)"),
+        (batches, None, ValueError, r"logits: expected .*Shard\(2\) only, got .*dim=0"),
+        (copies, line, ValueError, r"logits: expected a DTensor with Shard\(2\)"),
         (part, "tp", TypeError, "vocab_group: expected a torch.distributed process group, got str 'tp'"),
         (part, square, ValueError, "vocab_group: expected a mesh of one dimension"),
         (part, hf.VocabShard(group, 16, 20), ValueError, "logits: expected at most 4 columns from id 16 of 20"),
