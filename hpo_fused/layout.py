@@ -234,3 +234,35 @@ def check_transform(
 def check_groups(groups: object, responses: int, device: torch.device) -> Tensor | None:
     """``groups`` itself; TypeError or ValueError unless it is None or an integer tensor [B]."""
     return None if groups is None else check_tensor("groups", groups, [(responses,)], "integer", device)
+
+
+def counted_layout(
+    advantages: object, mask: object, cu_seqlens: Tensor | None, level: object, *, any_length: bool = False
+) -> tuple[Layout, Tensor]:
+    """The layout that advantages, mask and boundaries tell, and the advantages as in ``Batch``; checked here.
+
+    ``any_length``: responses whose lengths are not told may have one token each.
+    """
+    if not isinstance(advantages, Tensor):
+        raise TypeError(f"advantages: expected a tensor, got {described(advantages)}")
+    if mask is not None and not isinstance(mask, Tensor):
+        raise TypeError(f"mask: expected a tensor or None, got {described(mask)}")
+    if mask is not None:
+        name, shape = "mask", mask.shape
+    elif isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() == 1 and len(cu_seqlens) > 0:
+        name, shape = "cu_seqlens", torch.Size([int(cu_seqlens[-1])])
+    elif advantages.dim() == 2 and (advantages.shape[1] != 1 or level == "token"):
+        name, shape = "advantages", advantages.shape
+    elif any_length and advantages.dim() > 0:
+        name, shape = "advantages", torch.Size((len(advantages), 1))
+    else:
+        raise ValueError(
+            "mask: expected a mask, cu_seqlens or per-token advantages to tell the responses' "
+            f"lengths from, got None with advantages {described(advantages)}"
+        )
+    responses, device = check_boundaries(name, shape, advantages.device, cu_seqlens), advantages.device
+    if mask is not None:
+        check_mask(mask, shape, device)
+    values = check_level("advantages", advantages, shape, responses, device, check_advantage_level(level))
+    rows = (1, shape[0]) if len(shape) == 1 else tuple(shape)
+    return Layout.of(as_mask(mask, rows, device), responses, cu_seqlens), values

@@ -107,7 +107,7 @@ def check_batch(
         if counted is None:
             layout = Layout.of(as_mask(mask, rows, device), responses, cu_seqlens)
             counted = BatchStatistics._of_layout(layout, advantages, groups)
-        elif counted.group_ids is None:
+        elif counted.group_lengths is None:
             raise ValueError(
                 "statistics: expected group counts for normalization='group_mean_length', got none; "
                 "pass groups to BatchStatistics.from_batch"
