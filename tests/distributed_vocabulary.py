@@ -124,12 +124,12 @@ def dtensor(rank: int, world: int) -> dict[str, float]:
     refused: list[tuple[Any, Any, type[Exception], str]] = [
         (batches, None, ValueError, r"logits: expected .*Shard\(2\) only, got .*dim=0"),
         (copies, line, ValueError, r"logits: expected a DTensor with Shard\(2\)"),
-        (part, "tp", TypeError, "vocab_group: expected a torch.distributed process group, got str 'tp'"),
-        (part, square, ValueError, "vocab_group: expected a mesh of one dimension"),
+        (part, "tp", TypeError, "vocab_group: expected a torch.distributed process group or .*, got str 'tp'"),
+        (part, square, ValueError, "vocab_group: expected a torch.distributed process group or a DeviceMesh of one dimension"),
         (part, hf.VocabShard(group, 16, 20), ValueError, "logits: expected at most 4 columns from id 16 of 20"),
     ]  # fmt: skip
     if rank == 1:
-        refused.append((part, alone, ValueError, "vocab_group: expected a process group that this rank belongs to"))
+        refused.append((part, alone, ValueError, "vocab_group: expected a group that this process belongs to"))
     else:
         refused.append((local, alone, ValueError, r"vocab_group: expected the ranks \[0, 1\] that logits .* got \[0\]"))
     for given, members, error, words in refused:
