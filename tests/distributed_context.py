@@ -27,10 +27,11 @@ from .distributed_statistics import (
 from .ranks import Part
 
 WIDE = hf.Clip(0.9, 9.0)  # no ratio is cut
+GSPO = hf.Objective.preset("gspo", shaping=WIDE)
 # Beyond the presets: every way in which a response's rows depend on each other, on other ranks too.
 CONTEXT: dict[str, tuple[hf.Objective, str]] = {
-    "gspo-wide": (hf.Objective.preset("gspo", shaping=WIDE), ""),
-    "per-token-advantages": (hf.Objective.preset("gspo", shaping=WIDE), "advantages"),
+    "gspo-wide": (GSPO, ""),
+    "per-token-advantages": (GSPO, "advantages"),
     "per-token-weights": (hf.Objective.preset("luspo", shaping=WIDE), "weights"),
     "signs-of-whole-responses": (hf.Objective("sequence", weighting=hf.AdaptiveHysteretic()), "advantages"),
     "sequence_sum": (hf.Objective("sequence_sum", hf.LogFidelity(), None, "response"), ""),
@@ -38,7 +39,7 @@ CONTEXT: dict[str, tuple[hf.Objective, str]] = {
     "k3_ratio-truncated": (hf.Objective("sequence", hf.TruncatedRatio(5.0), None, kl_coef=0.1, kl="k3_ratio"), ""),
     "geometric-mean": (hf.Objective.preset("gmpo", shaping=hf.GeometricMean(0.1, 0.1)), "advantages"),
     "dro": (hf.Objective("sequence", hf.DRO(0.5), None), "weights"),
-    "entropy": (hf.Objective.preset("gspo", shaping=WIDE), "entropy"),
+    "entropy": (GSPO, "entropy"),
     "token-entropy-kl": (hf.Objective.preset("grpo", kl_coef=0.1, entropy_coef=0.01), "advantages"),
 }
 
@@ -84,12 +85,9 @@ def context(rank: int, world: int) -> dict[str, float]:
         options = {"statistics": statistics, "lengths": statistics.lengths, "context_group": both, "kind": kind}
         expected, _ = batch.gradient(*ALL, objective, kind=kind)
         level = "token" if objective.ratio_level == "token" else "response"
-        variants = [(False, "torch"), (True, "torch")]
-        if name in ("grpo", "gspo-wide", "per-token-weights"):
-            variants.append((False, "triton"))
-        for packed, backend in variants:
-            ours, _ = batch.gradient(*mine, objective, packed=packed, backend=backend, **options)
-            worse[level] = max(worse[level], compared(f"{name}, packed={packed}, {backend}", ours, expected))
+        for packed in (False, True):
+            ours, _ = batch.gradient(*mine, objective, packed=packed, **options)
+            worse[level] = max(worse[level], compared(f"{name}, packed={packed}", ours, expected))
     for count, number in ((4, 4), (None, 3)):
         statistics = batch.counted(
             *mine, process_group=everyone, context_group=both, groups=GROUPS[mine[0]], group_count=count
@@ -100,12 +98,12 @@ def context(rank: int, world: int) -> dict[str, float]:
         worse["token"] = max(worse["token"], compared("groups", ours, expected))
     return {
         "context-parallel by data-parallel ranks, ratios of tokens": worse["token"],
-        "the same, ratios of responses": worse["response"],
+        "context-parallel by data-parallel ranks, ratios of responses": worse["response"],
     }
 
 
-def context_linear(rank: int, world: int) -> dict[str, float]:
-    """Hidden states of two ranks' rows; both have the head, whose gradients add up."""
+def context_of_two(rank: int, world: int) -> dict[str, float]:
+    """Hidden states of two ranks' rows; both have the head, whose gradients add up. And the kernels."""
     batch, both = Batch(), distributed.group.WORLD
     generator = torch.Generator().manual_seed(1)
     head = torch.randn(17, 6, generator=generator)
@@ -127,7 +125,17 @@ def context_linear(rank: int, world: int) -> dict[str, float]:
             gradients.append([value.grad for value in inputs])
         for expected, ours in zip(*gradients, strict=True):
             worse = max(worse, compared(name, ours, expected))
-    return {"context-parallel ranks, from hidden states and a head on each": worse}
+    few = slice(0, 2)  # the kernels' sweeps, in the interpreter
+    columns = (slice(0, 1), slice(1, 3))[rank]
+    statistics = batch.counted(few, columns, context_group=both)
+    options = {"statistics": statistics, "lengths": statistics.lengths, "context_group": both}
+    expected = batch.gradient(few, slice(0, 3), GSPO)[0]
+    ours = batch.gradient(few, columns, GSPO, backend="triton", **options)[0]
+    kernels = compared("triton", ours, expected)
+    return {
+        "context-parallel ranks, from hidden states and a head on each": worse,
+        "context-parallel ranks, logits in the Triton kernels": kernels,
+    }
 
 
 def context_metrics(rank: int, world: int) -> dict[str, float]:
@@ -200,7 +208,7 @@ def refusals(rank: int, world: int) -> dict[str, float]:
 
 PARTS: dict[str, Part] = {
     "context": (4, context),
-    "context_linear": (2, context_linear),
+    "context_of_two": (2, context_of_two),
     "context_metrics": (4, context_metrics),
     "context_refusals": (4, refusals),
 }

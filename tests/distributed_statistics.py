@@ -146,7 +146,7 @@ def micro_batches(rank: int, world: int) -> dict[str, float]:
         wrong.check(*counted(4)[1], process_group=everyone)
     return {
         "micro-batches on data-parallel ranks of unequal size, one empty": worse["data"],
-        "the same, normalised by group": worse["groups"],
+        "micro-batches on such ranks, normalised by group": worse["groups"],
     }
 
 
