@@ -215,14 +215,14 @@ class _TokenStatistics(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(gradient is None for gradient in upstream):
             return (None,) * 7
-        weight, needed = ctx.saved_tensors[1], any(ctx.needs_input_grad[1:3])
-        with until_accumulated(ctx.settings.weight_context, weight, needed=needed):
-            return *_TokenStatistics.gradients(ctx, upstream), *(None,) * 4
+        saved = ctx.saved_tensors  # once: a checkpoint makes them anew each time
+        with until_accumulated(ctx.settings.weight_context, saved[1], needed=any(ctx.needs_input_grad[1:3])):
+            return *_TokenStatistics.gradients(ctx, saved, upstream), *(None,) * 4
 
     @staticmethod
-    def gradients(ctx: Any, upstream: Sequence[Tensor | None]) -> Gradients:
+    def gradients(ctx: Any, saved: Sequence[Tensor], upstream: Sequence[Tensor | None]) -> Gradients:
         """dhidden, dweight, dbias from the gradients of log-probabilities and entropies."""
-        hidden, weight, bias, statistics, *_ = ctx.saved_tensors
+        hidden, weight, bias, statistics, *_ = saved
         for name, value, shape in zip(("weight", "bias"), (weight, bias), ctx.shapes, strict=True):
             check_still_held(name, value, shape)
         c, *h = upstream
