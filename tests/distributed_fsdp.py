@@ -160,6 +160,31 @@ def fsdp2(rank: int, world: int) -> dict[str, float]:
     return differences
 
 
+def over_tensor_parallel(rank: int, world: int) -> dict[str, float]:
+    """FSDP2 over a head whose vocabulary is sharded: within the forward it leaves the DTensor of ColwiseParallel."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "vocabulary"))
+    found = 0.0
+    for objective, shares in (("ahpo", EMPTY), ("gspo", ALONE)):
+        batch = whole_batch(objective)
+        alone, model = Model(bias=True), Model(bias=True)
+        expected = gradients_of(alone, [batch])
+        parallelize_module(model.lm_head, mesh["vocabulary"], ColwiseParallel())
+        fully_shard(model.layer, mesh=mesh["data"])
+        fully_shard(model, mesh=mesh["data"])
+        for micro in micro_batches(batch, shares[mesh.get_local_rank("data")], 2):
+            model(micro["ids"], micro | {"vocab_group": mesh["vocabulary"]}).backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            difference = worst(parameter.grad.full_tensor(), expected[name])
+            assert difference <= LIMIT, f"{objective}: {name} off by {difference}"
+            found = max(found, difference)
+    return {"FSDP2 over a head sharded over the vocabulary": found}
+
+
 class Partitioned:
     """A parameter as ZeRO-3 holds it: a shard, whole within ``whole()`` alone; its gradient is averaged as it comes."""
 
@@ -258,4 +283,4 @@ def zero3(rank: int, world: int) -> dict[str, float]:
     return differences
 
 
-PARTS: dict[str, Part] = {"fsdp2": (2, fsdp2), "zero3": (2, zero3)}
+PARTS: dict[str, Part] = {"fsdp2": (2, fsdp2), "zero3": (2, zero3), "fsdp2_vocabulary": (4, over_tensor_parallel)}
