@@ -20,7 +20,7 @@ from . import ops, vocab_parallel
 from .backend import implementation
 from .interface import LOSS, LogitTransform, LossSpec, SoftmaxStatistics, TokenTerms
 from .ops import traced
-from .vocab_parallel import VocabShard
+from .vocab_parallel import Shards
 
 _AGAIN = (
     "{} was differentiated a second time, but its stored gradient was consumed by the first backward. Call the loss "
@@ -129,7 +129,7 @@ def policy_loss(
 
 
 def _statistics(
-    logits: Tensor, targets: Tensor, transform: LogitTransform, entropy: bool, backend: str, shard: VocabShard | None
+    logits: Tensor, targets: Tensor, transform: LogitTransform, entropy: bool, backend: str, shards: Shards | None
 ) -> tuple[Tensor, SoftmaxStatistics]:
     logprobs, maximum, others, entropies = (
         logits.new_empty(targets.shape, dtype=torch.float32) if wanted else None
@@ -137,9 +137,9 @@ def _statistics(
     )
     assert logprobs is not None and maximum is not None and others is not None
     statistics = SoftmaxStatistics(logprobs, maximum, others, entropies)
-    if shard is not None:
-        elsewhere = vocab_parallel.local_statistics(shard, logits, targets, transform, statistics, backend)
-        return shard.combined(statistics, elsewhere, backend)
+    if shards is not None:
+        vocab_parallel.local_statistics(shards, logits, targets, transform, statistics, backend)
+        return shards.combined(statistics, targets, backend)
     ops.token_statistics(logits, targets, transform, statistics, backend)
     return logprobs, statistics
 
@@ -153,12 +153,12 @@ class _TokenStatistics(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, targets: Tensor, transform: LogitTransform, entropy: bool, inplace: bool,
-        backend: str, shard: VocabShard | None,
+        backend: str, shards: Shards | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        logprobs, statistics = _statistics(logits, targets, transform, entropy, backend, shard)
+        logprobs, statistics = _statistics(logits, targets, transform, entropy, backend, shards)
         ctx.save_for_backward(logits, targets, transform.temperatures, *statistics)
         ctx.transform, ctx.inplace, ctx.backend = transform._replace(temperatures=None), inplace, backend
-        ctx.shard = shard
+        ctx.shards = shards
         ctx.set_materialize_grads(False)
         if statistics.entropy is None:
             return (logprobs,)
@@ -183,7 +183,7 @@ class _TokenStatistics(torch.autograd.Function):
         if c is None:
             c = torch.zeros_like(statistics.logprobs)
         out = logits.detach() if ctx.inplace else _gradient_like(logits)
-        vocab_parallel.token_gradient(ctx.shard, logits, targets, statistics, c, h, transform, out, ctx.backend)
+        vocab_parallel.token_gradient(ctx.shards, logits, targets, statistics, c, h, transform, out, ctx.backend)
         if ctx.inplace:
             torch.autograd.graph.increment_version(logits)
         return out, *nothing
@@ -191,19 +191,19 @@ class _TokenStatistics(torch.autograd.Function):
 
 def token_statistics(
     logits: Tensor, targets: Tensor, transform: LogitTransform, *, entropy: bool, inplace: bool, backend: str,
-    shard: VocabShard | None = None,
+    shards: Shards | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Differentiable log-probabilities and entropies of logits [B, T, V], NaN in rows not computed.
 
-    ``shard``: the logits are a rank's columns of the vocabulary, while the targets are ids of the whole.
+    ``shards``: the logits are a rank's columns of the vocabulary, while the targets are ids of the whole.
     """
     if torch.is_grad_enabled() and logits.requires_grad:
         inplace = inplace and not traced(logits)
         outputs = _TokenStatistics.apply(  # type: ignore[no-untyped-call]
-            logits, targets, transform, entropy, inplace, backend, shard
+            logits, targets, transform, entropy, inplace, backend, shards
         )
         return outputs[0], outputs[1] if entropy else None
-    logprobs, statistics = _statistics(logits, targets, transform, entropy, backend, shard)
+    logprobs, statistics = _statistics(logits, targets, transform, entropy, backend, shards)
     return logprobs, statistics.entropy
 
 

@@ -1,7 +1,7 @@
 """Plain values that pass between the public functions and a backend.
 
 A *row* is one token position with its V logits. Per-token tensors are [B, T]; packed responses are [1, N]. Both
-backends (``hpo_fused.kernels`` and ``hpo_fused.torch_backend``) offer the same six operations on these types, so
+backends (``hpo_fused.kernels`` and ``hpo_fused.torch_backend``) offer the same eight operations on these types, so
 nothing above them knows which one is in use, and neither sees an :class:`~hpo_fused.objective.Objective`:
 
     token_terms(batch, spec, vocabulary, skip_inactive) -> TokenTerms     a call's arguments, as numbers per token
@@ -10,6 +10,11 @@ nothing above them knows which one is in use, and neither sees an :class:`~hpo_f
     token_gradient(logits, targets, statistics, c, h, transform, out)     second sweep
     logprob_loss(logprobs, entropy, terms, spec) -> LogprobLoss           between the sweeps
     scale_gradient(gradient, factor)                                      the upstream gradient
+
+and, where the vocabulary is in shards, between the sweeps and after the second:
+
+    combine_statistics(gathered, targets, ranges, rank)                   the ranks' statistics, as the row's
+    column_gradient(first, targets, start, statistics, c, h, transform, out)    where a token is another rank's
 """
 
 from __future__ import annotations

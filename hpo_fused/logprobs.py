@@ -12,7 +12,7 @@ from .backend import Backend, backend_for
 from .checks import check_logits, check_tensor
 from .layout import as_mask, check_mask, check_transform
 from .token_terms import token_targets
-from .vocab_parallel import VocabGroup, resolve_shard
+from .vocab_parallel import VocabGroup, resolve_shards
 
 
 class TokenLogprobs(NamedTuple):
@@ -61,8 +61,8 @@ def token_logprobs(
         >>> result.entropy
         tensor([[1.3863, 1.3863]])
     """
-    logits, shard = resolve_shard("logits", logits, -1, vocab_group)
-    check_logits("logits", logits, sharded=shard is not None)
+    logits, shards = resolve_shards("logits", logits, -1, vocab_group)
+    check_logits("logits", logits, sharded=shards is not None)
     shape = logits.shape[:-1]
     tokens = check_tensor("tokens", tokens, [tuple(shape)], "integer", logits.device)
     if mask is not None:
@@ -70,10 +70,10 @@ def token_logprobs(
     rows = logits if logits.dim() == 3 else logits.unsqueeze(0)
     transform = check_transform(temperature, softcap, shape, logits.device, mask)
     row_mask = as_mask(mask, rows.shape[:2], logits.device)
-    vocabulary = logits.shape[-1] if shard is None else shard.vocabulary
+    vocabulary = logits.shape[-1] if shards is None else shards.vocabulary
     logprobs, entropies = autograd.token_statistics(
         rows, token_targets(tokens, row_mask, vocabulary), transform, entropy=entropy, inplace=False,
-        backend=backend_for(logits, backend), shard=shard,
+        backend=backend_for(logits, backend), shards=shards,
     )  # fmt: skip
 
     def shaped(value: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from .objective import Objective, ObjectiveLike, resolve_objective
 from .process_groups import GroupLike
 from .surrogate import with_other_ranks
 from .token_terms import check_batch
-from .vocab_parallel import VocabGroup, resolve_shard
+from .vocab_parallel import VocabGroup, resolve_shards
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,8 +220,8 @@ def policy_loss(
         tensor([-0.1333,  0.0333,  0.0333,  0.0333,  0.0333])
     """
     resolved = resolve_objective(objective)
-    logits, shard = resolve_shard("logits", logits, -1, vocab_group)
-    check_logits("logits", logits, sharded=shard is not None)
+    logits, shards = resolve_shards("logits", logits, -1, vocab_group)
+    check_logits("logits", logits, sharded=shards is not None)
     shape, device = logits.shape[:-1], logits.device
     check_tensor("tokens", tokens, [tuple(shape)], "integer", device)
     batch = check_batch(
@@ -235,13 +235,13 @@ def policy_loss(
     if inplace and logits.requires_grad:
         check_in_place(logits)
     spec = resolved.lower(batch)
-    vocabulary = logits.shape[-1] if shard is None else shard.vocabulary
+    vocabulary = logits.shape[-1] if shards is None else shards.vocabulary
     terms = ops.token_terms(batch, spec, vocabulary, skip_inactive, name)
     entropy = entropy or spec.entropy_bonus
     rows = logits if logits.dim() == 3 else logits.unsqueeze(0)
-    if spec.response_ratio or logits.dtype == torch.float16 or shard is not None:
+    if spec.response_ratio or logits.dtype == torch.float16 or shards is not None:
         logprobs, entropies = autograd.token_statistics(
-            rows, terms.targets, transform, entropy=entropy, inplace=inplace, backend=name, shard=shard
+            rows, terms.targets, transform, entropy=entropy, inplace=inplace, backend=name, shards=shards
         )
         if spec.response_ratio and batch.context is not None:
             terms = with_other_ranks(terms, spec, logprobs, batch.context)

@@ -16,9 +16,11 @@ one column apart, and what they write to it is corrected afterwards. So they nee
 
 from __future__ import annotations
 
+import functools
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias, Union, cast
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, Union, cast
 
 import torch
 from torch import Tensor, distributed
@@ -35,14 +37,11 @@ if TYPE_CHECKING:
 
 VocabGroup: TypeAlias = Union[GroupLike, "VocabShard", None]
 
-# The maximum of a shard in which every logit is -inf (a kept set that has none of its ids), and of one without columns.
+# The maximum in a shard without columns: as where every logit is -inf.
 _LOWEST = -1e30
 
-# Below this distance from probability 1 the token is the maximum, and the others' sum need not be a normal number.
-_CERTAIN = 1e-30
-
-# Columns of every rank, by group and by those of this one: asked once.
-_columns: weakref.WeakKeyDictionary[Any, dict[int, tuple[int, ...]]] = weakref.WeakKeyDictionary()
+# What every rank of a group holds, by what this rank holds: asked once.
+_known: weakref.WeakKeyDictionary[Any, dict[tuple[int, int, int], Shards]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -58,15 +57,16 @@ class VocabShard:
 
     Raises:
         TypeError: group is neither of these, start or vocabulary no int.
-        ValueError: this rank is not in the group; start outside [0, V]; V < 1.
+        ValueError: this rank is not in the group; start outside [0, V]; V < 1. A loss call raises it as well, on every
+            rank, where the ranks' shards do not cover [0, V) once.
     """
 
-    group: ProcessGroup
+    group: GroupLike
     start: int
     vocabulary: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "group", check_group("group", self.group))
+        check_group("group", self.group)
         for name in ("start", "vocabulary"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
@@ -76,65 +76,66 @@ class VocabShard:
         if not 0 <= self.start <= self.vocabulary:
             raise ValueError(f"start: expected an id in [0, {self.vocabulary}], got {self.start}")
 
-    @classmethod
-    def of(cls, group: ProcessGroup, columns: int, device: torch.device) -> VocabShard:
-        """This rank's shard where shards of any sizes follow each other in the ranks' order.
 
-        One collective and one synchronisation at the first call with a group and a number of columns, none later.
-        """
-        known = _columns.setdefault(group, {})
-        if columns not in known:
-            known[columns] = tuple(all_gathered(torch.tensor([columns], device=device), group).flatten().tolist())
-        sizes, rank = known[columns], distributed.get_rank(group)
-        return cls(group, sum(sizes[:rank]), sum(sizes))
+class Shards(NamedTuple):
+    """Which ids [start, stop) of a vocabulary each rank of a group has; this rank is number ``rank`` of them."""
+
+    group: ProcessGroup
+    rank: int
+    ranges: tuple[tuple[int, int], ...]
 
     @property
-    def ranks(self) -> int:
-        """Number of ranks that hold the vocabulary."""
-        return distributed.get_world_size(self.group)
+    def vocabulary(self) -> int:
+        """Size of the whole vocabulary."""
+        return max(stop for _, stop in self.ranges)
 
-    def check(self, logits: Tensor) -> None:
-        """Ask all ranks of the group whether their shards make up the vocabulary, and whether they have the same rows.
+    @property
+    def own(self) -> tuple[int, int]:
+        """This rank's ids."""
+        return self.ranges[self.rank]
 
-        A collective that waits for the device: for debugging, called by every rank of the group.
+    @classmethod
+    def asked(cls, group: ProcessGroup, columns: int, device: torch.device, shard: VocabShard | None = None) -> Shards:
+        """What the ranks have: where a shard says, or one after the other in the ranks' order.
 
-        Args:
-            logits: this rank's, [B, T, columns] or [N, columns].
+        One collective and one synchronisation at the first call with a group and a shard, none later.
 
         Raises:
-            ValueError: on every rank alike; ranges that overlap or leave gaps, another V or other rows elsewhere.
+            ValueError: on every rank alike; ranges that overlap or leave gaps, or another V on another rank.
         """
-        *rows, columns = logits.shape
-        mine = torch.tensor([self.start, columns, self.vocabulary, *rows], device=logits.device)
-        shards = all_gathered(mine, self.group).tolist()
-        if any(shard[2:] != shards[0][2:] for shard in shards):
-            seen = [f"V = {vocabulary}, {shape}" for _, _, vocabulary, *shape in shards]
-            raise ValueError(f"vocab_group: expected the same vocabulary and rows on every rank, got {'; '.join(seen)}")
-        ranges = [(start, start + width) for start, width, *_ in shards]
-        filled = sorted(span for span in ranges if span[0] < span[1])
-        ends = [0, *(end for _, end in filled)]
-        if [*(start for start, _ in filled), self.vocabulary] != ends:
-            raise ValueError(f"vocab_group: expected shards that cover [0, {self.vocabulary}) once, got {ranges}")
+        mine = (-1, columns, -1) if shard is None else (shard.start, columns, shard.vocabulary)
+        known = _known.setdefault(group, {})
+        if mine not in known:
+            every = all_gathered(torch.tensor(mine, device=device), group).tolist()
+            sizes = [width for _, width, _ in every]
+            vocabulary = every[0][2] if shard is not None else sum(sizes)
+            starts = [start for start, _, _ in every] if shard is not None else [0, *accumulate(sizes)][:-1]
+            ranges = tuple((start, start + width) for start, width in zip(starts, sizes, strict=True))
+            filled = sorted(span for span in ranges if span[0] < span[1])
+            ends = [0, *(end for _, end in filled)]
+            if len({size for *_, size in every}) > 1 or [*(start for start, _ in filled), vocabulary] != ends:
+                said = [f"[{start}, {start + width}) of {size}" for start, width, size in every]
+                raise ValueError(
+                    "vocab_group: expected shards that cover a vocabulary once, on every rank of the same size, got "
+                    f"{', '.join(said)}"
+                )
+            known[mine] = cls(group, distributed.get_rank(group), ranges)
+        return known[mine]
 
-    def local(self, targets: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-        """Targets as this rank's columns, 0 for a token of another rank's, codes as they are; and which are elsewhere.
-
-        Args:
-            targets: int32 [B, T], ids in [0, V) or codes.
-            columns: number of this rank's columns.
-        """
-        inside = (targets >= self.start) & (targets < self.start + columns)
-        elsewhere = (targets >= 0) & ~inside
-        return torch.where(inside, targets - self.start, torch.where(elsewhere, 0, targets)), elsewhere
+    def local(self, targets: Tensor) -> Tensor:
+        """Targets, int32 [B, T], as this rank's columns: 0 for a token of another rank's, codes as they are."""
+        start, stop = self.own
+        inside = (targets >= start) & (targets < stop)
+        return torch.where(inside, targets - start, targets.clamp(max=0))
 
     def combined(
-        self, statistics: SoftmaxStatistics, elsewhere: Tensor, backend: str
+        self, statistics: SoftmaxStatistics, targets: Tensor, backend: str
     ) -> tuple[Tensor, SoftmaxStatistics]:
         """Each token's log-probability, and this rank's statistics relative to the whole row: one all-gather.
 
         Args:
             statistics: of this rank's columns, their ``logprobs`` that of the token's column or of column 0.
-            elsewhere: bool [B, T], rows whose token is another rank's.
+            targets: int32 [B, T], ids of the whole vocabulary or codes.
             backend: whose statistics they are.
 
         Returns:
@@ -142,103 +143,60 @@ class VocabShard:
             whole row, ``others`` all its exponentials but that of this rank's column, whose log-probability
             ``logprobs`` is.
         """
-        unit = implementation(backend).MAXIMUM_UNIT
-        logprobs, maximum, others = (entry.to(torch.float64) for entry in statistics[:3])
-        whole = torch.where(-logprobs < _CERTAIN, 1.0, others / -torch.expm1(logprobs))
-        empty = (maximum <= _LOWEST) | ((others == 0) & logprobs.isnan())
-        whole, others = (torch.where(empty, 0.0, value) for value in (whole, others))
-        maximum = torch.where(empty, _LOWEST, maximum)
-        own = torch.where(elsewhere | empty, -torch.inf, logprobs)
-        parts = [maximum, whole, own]
-        if statistics.entropy is not None:
-            parts.append(torch.where(empty, 0.0, statistics.entropy))
-        message = torch.stack([part.to(torch.float32) for part in parts])
-        every = all_gathered(message, self.group)
-
-        maxima, sums, tokens, *entropies = every.to(torch.float64).unbind(1)  # [W, B, T]
-        top = maxima.amax(0)
-        drop = (maxima - top) * unit
-        mass = drop.exp() * sums
-        total = mass.sum(0)
-        rank = distributed.get_rank(self.group)
-        # Without the part itself, not the total less it: what little is left of a peaked row keeps its digits.
-        holds = tokens > -torch.inf
-        rest = torch.where(holds, 0.0, mass).sum(0)
-        share = drop + sums.log() - total.log()
-        share = torch.where(holds & (rest < mass), -torch.log1p(rest / mass), share)
-        column = share[rank] + torch.where(empty, -torch.inf, logprobs)
-        beside = mass[:rank].sum(0) + mass[rank + 1 :].sum(0) + drop[rank].exp() * others
-        entropy = None
-        if entropies:
-            weight = share.exp()
-            entropy = torch.where(weight == 0, 0.0, weight * (entropies[0] - share)).sum(0).to(torch.float32)
-        found, column, top, beside = (
-            value.to(torch.float32) for value in ((tokens + share).amax(0), column, top, beside)
+        message = torch.stack([entry for entry in statistics if entry is not None])
+        combined: tuple[Tensor, SoftmaxStatistics] = implementation(backend).combine_statistics(
+            all_gathered(message, self.group), targets, _on_device(self.ranges, message.device), self.rank
         )
-        return found, SoftmaxStatistics(column, top, beside, entropy)
+        return combined
+
+
+@functools.lru_cache(maxsize=64)
+def _on_device(ranges: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """The ranks' ranges, int32 [W, 2]."""
+    return torch.tensor(ranges, dtype=torch.int32, device=device)
 
 
 def local_statistics(
-    shard: VocabShard, logits: Tensor, targets: Tensor, transform: LogitTransform, statistics: SoftmaxStatistics,
+    shards: Shards, logits: Tensor, targets: Tensor, transform: LogitTransform, statistics: SoftmaxStatistics,
     backend: str,
-) -> Tensor:  # fmt: skip
-    """First sweep over a shard's columns: writes ``statistics``, as :meth:`VocabShard.combined` takes them.
+) -> None:  # fmt: skip
+    """First sweep over a rank's columns: writes ``statistics``, as :meth:`Shards.combined` takes them.
 
-    ``targets``: int32 [B, T], ids of the whole vocabulary or codes. Returns which tokens are another rank's.
+    ``targets``: int32 [B, T], ids of the whole vocabulary or codes.
     """
-    local, elsewhere = shard.local(targets, logits.shape[-1])
     if logits.shape[-1] > 0:
-        ops.token_statistics(logits, local, transform, statistics, backend)
-    else:
-        for entry, value in zip(statistics, (torch.nan, _LOWEST, 0.0, 0.0), strict=True):
-            if entry is not None:
-                entry.fill_(value)
-    return elsewhere
+        ops.token_statistics(logits, shards.local(targets), transform, statistics, backend)
+        return
+    for entry, value in zip(statistics, (torch.nan, _LOWEST, 0.0, 0.0), strict=True):
+        if entry is not None:
+            entry.fill_(value)
 
 
 def token_gradient(
-    shard: VocabShard | None, logits: Tensor, targets: Tensor, statistics: SoftmaxStatistics, c: Tensor,
+    shards: Shards | None, logits: Tensor, targets: Tensor, statistics: SoftmaxStatistics, c: Tensor,
     h: Tensor | None, transform: LogitTransform, out: Tensor, backend: str,
 ) -> None:  # fmt: skip
-    """Second sweep: writes the gradient ``out`` of logits [B, T, V], or of a shard's columns.
+    """Second sweep: writes the gradient ``out`` of logits [B, T, V], or of a rank's columns.
 
     Args:
-        shard: whose columns they are; None: the whole vocabulary.
+        shards: whose columns they are; None: the whole vocabulary.
         targets: int32 [B, T], ids of the whole vocabulary or codes.
-        statistics: of the first sweep, for a shard as :meth:`VocabShard.combined` returns them.
+        statistics: of the first sweep, for a shard as :meth:`Shards.combined` returns them.
         logits, c, h, transform, out: as :func:`hpo_fused.torch_backend.operations.token_gradient` takes them.
     """
-    if shard is None:
+    if shards is None:
         ops.token_gradient(logits, targets, statistics, c, h, transform, out, backend)
     elif logits.shape[-1] > 0:
-        local, elsewhere = shard.local(targets, logits.shape[-1])
-        first = logits[..., 0].to(torch.float64)  # before it is written over
-        ops.token_gradient(logits, local, statistics, c, h, transform, out, backend)
-        gradient = _column_gradient(first, statistics, c, h, transform).to(out.dtype)
-        out[..., 0] = torch.where(elsewhere, gradient, out[..., 0])
-
-
-def _column_gradient(
-    z: Tensor, statistics: SoftmaxStatistics, c: Tensor, h: Tensor | None, transform: LogitTransform
-) -> Tensor:
-    """dloss/dz of a column that is not the token's: p (h (E[z'] - z') - c) dz'/dz, with E[z'] - z' = -H - log p."""
-    logprob = statistics.logprobs.to(torch.float64)
-    slope, live = -c.to(torch.float64), c != 0
-    if h is not None:
-        assert statistics.entropy is not None
-        slope, live = slope - h * (statistics.entropy + logprob), live | (h != 0)
-    if transform.softcap is not None:
-        w = (z.abs() * (-2 / transform.softcap)).exp()
-        slope = slope * 4 * w / (1 + w).square()
-    slope = slope / (transform.temperature if transform.temperatures is None else transform.temperatures)
-    return torch.where(live & (logprob > -torch.inf), logprob.exp() * slope, 0.0)
+        first = logits[..., 0].to(torch.float32, copy=True)  # before it is written over
+        ops.token_gradient(logits, shards.local(targets), statistics, c, h, transform, out, backend)
+        implementation(backend).column_gradient(first, targets, shards.own[0], statistics, c, h, transform, out)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # who holds what
 
 
-def _shard_of_dtensor(name: str, value: DTensor, dimension: int, group: VocabGroup) -> tuple[Tensor, VocabShard | None]:
+def _shards_of_dtensor(name: str, value: DTensor, dimension: int, group: VocabGroup) -> tuple[Tensor, Shards | None]:
     """A DTensor's local part, and its shard where its placements say that ``dimension`` is the vocabulary's."""
     from torch.distributed.tensor import Replicate, Shard
 
@@ -262,17 +220,17 @@ def _shard_of_dtensor(name: str, value: DTensor, dimension: int, group: VocabGro
         return local, None
     own = value.device_mesh.get_group(sharded[0])
     if group is not None:
-        members = group.group if isinstance(group, VocabShard) else check_group("vocab_group", group)
+        members = check_group("vocab_group", group.group if isinstance(group, VocabShard) else group)
         given, right = (distributed.get_process_group_ranks(ranks) for ranks in (members, own))
         if given != right:
             raise ValueError(f"vocab_group: expected the ranks {right} that {name} is sharded over, got {given}")
     size, ranks = value.shape[dimension], distributed.get_world_size(own)
-    start = min(-(-size // ranks) * distributed.get_rank(own), size)  # as torch.chunk cuts
-    return local, VocabShard(own, start, size)
+    edges = [min(-(-size // ranks) * rank, size) for rank in range(ranks + 1)]  # as torch.chunk cuts
+    return local, Shards(own, distributed.get_rank(own), tuple(pairwise(edges)))
 
 
-def resolve_shard(name: str, value: Tensor, dimension: int, group: VocabGroup) -> tuple[Tensor, VocabShard | None]:
-    """A tensor of which ``dimension`` is the vocabulary's as this rank's plain tensor, and its shard, if it is one.
+def resolve_shards(name: str, value: Tensor, dimension: int, group: VocabGroup) -> tuple[Tensor, Shards | None]:
+    """A tensor of which ``dimension`` is the vocabulary's as this rank's plain tensor, and the ranks' shards, if any.
 
     Raises:
         TypeError: group is neither a process group, a mesh nor a :class:`VocabShard`.
@@ -281,14 +239,14 @@ def resolve_shard(name: str, value: Tensor, dimension: int, group: VocabGroup) -
     """
     if group is None and not is_dtensor(value):
         return value, None
-    resolved: tuple[Tensor, VocabShard | None] = _resolved(name, value, dimension, group)
+    resolved: tuple[Tensor, Shards | None] = _resolved(name, value, dimension, group)
     return resolved
 
 
 @torch.compiler.disable(reason="process groups are known only at run time; call it between compiled graphs")  # type: ignore[untyped-decorator]
-def _resolved(name: str, value: Tensor, dimension: int, group: VocabGroup) -> tuple[Tensor, VocabShard | None]:
+def _resolved(name: str, value: Tensor, dimension: int, group: VocabGroup) -> tuple[Tensor, Shards | None]:
     if is_dtensor(value):
-        return _shard_of_dtensor(name, cast("DTensor", value), dimension, group)
+        return _shards_of_dtensor(name, cast("DTensor", value), dimension, group)
     if isinstance(group, VocabShard):
         stop = group.start + value.shape[dimension]
         if stop > group.vocabulary:
@@ -296,9 +254,9 @@ def _resolved(name: str, value: Tensor, dimension: int, group: VocabGroup) -> tu
                 f"{name}: expected at most {group.vocabulary - group.start} columns from id {group.start} of "
                 f"{group.vocabulary}, got {described(value)}"
             )
-        return value, group
     assert group is not None
-    return value, VocabShard.of(check_group("vocab_group", group), value.shape[dimension], value.device)
+    shard, members = (group, group.group) if isinstance(group, VocabShard) else (None, group)
+    return value, Shards.asked(check_group("vocab_group", members), value.shape[dimension], value.device, shard)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -341,10 +299,10 @@ class _Gathered(torch.autograd.Function):
         return mine, None
 
 
-def hidden_before_shards(hidden: Tensor, shard: VocabShard, sequence_parallel: bool) -> Tensor:
+def hidden_before_shards(hidden: Tensor, shards: Shards, sequence_parallel: bool) -> Tensor:
     """Hidden states [B, T, H] as a sharded head takes them: this rank's own, or all ranks' parts of the sequence.
 
     The gradient that the head's shards give is a sum over ranks, made in backward in the hidden states' dtype.
     """
     function = _Gathered if sequence_parallel else _Replicated
-    return function.apply(hidden, shard.group)  # type: ignore[no-untyped-call, no-any-return]
+    return function.apply(hidden, shards.group)  # type: ignore[no-untyped-call, no-any-return]

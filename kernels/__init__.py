@@ -1,23 +1,23 @@
-"""The Triton backend: the six operations of ``hpo_fused.interface``.
+"""The Triton backend: the eight operations of ``hpo_fused.interface``.
 
 Importing this raises ImportError where Triton is absent.
 """
 
 from __future__ import annotations
 
-import math
-
 from .launch import serves
 from .logprob_loss import logprob_loss
 from .numerics import INTERPRETED
 from .policy_loss import policy_loss
 from .scale_gradient import scale_gradient
+from .shards import column_gradient, combine_statistics
 from .token_gradient import token_gradient
 from .token_statistics import token_statistics
 from .token_terms import token_terms
 
 __all__ = [
-    "MAXIMUM_UNIT",
+    "column_gradient",
+    "combine_statistics",
     "interpreting",
     "logprob_loss",
     "policy_loss",
@@ -27,9 +27,6 @@ __all__ = [
     "token_statistics",
     "token_terms",
 ]
-
-# A unit of ``SoftmaxStatistics.maximum`` in natural logarithms: the kernels count in powers of two.
-MAXIMUM_UNIT = math.log(2)
 
 
 def interpreting() -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
 from typing import Any
 
 import pytest
@@ -118,17 +117,18 @@ def dtensor(rank: int, world: int) -> dict[str, float]:
         certain = torch.full_like(logits, -torch.inf)
         certain[..., 16:] = 0.0
         certain[..., 3] = 40.0
-        left = hf.token_logprobs(certain[..., 16 * rank :][..., :16], torch.full_like(tokens, 3), vocab_group=line)
         odds = torch.full(tokens.shape, -40.0, dtype=torch.float64).exp() * 15
-        torch.testing.assert_close(left.logprobs.double(), -torch.log1p(odds), rtol=1e-6, atol=0)
-        torch.testing.assert_close(left.entropy.double(), odds * 41, rtol=1e-6, atol=0)
+        part, threes = certain[..., 16 * rank :][..., :16], torch.full_like(tokens, 3)
+        for backend in ("torch", "triton"):
+            left = hf.token_logprobs(part, threes, vocab_group=line, backend=backend)
+            torch.testing.assert_close(left.logprobs.double(), -torch.log1p(odds), rtol=1e-6, atol=0)
+            torch.testing.assert_close(left.entropy.double(), odds * 41, rtol=1e-6, atol=0)
         empty = hf.token_logprobs(local.to_local()[:0], tokens[:0], vocab_group=distributed.group.WORLD)
         assert empty.logprobs.shape == (0, 4)
 
     part, group = local.to_local(), distributed.group.WORLD
     width, alone = part.shape[-1], distributed.new_group([0])
     start = 16 * rank
-    hf.VocabShard(group, start, 31).check(part)
     batches, copies = (distribute_tensor(logits, line, [place]) for place in (Shard(0), Replicate()))
     refused: list[tuple[Any, Any, type[Exception], str]] = [
         (batches, None, ValueError, r"logits: expected .*Shard\(2\) only, got .*dim=0"),
@@ -144,11 +144,14 @@ def dtensor(rank: int, world: int) -> dict[str, float]:
     for given, members, error, words in refused:
         with pytest.raises(error, match=words):
             hf.token_logprobs(given, tokens, vocab_group=members)
-    for wrong in (0, 32 if rank else 0):  # the first columns twice, or a gap behind them
-        with pytest.raises(ValueError, match=re.escape("vocab_group: expected shards that cover [0, 47) once, got [(")):
-            hf.VocabShard(group, wrong, 47).check(part)
-    with pytest.raises(ValueError, match="vocab_group: expected the same vocabulary and rows on every rank"):
-        hf.VocabShard(group, start, 31).check(part[: 2 + rank])
+    for wrong, size in ((0, 31), (17 * rank, 32), (start, 31 + rank)):  # twice the first; a gap; another V
+        with pytest.raises(
+            ValueError, match=r"vocab_group: expected shards that cover .* once, .*, got \[0, 16\) of 3"
+        ):
+            hf.token_logprobs(part, tokens, vocab_group=hf.VocabShard(group, wrong, size))
+    there = hf.VocabShard(group, 15 - 15 * rank, 31)  # the other way round
+    swapped = hf.token_logprobs(logits[..., 15:] if rank == 0 else logits[..., :15], tokens, vocab_group=there)
+    torch.testing.assert_close(swapped.logprobs, exact.logprobs, rtol=0, atol=2e-6)
     with pytest.raises(ValueError, match=r"start: expected an id in \[0, 31\], got 32"):
         hf.VocabShard(group, 32, 31)
     assert width == 16 - rank

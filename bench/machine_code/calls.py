@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 import hpo_fused as hf
 from hpo_fused.bench.cases import DTYPES, Operation
@@ -51,6 +52,14 @@ VOCABULARY = 151936  # the launch settings depend on the row's length
 ROWS, HIDDEN = 2, 16
 
 
+@functools.cache
+def _alone() -> distributed.ProcessGroup | None:
+    """A process group of this process alone."""
+    if not distributed.is_initialized():
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    return distributed.new_group([distributed.get_rank()])
+
+
 @dataclass(frozen=True)
 class Call:
     """One call, on CPU tensors that nothing is computed from.
@@ -65,6 +74,7 @@ class Call:
         gradient: backward is called too; else the call is under no_grad.
         loss_factor: the loss is multiplied by it before backward.
         unaligned: logits start an element off a 16-byte boundary, so that gradients are stored narrowly.
+        shard: the logits are a rank's columns of a vocabulary.
         old, everything, packed: old log-probabilities are given; advantages and weights are per token and statistics
             given; the layout is packed.
         arguments: further ones, such as softcap.
@@ -80,6 +90,7 @@ class Call:
     gradient: bool = True
     loss_factor: float = 1.0
     unaligned: bool = False
+    shard: bool = False
     old: bool = True
     everything: bool = False
     packed: bool = False
@@ -105,6 +116,8 @@ class Call:
         """Call the function, and backward."""
         shape: tuple[int, ...] = (ROWS,) if self.packed else (1, ROWS)  # of one response
         options: dict[str, Any] = {"backend": "triton", **self.arguments}
+        if self.shard:
+            options["vocab_group"] = _alone()
         tokens, values, mask = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape), None
         if self.packed:
             options["cu_seqlens"] = torch.tensor([0, ROWS], dtype=torch.int32)
@@ -159,7 +172,10 @@ CALLS = (
     Call("log-probabilities and entropies", "token_logprobs", core=True),
     Call("log-probabilities, softcap", "token_logprobs", core=True, arguments={"softcap": 30.0}),
     Call("loss of log-probabilities", "logprob_policy_loss", core=True, both_terms=True),
+    Call("shard, KL and entropy", core=True, both_terms=True, shard=True),
     # The other code paths.
+    Call("shard, softcap, no entropy", shard=True, arguments={"softcap": 30.0, "entropy": False}),
+    Call("shard, temperatures", shard=True, arguments={"temperature": torch.ones(1, ROWS)}),
     Call("no entropy, fp32", dtype="fp32", arguments={"entropy": False}),
     Call("clip, on-policy", objective="grpo", old=False),
     Call("soft gate", objective="sapo"),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hpo_fused.checks import LOGIT_DTYPES, check_tensor, described, is_dtensor, same_device
-from hpo_fused.vocab_parallel import VocabGroup, VocabShard, hidden_before_shards, resolve_shard
+from hpo_fused.vocab_parallel import Shards, VocabGroup, hidden_before_shards, resolve_shards
 
 from .head import GemmDtypes, Inputs
 
@@ -97,7 +97,7 @@ def _gathering(name: str) -> str:
 
 def check_head(
     hidden: object, weight: object, bias: object, logits_dtype: object, vocab_group: VocabGroup = None
-) -> tuple[Inputs, GemmDtypes, VocabShard | None]:
+) -> tuple[Inputs, GemmDtypes, Shards | None]:
     """Hidden states (packed ones as [1, N, H]) and head as plain tensors, GEMMs' dtypes, and which part the head is.
 
     A DTensor weight is gathered, without ``vocab_group``; with it, the head is this rank's part of it.
@@ -119,12 +119,12 @@ def check_head(
     if hidden.dim() not in (2, 3) or hidden.shape[-1] == 0:
         raise ValueError(f"hidden: expected shape [B, T, H] or [N, H] with H > 0, got {described(hidden)}")
     width = hidden.shape[-1]
-    shard = None
+    shards = None
     if vocab_group is not None:
-        weight, shard = resolve_shard("weight", weight, 0, vocab_group)
+        weight, shards = resolve_shards("weight", weight, 0, vocab_group)
         if isinstance(bias, Tensor) and is_dtensor(bias):
-            bias, _ = resolve_shard("bias", bias, 0, vocab_group)
-    if weight.dim() != 2 or weight.shape[1] != width or (weight.shape[0] == 0 and shard is None):
+            bias, _ = resolve_shards("bias", bias, 0, vocab_group)
+    if weight.dim() != 2 or weight.shape[1] != width or (weight.shape[0] == 0 and shards is None):
         raise ValueError(
             f"weight: expected shape [V, {width}] with V > 0 (as nn.Linear keeps it), got {described(weight)}"
             + ("" if weight.numel() else f"; {_gathering('weight')}")
@@ -147,10 +147,10 @@ def check_head(
     rows = hidden if hidden.dim() == 3 else hidden.unsqueeze(0)
     weight = gathered("weight", weight, None if autocast else hidden.dtype)
     bias = None if bias is None else gathered("bias", bias, None if autocast else hidden.dtype)
-    return (rows, weight, bias), dtypes, shard
+    return (rows, weight, bias), dtypes, shards
 
 
-def whole_shape(hidden: Tensor, shard: VocabShard | None, sequence_parallel: object) -> torch.Size:
+def whole_shape(hidden: Tensor, shards: Shards | None, sequence_parallel: object) -> torch.Size:
     """[B, T] or [N] of all tokens, of which hidden may have this rank's part.
 
     Raises:
@@ -161,17 +161,17 @@ def whole_shape(hidden: Tensor, shard: VocabShard | None, sequence_parallel: obj
         raise TypeError(f"sequence_parallel: expected a bool, got {described(sequence_parallel)}")
     if not sequence_parallel:
         return hidden.shape[:-1]
-    if shard is None:
+    if shards is None:
         raise ValueError("sequence_parallel: expected a vocab_group beside it, got vocab_group=None")
-    return torch.Size([*hidden.shape[:-2], hidden.shape[-2] * shard.ranks])
+    return torch.Size([*hidden.shape[:-2], hidden.shape[-2] * len(shards.ranges)])
 
 
-def before_shards(inputs: Inputs, shard: VocabShard | None, sequence_parallel: bool) -> Inputs:
+def before_shards(inputs: Inputs, shards: Shards | None, sequence_parallel: bool) -> Inputs:
     """The inputs with hidden states as a sharded head takes them; the first collective, after all checks."""
-    if shard is None:
+    if shards is None:
         return inputs
     hidden, weight, bias = inputs
-    return hidden_before_shards(hidden, shard, sequence_parallel), weight, bias
+    return hidden_before_shards(hidden, shards, sequence_parallel), weight, bias
 
 
 def check_still_held(name: str, value: Tensor | None, shape: torch.Size | None) -> None:

@@ -20,8 +20,8 @@ from torch import Tensor
 from hpo_fused import ops, vocab_parallel
 from hpo_fused.autograd import consume, first_order
 from hpo_fused.backend import implementation
-from hpo_fused.interface import LOGPROB, LOSS, SKIPPED, LogitTransform, LossSpec, SoftmaxStatistics, TokenTerms
-from hpo_fused.vocab_parallel import VocabShard
+from hpo_fused.interface import LOGPROB, LOSS, MASKED, SKIPPED, LogitTransform, LossSpec, SoftmaxStatistics, TokenTerms
+from hpo_fused.vocab_parallel import Shards
 
 from .arguments import check_still_held
 from .head import GemmDtypes, Gradients, Head, HeadGradients, Inputs
@@ -39,7 +39,7 @@ class Settings(NamedTuple):
     chunk_bytes: int | None
     backend: str
     keep: Keep | None
-    shard: VocabShard | None  # of which the head is; None: of the whole vocabulary
+    shards: Shards | None  # of which the head is; None: of the whole vocabulary
     weight_context: WeightContext | None = None
 
     def transform_of(self, chunk: Rows) -> LogitTransform:
@@ -54,7 +54,7 @@ class _Chunks:
     def __init__(self, inputs: Inputs, rows: Rows, settings: Settings, *, summed: bool = False) -> None:
         self.inputs = self.hidden, weight, bias = inputs
         self.rows, self.head, self.keep = rows, Head(weight, bias, settings.dtypes), settings.keep
-        self.first = 0 if settings.shard is None else settings.shard.start
+        self.first = 0 if settings.shards is None else settings.shards.own[0]
         vocabulary, width = weight.shape
         accumulator = accumulator_bytes(weight.numel(), weight.dtype, settings.dtypes) if summed else 0
         self.plan = ChunkPlan.of(
@@ -98,21 +98,18 @@ def _named(statistics: Tensor) -> SoftmaxStatistics:
     return SoftmaxStatistics(logprobs, maximum, others, entropies[0] if entropies else None)
 
 
-def _sweep(
-    inputs: Inputs, rows: Rows, settings: Settings, whole: Tensor, *, entropy: bool, elsewhere: Tensor | None = None
-) -> None:
+def _sweep(inputs: Inputs, rows: Rows, settings: Settings, whole: Tensor, *, entropy: bool) -> None:
     """One GEMM and the first sweep: writes the rows' stacked statistics to ``whole`` [k, B, T], the first k of them.
 
-    Of a shard they are its own; ``elsewhere``, bool [1, B, T], is then set where a token is another rank's.
+    Of a shard they are its own.
     """
     for chunk, _, logits in _Chunks(inputs, rows, settings):
         statistics = whole.new_empty((3 + entropy, 1, len(chunk)))
         named, targets, transform = _named(statistics), chunk.targets.unsqueeze(0), settings.transform_of(chunk)
-        if settings.shard is None or elsewhere is None:
+        if settings.shards is None:
             ops.token_statistics(logits, targets, transform, named, settings.backend)
         else:
-            other = vocab_parallel.local_statistics(settings.shard, logits, targets, transform, named, settings.backend)
-            chunk.scatter(other.unsqueeze(0), elsewhere)
+            vocab_parallel.local_statistics(settings.shards, logits, targets, transform, named, settings.backend)
         chunk.scatter(statistics[: len(whole)], whole)
 
 
@@ -235,7 +232,7 @@ class _TokenStatistics(torch.autograd.Function):
             for chunk, x, logits in chunks:
                 c, *h = chunk.gather(coefficients)
                 vocab_parallel.token_gradient(
-                    ctx.settings.shard, logits, chunk.targets.unsqueeze(0), _named(chunk.gather(statistics)), c,
+                    ctx.settings.shards, logits, chunk.targets.unsqueeze(0), _named(chunk.gather(statistics)), c,
                     h[0] if h else None, ctx.settings.transform_of(chunk), logits, ctx.settings.backend,
                 )  # fmt: skip
                 gradients.add(chunk, x, logits[0])
@@ -248,17 +245,19 @@ def _all_statistics(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities [B, T] of the rows in ``selections``, NaN elsewhere, and stacked statistics; no autograd.
 
-    The statistics [3 or 4, B, T] are what the second sweep wants, a shard's as ``VocabShard.combined`` returns them.
+    The statistics [3 or 4, B, T] are what the second sweep wants, a shard's as ``Shards.combined`` returns them.
     """
     shape, device = (3 + entropy, *inputs[0].shape[:2]), inputs[0].device
     whole = torch.full(shape, torch.nan, dtype=torch.float32, device=device)
-    elsewhere = None if settings.shard is None else torch.zeros((1, *shape[1:]), dtype=torch.bool, device=device)
     with _plain(inputs[0]):
         for rows in selections:
-            _sweep(inputs, rows, settings, whole, entropy=entropy, elsewhere=elsewhere)
-        if settings.shard is None or elsewhere is None:
+            _sweep(inputs, rows, settings, whole, entropy=entropy)
+        if settings.shards is None:
             return whole[0], whole
-        logprobs, met = settings.shard.combined(_named(whole), elsewhere[0], settings.backend)
+        targets = torch.full((1, *shape[1:]), MASKED, dtype=torch.int32, device=device)
+        for rows in selections:
+            rows.scatter(rows.targets.view(1, 1, -1), targets)
+        logprobs, met = settings.shards.combined(_named(whole), targets[0], settings.backend)
     return logprobs, torch.stack([entry for entry in (met.logprobs, met.entropy, *met[1:3]) if entry is not None])
 
 

@@ -122,9 +122,9 @@ def linear_policy_loss(
         tensor(False)
     """
     resolved = resolve_objective(objective)
-    inputs, dtypes, shard = check_head(hidden, weight, bias, logits_dtype, vocab_group)
-    shape, device = whole_shape(hidden, shard, sequence_parallel), hidden.device
-    vocabulary = inputs[1].shape[0] if shard is None else shard.vocabulary
+    inputs, dtypes, shards = check_head(hidden, weight, bias, logits_dtype, vocab_group)
+    shape, device = whole_shape(hidden, shards, sequence_parallel), hidden.device
+    vocabulary = inputs[1].shape[0] if shards is None else shards.vocabulary
     tokens = check_tensor("tokens", tokens, [tuple(shape)], "integer", device)
     batch = check_batch(
         resolved, "tokens", shape, device, tokens, advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
@@ -132,18 +132,18 @@ def linear_policy_loss(
         statistics=statistics, lengths=lengths, response_mean_log_ratios=response_mean_log_ratios,
         advantage_level=advantage_level, loss_scale=loss_scale, context_group=context_group,
     )  # fmt: skip
-    into = check_weight_grad(weight_grad, weight if shard is None else inputs[1])
+    into = check_weight_grad(weight_grad, weight if shards is None else inputs[1])
     transform = check_transform(temperature, softcap, shape, device, batch.mask, batch.responses, batch.cu_seqlens)
     spec, served_by = resolved.lower(batch), backend_for(hidden, backend)
     terms = ops.token_terms(batch, spec, vocabulary, skip_inactive, served_by)
     kept = check_keep(keep, tokens, mask, vocabulary)
-    settings = Settings(dtypes, transform, chunk_bytes, served_by, kept, shard, weight_context)
+    settings = Settings(dtypes, transform, chunk_bytes, served_by, kept, shards, weight_context)
     rows, *idle = choose_rows(terms.targets, terms.active, active_count, idle=not skip_inactive)
     entropy = entropy or spec.entropy_bonus
     # A loss scaler's factor must enter before a gradient is rounded to float16.
     narrow = torch.float16 in (dtypes.operands, *(value.dtype for value in inputs if value is not None))
-    if spec.response_ratio or narrow or into is not None or shard is not None:
-        inputs = before_shards(inputs, shard, sequence_parallel)
+    if spec.response_ratio or narrow or into is not None or shards is not None:
+        inputs = before_shards(inputs, shards, sequence_parallel)
         logprobs, entropies = autograd.token_statistics(inputs, [rows, *idle], settings, entropy=entropy, into=into)
         if spec.response_ratio and batch.context is not None:
             terms = with_other_ranks(terms, spec, logprobs, batch.context)
@@ -190,23 +190,23 @@ def linear_token_logprobs(
         >>> linear_token_logprobs(hidden, weight, torch.tensor([[0, 3]])).logprobs
         tensor([[-1.3863, -1.3863]])
     """
-    inputs, dtypes, shard = check_head(hidden, weight, bias, logits_dtype, vocab_group)
-    shape, device = whole_shape(hidden, shard, sequence_parallel), hidden.device
-    vocabulary = inputs[1].shape[0] if shard is None else shard.vocabulary
+    inputs, dtypes, shards = check_head(hidden, weight, bias, logits_dtype, vocab_group)
+    shape, device = whole_shape(hidden, shards, sequence_parallel), hidden.device
+    vocabulary = inputs[1].shape[0] if shards is None else shards.vocabulary
     tokens = check_tensor("tokens", tokens, [tuple(shape)], "integer", device)
     if mask is not None:
         mask = check_mask(mask, shape, device)
-    into = check_weight_grad(weight_grad, weight if shard is None else inputs[1])
+    into = check_weight_grad(weight_grad, weight if shards is None else inputs[1])
     transform = check_transform(temperature, softcap, shape, device, mask)
     row_mask = as_mask(mask, shape if len(shape) == 2 else (1, *shape), device)
     targets = token_targets(tokens, row_mask, vocabulary)
     kept = check_keep(keep, tokens, mask, vocabulary)
-    settings = Settings(dtypes, transform, chunk_bytes, backend_for(hidden, backend), kept, shard, weight_context)
+    settings = Settings(dtypes, transform, chunk_bytes, backend_for(hidden, backend), kept, shards, weight_context)
     if mask is None and active_count is None:
         selections = [Rows.all(targets)]
     else:
         selections = choose_rows(targets, row_mask, active_count, idle=False)
-    inputs = before_shards(inputs, shard, sequence_parallel)
+    inputs = before_shards(inputs, shards, sequence_parallel)
     logprobs, entropies = autograd.token_statistics(inputs, selections, settings, entropy=entropy, into=into)
 
     def shaped(value: Tensor) -> Tensor:

@@ -1,11 +1,13 @@
-"""The torch backend: the same six operations as ``hpo_fused.kernels``, on any device."""
+"""The torch backend: the same eight operations as ``hpo_fused.kernels``, on any device."""
 
 from hpo_fused.token_terms import token_terms
 
 from .operations import logprob_loss, policy_loss, scale_gradient, token_gradient, token_statistics
+from .shards import column_gradient, combine_statistics
 
 __all__ = [
-    "MAXIMUM_UNIT",
+    "column_gradient",
+    "combine_statistics",
     "logprob_loss",
     "policy_loss",
     "scale_gradient",
@@ -13,6 +15,3 @@ __all__ = [
     "token_statistics",
     "token_terms",
 ]
-
-# A unit of ``SoftmaxStatistics.maximum`` in natural logarithms.
-MAXIMUM_UNIT = 1.0

@@ -14,7 +14,7 @@ from .selected_rows import SelectedRows
 from .sweeps import Sweeps
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
+def wide_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype of per-token arithmetic: MPS has no float64."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
@@ -46,7 +46,7 @@ class _TargetSoftmax:
 
 def softmax_statistics(sweeps: Sweeps, rows: SelectedRows, targets: Tensor) -> SoftmaxStatistics:
     """First sweep over ``rows``: softmax statistics, float32 [padded_rows]; ``targets``: int64 [padded_rows]."""
-    wide, softcap = _wide(targets), sweeps.transform.softcap
+    wide, softcap = wide_dtype(targets), sweeps.transform.softcap
     temperature = sweeps.temperature(rows, wide)
     scale = _scale(softcap, temperature)
     shift, others, moment = (entry.to(wide) for entry in sweeps.sums(rows, targets, scale.to(torch.float32)))
@@ -73,7 +73,7 @@ def write_gradient(
     terms of the sweep's e, d, which are relative to a float32 shift in u, d' = d + gap. The sampled token's entry,
     c * others / S + h * e_y / S * (E - d_y), is written over the sweep's: added to -c * e_y / S, c would cancel.
     """
-    wide, softcap, columns = _wide(c), sweeps.transform.softcap, targets[: len(rows)]
+    wide, softcap, columns = wide_dtype(c), sweeps.transform.softcap, targets[: len(rows)]
     temperature = sweeps.temperature(rows, wide)
     scale = _scale(softcap, temperature)
     target_logits = sweeps.padded(rows.take(columns).to(wide))
