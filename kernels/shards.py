@@ -75,8 +75,8 @@ def combine_statistics_kernel(
     y = tl.load(targets + row, mask=inside, other=-1)
     top = tl.full([ROWS_BLOCK], LOWEST, tl.float32)
     part = gathered + row
-    for _ in range(ranks):
-        _, maximum, _, _ = _of_rank(part, inside, N)
+    for _r in range(ranks):
+        maximum = _of_rank(part, inside, N)[1]
         top = tl.maximum(top, maximum)
         part += K * N
 
