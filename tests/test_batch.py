@@ -270,13 +270,15 @@ def test_ranks_add_up() -> None:
     run_ranks("shares")
 
 
+BY_GROUP = hf.Objective.preset("dapo", normalization="group_mean_length")
+
+
 def numbered(count: object, groups: Tensor | None = GROUPS) -> hf.BatchStatistics:
     return hf.BatchStatistics.from_batch(ADVANTAGES, MASK, groups=groups, group_count=count)  # type: ignore[arg-type]
 
 
 def test_numbered_groups_all_count(backend: str, device: torch.device) -> None:
     """Of four groups one has no response in this call: it is one of G; the oracle says the same."""
-    objective = hf.Objective.preset("dapo", normalization="group_mean_length")
     advantages, mask, groups = (value.to(device) for value in (ADVANTAGES, MASK, GROUPS % 5))  # 0, 3, 4
     whole = hf.BatchStatistics.from_batch(advantages, mask, groups=groups, group_count=5)
     halves = [
@@ -284,7 +286,7 @@ def test_numbered_groups_all_count(backend: str, device: torch.device) -> None:
         for part in (slice(0, 2), slice(2, 6))
     ]
     logprobs = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).to(device)
-    given = {"mask": mask, "groups": groups, "objective": objective}
+    given = {"mask": mask, "groups": groups, "objective": BY_GROUP}
     expected = reference.logprob_policy_loss(logprobs.double(), advantages, statistics=whole, **given)
     for statistics in (whole, halves[0] + halves[1]):
         loss = hf.logprob_policy_loss(logprobs, advantages, statistics=statistics, backend=backend, **given).loss
@@ -340,20 +342,23 @@ def test_numbered_groups_all_count(backend: str, device: torch.device) -> None:
         (lambda: numbered(0), ValueError, r"group_count: expected a positive int.*0"),
         (lambda: numbered(4.0), TypeError, r"group_count: expected a positive int.*4\.0"),
         (lambda: numbered(99), ValueError, r"groups: expected groups in \[0, 99\), got int64 \[6\].* with 99"),
+        (lambda: numbered(96, GROUPS - 4), ValueError, r"groups: expected groups in \[0, 96\), got .* with -1"),
         (
-            lambda: (
-                hf.logprob_policy_loss(
-                    torch.zeros(6, 5),
-                    ADVANTAGES,
-                    mask=MASK,
-                    groups=GROUPS - 3,
-                    statistics=numbered(100),
-                    objective=hf.Objective.preset("grpo", normalization="group_mean_length"),
-                )
-                and numbered(96, GROUPS - 4)
+            lambda: hf.logprob_policy_loss(
+                torch.zeros(6, 5),
+                ADVANTAGES,
+                mask=MASK,
+                groups=GROUPS + 1,
+                objective=BY_GROUP,
+                statistics=numbered(100),
             ),
             ValueError,
-            r"groups: expected groups in \[0, 96\), got .* with -1",
+            r"groups: expected groups in \[0, 100\), got .* with 100",
+        ),
+        (
+            lambda: hf.BatchStatistics(6, 15, 2, 2, group_lengths=torch.tensor([15])).check(numbered(100)),
+            ValueError,
+            r"statistics: expected the groups \[0, 1, 2.*got \[0\]",
         ),
         (lambda: numbered(100) + numbered(None), ValueError, "groups: .*group_count=100, got one counted by group"),
         (lambda: numbered(100) + numbered(101), ValueError, "groups: .*group_count=100, got .*group_count=101"),
