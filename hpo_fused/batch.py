@@ -103,7 +103,7 @@ class BatchStatistics:
         """Count this rank's part of the optimiser batch and add up over ``process_group``.
 
         All ranks take part, those without responses too, and pass the same kinds of arguments. Nothing waits for the
-        device but ``groups`` over ranks without ``group_count``.
+        device but ``groups`` over ranks without ``group_count``, and a packed batch without a mask, whose N is read.
 
         Args:
             advantages: [B] or [B, T] (packed: [B] or [N]).
