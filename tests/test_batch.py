@@ -25,6 +25,32 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
     return logits, tokens, -3 + torch.randn(6, 5, generator=generator)
 
 
+BY_GROUP = hf.Objective.preset("dapo", normalization="group_mean_length")
+
+
+def numbered(count: object, groups: Tensor | None = GROUPS) -> hf.BatchStatistics:
+    return hf.BatchStatistics.from_batch(ADVANTAGES, MASK, groups=groups, group_count=count)  # type: ignore[arg-type]
+
+
+def test_numbered_groups_all_count(backend: str, device: torch.device) -> None:
+    """Of four groups one has no response in this call: it is one of G; the oracle says the same."""
+    advantages, mask, groups = (value.to(device) for value in (ADVANTAGES, MASK, GROUPS % 5))  # 0, 3, 4
+    whole = hf.BatchStatistics.from_batch(advantages, mask, groups=groups, group_count=5)
+    halves = [
+        hf.BatchStatistics.from_batch(advantages[part], mask[part], groups=groups[part], group_count=5)
+        for part in (slice(0, 2), slice(2, 6))
+    ]
+    logprobs = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).to(device)
+    given = {"mask": mask, "groups": groups, "objective": BY_GROUP}
+    expected = reference.logprob_policy_loss(logprobs.double(), advantages, statistics=whole, **given)
+    for statistics in (whole, halves[0] + halves[1]):
+        loss = hf.logprob_policy_loss(logprobs, advantages, statistics=statistics, backend=backend, **given).loss
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-7)
+    counted = hf.BatchStatistics.from_batch(advantages, mask, groups=groups)
+    fewer = hf.logprob_policy_loss(logprobs, advantages, statistics=counted, backend=backend, **given).loss
+    torch.testing.assert_close(fewer * 3 / 5, loss)
+
+
 def test_counts() -> None:
     statistics = hf.BatchStatistics.from_batch(ADVANTAGES, MASK)
     assert [int(statistics.responses), int(statistics.tokens)] == [6, 15]
@@ -268,32 +294,6 @@ def test_padded_levels_are_told_by_their_shape() -> None:
 def test_ranks_add_up() -> None:
     """Two processes with unequal shares and averaged gradients give the gradient of the whole batch."""
     run_ranks("shares")
-
-
-BY_GROUP = hf.Objective.preset("dapo", normalization="group_mean_length")
-
-
-def numbered(count: object, groups: Tensor | None = GROUPS) -> hf.BatchStatistics:
-    return hf.BatchStatistics.from_batch(ADVANTAGES, MASK, groups=groups, group_count=count)  # type: ignore[arg-type]
-
-
-def test_numbered_groups_all_count(backend: str, device: torch.device) -> None:
-    """Of four groups one has no response in this call: it is one of G; the oracle says the same."""
-    advantages, mask, groups = (value.to(device) for value in (ADVANTAGES, MASK, GROUPS % 5))  # 0, 3, 4
-    whole = hf.BatchStatistics.from_batch(advantages, mask, groups=groups, group_count=5)
-    halves = [
-        hf.BatchStatistics.from_batch(advantages[part], mask[part], groups=groups[part], group_count=5)
-        for part in (slice(0, 2), slice(2, 6))
-    ]
-    logprobs = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).to(device)
-    given = {"mask": mask, "groups": groups, "objective": BY_GROUP}
-    expected = reference.logprob_policy_loss(logprobs.double(), advantages, statistics=whole, **given)
-    for statistics in (whole, halves[0] + halves[1]):
-        loss = hf.logprob_policy_loss(logprobs, advantages, statistics=statistics, backend=backend, **given).loss
-        torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-7)
-    counted = hf.BatchStatistics.from_batch(advantages, mask, groups=groups)
-    fewer = hf.logprob_policy_loss(logprobs, advantages, statistics=counted, backend=backend, **given).loss
-    torch.testing.assert_close(fewer * 3 / 5, loss)
 
 
 @pytest.mark.parametrize(
