@@ -103,7 +103,7 @@ class BatchStatistics:
         """Count this rank's part of the optimiser batch and add up over ``process_group``.
 
         All ranks take part, those without responses too, and pass the same kinds of arguments. Nothing waits for the
-        device but ``groups`` over ranks without ``group_count``.
+        device but ``groups`` over ranks without ``group_count``, and a packed batch without a mask, whose N is read.
 
         Args:
             advantages: [B] or [B, T] (packed: [B] or [N]).
@@ -263,18 +263,24 @@ class BatchStatistics:
                     f"statistics: expected {name} = {expected:.12g}, as in the accumulated micro-batches, "
                     f"got {own:.12g}"
                 )
+        if counted.group_lengths is None or self.group_lengths is None:
+            return
         of_parts, own_groups = counted._groups(), self._groups()
-        for group in sorted(of_parts.keys() | own_groups.keys()) if of_parts and own_groups else ():
-            if of_parts.get(group) != own_groups.get(group):
+        if of_parts.keys() != own_groups.keys():
+            raise ValueError(
+                f"statistics: expected the groups {sorted(of_parts)}, as in the accumulated micro-batches, got "
+                f"{sorted(own_groups)}"
+            )
+        for group, tokens in of_parts.items():
+            if tokens != own_groups[group]:
                 raise ValueError(
-                    f"statistics: expected {of_parts.get(group, 0):g} tokens of group {group}, as in the accumulated "
-                    f"micro-batches, got {own_groups.get(group, 0):g}"
+                    f"statistics: expected {tokens:g} tokens of group {group}, as in the accumulated micro-batches, "
+                    f"got {own_groups[group]:g}"
                 )
 
     def _groups(self) -> dict[int, float]:
         """Tokens of each group that counts; waits for the device."""
-        if self.group_lengths is None:
-            return {}
+        assert self.group_lengths is not None
         ids = range(len(self.group_lengths)) if self.group_ids is None else self.group_ids.tolist()
         tokens = dict.fromkeys(ids, 0.0)
         for group, length in zip(ids, self.group_lengths.tolist(), strict=True):

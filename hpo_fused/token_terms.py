@@ -181,7 +181,7 @@ def _given_log_ratios(
         if lengths is not None and level != "token":
             raise ValueError(
                 f"{name}: expected each response's mean log-ratio beside lengths for ratio_level={level!r}, got None; "
-                "a part of a response does not tell it, a first sweep over all parts does"
+                "a part of a response does not tell it: context_group or a first sweep over all parts does"
             )
         return None
     check_tensor(name, means, [(responses,)], "floating", device)

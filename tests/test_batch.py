@@ -24,6 +24,32 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
     return logits, tokens, -3 + torch.randn(6, 5, generator=generator)
 
 
+BY_GROUP = hf.Objective.preset("dapo", normalization="group_mean_length")
+
+
+def numbered(count: object, groups: Tensor | None = GROUPS) -> hf.BatchStatistics:
+    return hf.BatchStatistics.from_batch(ADVANTAGES, MASK, groups=groups, group_count=count)  # type: ignore[arg-type]
+
+
+def test_numbered_groups_all_count(backend: str, device: torch.device) -> None:
+    """Of four groups one has no response in this call: it is one of G; the oracle says the same."""
+    advantages, mask, groups = (value.to(device) for value in (ADVANTAGES, MASK, GROUPS % 5))  # 0, 3, 4
+    whole = hf.BatchStatistics.from_batch(advantages, mask, groups=groups, group_count=5)
+    halves = [
+        hf.BatchStatistics.from_batch(advantages[part], mask[part], groups=groups[part], group_count=5)
+        for part in (slice(0, 2), slice(2, 6))
+    ]
+    logprobs = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).to(device)
+    given = {"mask": mask, "groups": groups, "objective": BY_GROUP}
+    expected = reference.logprob_policy_loss(logprobs.double(), advantages, statistics=whole, **given)
+    for statistics in (whole, halves[0] + halves[1]):
+        loss = hf.logprob_policy_loss(logprobs, advantages, statistics=statistics, backend=backend, **given).loss
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-7)
+    counted = hf.BatchStatistics.from_batch(advantages, mask, groups=groups)
+    fewer = hf.logprob_policy_loss(logprobs, advantages, statistics=counted, backend=backend, **given).loss
+    torch.testing.assert_close(fewer * 3 / 5, loss)
+
+
 def test_counts() -> None:
     statistics = hf.BatchStatistics.from_batch(ADVANTAGES, MASK)
     assert [int(statistics.responses), int(statistics.tokens)] == [6, 15]
@@ -305,6 +331,43 @@ def test_padded_levels_are_told_by_their_shape() -> None:
         (lambda: hf.BatchStatistics(1.5, float("nan"), 3, 4), ValueError, "tokens: expected a finite number.*nan"),
         (lambda: hf.BatchStatistics(1, 2.5, True, 4), TypeError, "positive: expected a number.*True"),
         (lambda: hf.BatchStatistics(1, 1, 1, 1, group_ids=GROUPS), ValueError, "group_lengths"),
+        (lambda: numbered(4, None), ValueError, r"groups: expected .*group_count=4, got None"),
+        (lambda: numbered(0), ValueError, r"group_count: expected a positive int.*0"),
+        (lambda: numbered(4.0), TypeError, r"group_count: expected a positive int.*4\.0"),
+        (lambda: numbered(99), ValueError, r"groups: expected groups in \[0, 99\), got int64 \[6\].* with 99"),
+        (lambda: numbered(96, GROUPS - 4), ValueError, r"groups: expected groups in \[0, 96\), got .* with -1"),
+        (
+            lambda: hf.logprob_policy_loss(
+                torch.zeros(6, 5),
+                ADVANTAGES,
+                mask=MASK,
+                groups=GROUPS + 1,
+                objective=BY_GROUP,
+                statistics=numbered(100),
+            ),
+            ValueError,
+            r"groups: expected groups in \[0, 100\), got .* with 100",
+        ),
+        (
+            lambda: hf.BatchStatistics(6, 15, 2, 2, group_lengths=torch.tensor([15])).check(numbered(100)),
+            ValueError,
+            r"statistics: expected the groups \[0, 1, 2.*got \[0\]",
+        ),
+        (lambda: numbered(100) + numbered(None), ValueError, "groups: .*group_count=100, got one counted by group"),
+        (lambda: numbered(100) + numbered(101), ValueError, "groups: .*group_count=100, got .*group_count=101"),
+        (lambda: numbered(100) + hf.BatchStatistics(1, 1, 1, 0), ValueError, "groups: .*got one counted without"),
+        (
+            lambda: hf.BatchStatistics(1, 1, 1, 0) + hf.BatchStatistics(1, 1, 1, 0, gradient_average=2),
+            ValueError,
+            r"gradient_average: expected 1\.0 in both statistics, got 2",
+        ),
+        (lambda: hf.BatchStatistics(1, 1, 1, 0) + 1, TypeError, "unsupported operand"),
+        (lambda: hf.BatchStatistics(1, 1, 1, 0).check(), TypeError, "parts: expected .*at least one"),
+        (
+            lambda: hf.BatchStatistics(6, 15, 2, 3).check(hf.BatchStatistics.from_batch(ADVANTAGES, MASK)),
+            ValueError,
+            "statistics: expected negative = 2, as in the accumulated micro-batches, got 3",
+        ),
         (lambda: hf.hysteretic_advantages([1.0]), TypeError, "advantages: expected a tensor.*list"),
         (lambda: hf.hysteretic_advantages(ADVANTAGES > 0), TypeError, "advantages: .*bool"),
         (lambda: hf.hysteretic_advantages(ADVANTAGES, MASK[:2]), ValueError, r"advantages: .*\[2\].*\[6\]"),
