@@ -1,0 +1,179 @@
+"""``speed --world-size``: our losses over vocabulary shards, beside the same work on a shard alone.
+
+Every rank draws the whole case and keeps its columns, so that the ranks' gradients put together can be held against
+float64 as a single process's are.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed, multiprocessing
+
+import hpo_fused
+
+from . import measure
+from .cases import Case
+from .check import judge
+from .inputs import Inputs
+from .measure import Task
+from .providers import limits
+from .providers.fused import Fused
+from .results import Result, Row, summarise
+from .run import Settings, Trial, does_not_fit, draw_case, equal, fingerprints, new_row, peak_of
+
+
+class Sharded(Fused):
+    """The losses of a vocabulary's shard, with its group."""
+
+    def __init__(self, shard: hpo_fused.VocabShard) -> None:
+        super().__init__()
+        self.shard, self.name = shard, f"hpo_fused, {distributed.get_world_size(shard.group)} ranks"
+
+    def _loss(self, inputs: Inputs) -> dict[str, Any]:
+        return {**super()._loss(inputs), "vocab_group": self.shard}
+
+
+def check(cases: Sequence[Case], ranks: int, device: torch.device) -> None:
+    """ValueError unless the cases can be divided over ``ranks`` on the device's kind."""
+    if device.type == "cuda" and ranks > torch.cuda.device_count():
+        raise ValueError(f"world size: expected at most {torch.cuda.device_count()}, the number of GPUs, got {ranks}")
+    for case in cases:
+        if not case.gives_loss or case.operation == "logprob_policy_loss" or case.cuda_graph:
+            raise ValueError(
+                "world size: expected policy_loss or linear_policy_loss, and no CUDA graph, beside it, got "
+                f"{case.operation}{', captured' * case.cuda_graph}"
+            )
+        if case.shape.vocabulary < ranks:
+            raise ValueError(f"world size: expected at most V = {case.shape.vocabulary} ranks, got {ranks}")
+
+
+def run_cases(
+    cases: Sequence[Case], ranks: int, settings: Settings, result: Result, tell: Callable[[str], object]
+) -> None:
+    """Measure the cases on ``ranks`` new processes: gloo on a CPU, NCCL with a GPU for each.
+
+    The rows, as many as are finished however this ends, go into ``result``.
+
+    Raises:
+        multiprocessing.ProcessRaisedException: a rank failed; the others are ended.
+    """
+    fits = []
+    for case in cases:
+        # A rank holds the whole and its gradient for the check, beside its own columns and theirs.
+        if note := does_not_fit((2 * ranks + 2) * case.input_bytes, settings.device):
+            result.rows.append(replace(new_row(case, Fused()), status="out_of_memory", note=note))
+        else:
+            fits.append(case)
+    tell(f"{len(fits)} cases on {ranks} ranks")
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            multiprocessing.spawn(_rank, (ranks, folder, fits, settings), nprocs=ranks)
+        except KeyboardInterrupt:
+            result.interrupted = True
+        finally:
+            if (file := Path(folder, "rows.json")).exists():
+                result.rows += Result.read(file).rows
+
+
+def _rank(rank: int, ranks: int, folder: str, cases: Sequence[Case], settings: Settings) -> None:
+    device, backend = settings.device, "gloo"
+    if device.type == "cuda":
+        device, backend = torch.device("cuda", rank), "nccl"
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
+    distributed.init_process_group(backend, init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks)
+    result = Result("speed", {})
+    for case in cases:
+        result.rows += _measured(case, replace(settings, device=device))
+        if rank == 0:
+            result.write(Path(folder, "rows.json"))
+    distributed.destroy_process_group()
+
+
+def _measured(case: Case, settings: Settings) -> list[Row]:
+    """Rows of a shard alone, of all shards together, and of the limits on a shard: the slowest rank's times.
+
+    Whatever a rank finds, it goes on as the others do: none may wait for a collective that another leaves out.
+    """
+    device, rank, ranks = settings.device, distributed.get_rank(), distributed.get_world_size()
+    inputs, truth = draw_case(case, device, settings.seed)
+    vocabulary, dimension = case.shape.vocabulary, 0 if case.linear else -1
+    start, stop = (vocabulary * one // ranks for one in (rank, rank + 1))
+
+    def columns(whole: torch.Tensor) -> torch.Tensor:
+        return whole.detach().narrow(dimension, start, stop - start)
+
+    shape = replace(case.shape, name=f"{case.shape.name} ÷ {ranks}", vocabulary=stop - start)
+    own = columns(inputs.leaves[-1]).clone(memory_format=torch.contiguous_format).requires_grad_()
+    part = replace(inputs, case=replace(case, shape=shape), leaves=(*inputs.leaves[:-1], own))
+    alone = replace(part, tokens=part.tokens % (stop - start))
+    group = distributed.group.WORLD
+    assert group is not None
+    trials = [
+        Trial(Fused(), alone), Trial(Sharded(hpo_fused.VocabShard(group, start, vocabulary)), part),
+        *(Trial(bound, alone) for bound in limits(case.operation)),
+    ]  # fmt: skip
+    rows = [new_row(part.case, trial.provider) for trial in trials]
+    for trial, row in zip(trials[:2], rows[:2], strict=True):
+        trial.provider.prepare(part.case, device)
+        trial.before()
+        begun = time.perf_counter()
+        step = trial.step()
+        measure.synchronize(device)
+        row.first_call_s, row.version = time.perf_counter() - begun, trial.provider.available(device)
+        first = fingerprints(step)
+        if trial.inputs is part:
+            gradients = step.gradients
+            if gradients:
+                whole = torch.zeros_like(inputs.leaves[-1].detach())
+                columns(whole).copy_(gradients[-1])
+                distributed.all_reduce(whole)
+                gradients = (*gradients[:-1], whole)
+            row.errors = judge(inputs, truth, step._replace(gradients=gradients), trial.provider)
+            row.status, row.note = "wrong" if row.errors.complaint else "ok", row.errors.complaint
+        row.gradient_bytes = sum(gradient.nbytes for gradient in step.gradients)
+        del step
+        row.peak_bytes, second = peak_of(trial, device)
+        row.repeats = equal(first, fingerprints(second))
+        del second
+    del inputs, truth
+
+    def task(trial: Trial) -> Task:
+        def before() -> None:
+            trial.before()
+            distributed.barrier()
+
+        return Task(trial.step, before)
+
+    tasks = {trial.provider.name: task(trial) for trial in trials}
+    times = _timed(tasks, settings)
+    summarise(rows, dict(zip(tasks, times.T.tolist(), strict=True)))
+    return rows
+
+
+def _timed(tasks: dict[str, Task], settings: Settings) -> torch.Tensor:
+    """Seconds [rounds, tasks] of the slowest rank."""
+    clock = measure.clock_for(settings.device)
+
+    def rounds(count: int) -> torch.Tensor:
+        found = []
+        for outcome in measure.rounds(tasks, clock, count, math.inf):
+            for value in outcome.values():
+                if isinstance(value, Exception):
+                    raise value
+            found.append([outcome[name] for name in tasks])
+        seconds = torch.tensor(found, dtype=torch.float64, device=settings.device)
+        distributed.all_reduce(seconds, distributed.ReduceOp.MAX)
+        return seconds
+
+    warm_up = rounds(3 if settings.device.type == "cuda" else 1)  # the same numbers on every rank
+    return rounds(min(settings.repeats, max(3, int(settings.budget / warm_up[-1].sum().item()))))
