@@ -144,10 +144,10 @@ def _messages(shape: Shape, rows: int) -> Table:
             )
             form = ""
     view.notes = [
-        "Message: what a rank hands in, as a profiler shows it. ÷ n: for each token. Sent: by each rank in a ring, (W − 1) ÷ W of the whole, "
-        "twice that for all_reduce.",
-        f"{shape.name}: V = {shape.vocabulary}, H = {size}; n = {rows} rows, s = {BFLOAT16} bytes, W = {ranks} ranks, B = "
-        f"{RESPONSES} responses, G = {GROUPS} groups; k = 4 numbers of a row, 3 without entropy.",
+        "Message: what a rank hands in, as a profiler shows it. ÷ n: for each token. Sent: by each rank in a ring, "
+        "(W − 1) ÷ W of the whole, twice that for all_reduce.",
+        f"{shape.name}: V = {shape.vocabulary}, H = {size}; n = {rows} rows, s = {BFLOAT16} bytes, W = {ranks} ranks, "
+        f"B = {RESPONSES} responses, G = {GROUPS} groups; k = 4 numbers of a row, 3 without entropy.",
     ]
     return view
 
@@ -178,12 +178,12 @@ def _times(shape: Shape, rows: int) -> Table:
             f"{gpus:,} GPUs", f"{shards}·{parts}·{replicas}", *cells, *(number(1e3 * one or None) for one in others)
         )
     view.notes = [
-        f"Computed, not measured. {rows} rows a call of each vocabulary group, {RESPONSES} responses and {GROUPS} groups of "
-        f"each data rank. Wire: the ring's bytes ÷ speed, {NVLINK.speed / 1e9:g} GB/s in a node of {NODE}, between nodes "
-        f"{NETWORK.speed / 1e9:g} for each GPU that the group has in one; and {1e6 * NVLINK.latency:g} or "
-        f"{1e6 * NETWORK.latency:g} µs for every doubling of the ranks. Nothing overlaps.",
-        f"Logits: {OVER_COPY} × a copy at {COPY / 1e12:g} TB/s; hidden: {OVER_GEMM} × three GEMMs at {GEMM / 1e12:g} TFLOP/s. "
-        "Wire: vocabulary shards, and over context ranks the ratios of responses. FSDP2: the head's gather and its "
-        "gradient's scatter over CP × DP ranks. Totals: once a step.",
+        f"Computed, not measured. {rows} rows a call of each vocabulary group, {RESPONSES} responses and {GROUPS} "
+        f"groups of each data rank. Wire: the ring's bytes ÷ speed, {NVLINK.speed / 1e9:g} GB/s in a node of {NODE}, "
+        f"between nodes {NETWORK.speed / 1e9:g} for each GPU that the group has in one; and "
+        f"{1e6 * NVLINK.latency:g} or {1e6 * NETWORK.latency:g} µs for every doubling of the ranks. Nothing overlaps.",
+        f"Logits: {OVER_COPY} × a copy at {COPY / 1e12:g} TB/s; hidden: {OVER_GEMM} × three GEMMs at "
+        f"{GEMM / 1e12:g} TFLOP/s. Wire: vocabulary shards, and over context ranks the ratios of responses. FSDP2: the "
+        "head's gather and its gradient's scatter over CP × DP ranks. Totals: once a step.",
     ]
     return view
