@@ -9,7 +9,6 @@ from torch import Tensor
 import hpo_fused as hf
 from hpo_fused import reference
 
-from .ranks import run_ranks
 from .samples import Sample
 from .test_equivalence import PRESETS
 
@@ -262,12 +261,6 @@ def test_padded_levels_are_told_by_their_shape() -> None:
     ]  # fmt: skip
     for loss in losses[1:]:
         torch.testing.assert_close(loss, losses[0])
-
-
-@pytest.mark.distributed
-def test_ranks_add_up() -> None:
-    """Two processes with unequal shares and averaged gradients give the gradient of the whole batch."""
-    run_ranks("shares")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 
 import hpo_fused as hf
 
-from .ranks import run_ranks
 from .samples import hidden_arguments, leaves
 
 TOKEN_AND_SEQUENCE = ["mhpo_ahpo", "gspo"]
@@ -392,13 +391,3 @@ def test_between_compiled_graphs(name: str, device: torch.device) -> None:
         gradients.append([leaf.grad for leaf in both])
     for ours, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, expected, rtol=0, atol=0)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# sharded heads
-
-
-@pytest.mark.distributed
-def test_sharded_heads() -> None:
-    """Two processes with a share of the batch and of the head each: see ranks.py."""
-    run_ranks("sharded_heads")

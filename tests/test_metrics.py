@@ -11,7 +11,6 @@ from torch import Tensor
 
 import hpo_fused as hf
 
-from .ranks import run_ranks
 from .samples import Sample, every_path, logits_arguments
 
 
@@ -204,12 +203,6 @@ def test_sums_read_no_value(name: str, packed: bool) -> None:
         assert (sums + sums).values.shape == (len(sums.names),)
         with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
             sums.metrics()
-
-
-@pytest.mark.distributed
-def test_ranks_add_up() -> None:
-    """One collective of the sums, one of the extremes: the whole batch's metrics."""
-    run_ranks("metrics")
 
 
 def test_a_response_s_ratio_counts_where_all_of_it_is_known(backend: str, device: torch.device) -> None:
