@@ -6,6 +6,7 @@ float64 as a single process's are.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import tempfile
 import time
@@ -24,7 +25,7 @@ from .cases import Case
 from .check import judge
 from .inputs import Inputs
 from .measure import Task
-from .providers import limits
+from .providers import Unavailable, limits
 from .providers.fused import Fused
 from .results import Result, Row, summarise
 from .run import Settings, Trial, does_not_fit, draw_case, equal, fingerprints, new_row, peak_of
@@ -35,7 +36,7 @@ class Sharded(Fused):
 
     def __init__(self, shard: hpo_fused.VocabShard) -> None:
         super().__init__()
-        self.shard, self.name = shard, f"hpo_fused, {distributed.get_world_size(shard.group)} ranks"
+        self.shard, self.name = shard, f"hpo_fused×{distributed.get_world_size(shard.group)}"
 
     def _loss(self, inputs: Inputs) -> dict[str, Any]:
         return {**super()._loss(inputs), "vocab_group": self.shard}
@@ -118,10 +119,11 @@ def _measured(case: Case, settings: Settings) -> list[Row]:
     alone = replace(part, tokens=part.tokens % (stop - start))
     group = distributed.group.WORLD
     assert group is not None
-    trials = [
-        Trial(Fused(), alone), Trial(Sharded(hpo_fused.VocabShard(group, start, vocabulary)), part),
-        *(Trial(bound, alone) for bound in limits(case.operation)),
-    ]  # fmt: skip
+    trials = [Trial(Fused(), alone), Trial(Sharded(hpo_fused.VocabShard(group, start, vocabulary)), part)]
+    for bound in limits(case.operation):
+        with contextlib.suppress(Unavailable):
+            bound.prepare(part.case, device)
+            trials.append(Trial(bound, alone))
     rows = [new_row(part.case, trial.provider) for trial in trials]
     for trial, row in zip(trials[:2], rows[:2], strict=True):
         trial.provider.prepare(part.case, device)

@@ -80,10 +80,12 @@ def vocabulary_shards(rows: int, ranks: int, *, entropy: bool = True) -> list[Co
 
 
 def head_shards(
-    rows: int, hidden: int, itemsize: int, ranks: int, *, entropy: bool = True, sequence_parallel: bool = False
-) -> list[Collective]:
-    """Hidden states times a head sharded over the vocabulary, forward and backward."""
-    statistics, size = vocabulary_shards(rows, ranks, entropy=entropy), rows * hidden * itemsize
+    rows: int, hidden: int, itemsize: int, ranks: int, *, active: int | None = None, entropy: bool = True,
+    sequence_parallel: bool = False,
+) -> list[Collective]:  # fmt: skip
+    """Hidden states times a head sharded over the vocabulary, forward and backward; ``active`` rows have a signal."""
+    statistics = vocabulary_shards(rows if active is None else active, ranks, entropy=entropy)
+    size = rows * hidden * itemsize
     if not sequence_parallel:
         return [*statistics, Collective("all_reduce", size, ranks, "s n H")]
     gathered = Collective("all_gather", size // ranks, ranks, "s n H ÷ W")
@@ -115,7 +117,13 @@ def link(ranks: int, inner: int = 1) -> Link:
 
 
 def tables(shape: Shape, rows: int) -> tuple[Table, Table]:
-    """Messages of every form, and their time beside the local work on 8 to 4,096 GPUs; bfloat16."""
+    """Messages of every form, and their time beside the local work on 8 to 4,096 GPUs; bfloat16.
+
+    Raises:
+        ValueError: the shape has no hidden size.
+    """
+    if not shape.hidden:
+        raise ValueError(f"shape: expected a hidden size (H=N), got {shape.name!r}")
     return _messages(shape, rows), _times(shape, rows)
 
 
@@ -134,14 +142,8 @@ def _messages(shape: Shape, rows: int) -> Table:
     view = Table("Messages", ("in", "of", "collective", "message", "bytes", "÷ n", "sent ÷ n"), left=4)
     for (when, form), collectives in forms.items():
         for one in collectives:
-            view.add(
-                when,
-                form,
-                one.kind,
-                one.formula,
-                f"{one.message:,}",
-                *map(number, (one.message / rows, one.sent / rows)),
-            )
+            sizes = f"{one.message:,}", number(one.message / rows), number(one.sent / rows)
+            view.add(when, form, one.kind, one.formula, *sizes)
             form = ""
     view.notes = [
         "Message: what a rank hands in, as a profiler shows it. ÷ n: for each token. Sent: by each rank in a ring, "
