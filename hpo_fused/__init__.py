@@ -8,6 +8,7 @@ from .losses import PolicyLossOutput, logprob_policy_loss, policy_loss
 from .metrics import MetricSums
 from .objective import AdaptiveHysteretic, Hysteretic, Objective
 from .shaping import DRO, Clip, GammaGate, GeometricMean, Hazard, LogFidelity, SoftGate, TruncatedRatio
+from .vocab_parallel import VocabShard
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "SoftGate",
     "TokenLogprobs",
     "TruncatedRatio",
+    "VocabShard",
     "__version__",
     "backend_for",
     "hysteretic_advantages",

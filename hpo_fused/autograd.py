@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, vocab_parallel
 from .backend import implementation
 from .interface import LOSS, LogitTransform, LossSpec, SoftmaxStatistics, TokenTerms
 from .ops import traced
+from .vocab_parallel import VocabShard
 
 _AGAIN = (
     "{} was differentiated a second time, but its stored gradient was consumed by the first backward. Call the loss "
@@ -128,16 +129,19 @@ def policy_loss(
 
 
 def _statistics(
-    logits: Tensor, targets: Tensor, transform: LogitTransform, entropy: bool, backend: str
-) -> SoftmaxStatistics:
+    logits: Tensor, targets: Tensor, transform: LogitTransform, entropy: bool, backend: str, shard: VocabShard | None
+) -> tuple[Tensor, SoftmaxStatistics]:
     logprobs, maximum, others, entropies = (
         logits.new_empty(targets.shape, dtype=torch.float32) if wanted else None
         for wanted in (True, True, True, entropy)
     )
     assert logprobs is not None and maximum is not None and others is not None
     statistics = SoftmaxStatistics(logprobs, maximum, others, entropies)
+    if shard is not None:
+        elsewhere = vocab_parallel.local_statistics(shard, logits, targets, transform, statistics, backend)
+        return shard.combined(statistics, elsewhere, backend)
     ops.token_statistics(logits, targets, transform, statistics, backend)
-    return statistics
+    return logprobs, statistics
 
 
 class _TokenStatistics(torch.autograd.Function):
@@ -149,22 +153,23 @@ class _TokenStatistics(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, targets: Tensor, transform: LogitTransform, entropy: bool, inplace: bool,
-        backend: str,
+        backend: str, shard: VocabShard | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        statistics = _statistics(logits, targets, transform, entropy, backend)
+        logprobs, statistics = _statistics(logits, targets, transform, entropy, backend, shard)
         ctx.save_for_backward(logits, targets, transform.temperatures, *statistics)
         ctx.transform, ctx.inplace, ctx.backend = transform._replace(temperatures=None), inplace, backend
+        ctx.shard = shard
         ctx.set_materialize_grads(False)
         if statistics.entropy is None:
-            return (statistics.logprobs,)
-        return statistics.logprobs, statistics.entropy
+            return (logprobs,)
+        return logprobs, statistics.entropy
 
     @staticmethod
     @first_order
     def backward(
         ctx: Any, upstream_logprobs: Tensor | None, upstream_entropy: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        nothing: tuple[None, ...] = (None,) * 5
+        nothing: tuple[None, ...] = (None,) * 6
         if ctx.inplace:
             consume(ctx, "policy_loss(inplace=True)")
         if upstream_logprobs is None and upstream_entropy is None:
@@ -178,24 +183,28 @@ class _TokenStatistics(torch.autograd.Function):
         if c is None:
             c = torch.zeros_like(statistics.logprobs)
         out = logits.detach() if ctx.inplace else _gradient_like(logits)
-        ops.token_gradient(logits, targets, statistics, c, h, transform, out, ctx.backend)
+        vocab_parallel.token_gradient(ctx.shard, logits, targets, statistics, c, h, transform, out, ctx.backend)
         if ctx.inplace:
             torch.autograd.graph.increment_version(logits)
         return out, *nothing
 
 
 def token_statistics(
-    logits: Tensor, targets: Tensor, transform: LogitTransform, *, entropy: bool, inplace: bool, backend: str
-) -> tuple[Tensor, Tensor | None]:
-    """Differentiable log-probabilities and entropies of logits [B, T, V], NaN in rows not computed."""
+    logits: Tensor, targets: Tensor, transform: LogitTransform, *, entropy: bool, inplace: bool, backend: str,
+    shard: VocabShard | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Differentiable log-probabilities and entropies of logits [B, T, V], NaN in rows not computed.
+
+    ``shard``: the logits are a rank's columns of the vocabulary, while the targets are ids of the whole.
+    """
     if torch.is_grad_enabled() and logits.requires_grad:
         inplace = inplace and not traced(logits)
         outputs = _TokenStatistics.apply(  # type: ignore[no-untyped-call]
-            logits, targets, transform, entropy, inplace, backend
+            logits, targets, transform, entropy, inplace, backend, shard
         )
         return outputs[0], outputs[1] if entropy else None
-    statistics = _statistics(logits, targets, transform, entropy, backend)
-    return statistics.logprobs, statistics.entropy
+    logprobs, statistics = _statistics(logits, targets, transform, entropy, backend, shard)
+    return logprobs, statistics.entropy
 
 
 class _LogprobLoss(torch.autograd.Function):

@@ -38,6 +38,11 @@ def _listed(shapes: Sequence[tuple[int, ...]]) -> str:
     return " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
 
 
+def is_dtensor(value: object) -> bool:
+    """Whether ``value`` is a DTensor, told without importing torch.distributed."""
+    return type(value).__name__ == "DTensor" and hasattr(value, "full_tensor")
+
+
 def same_device(first: torch.device, second: torch.device) -> bool:
     """Whether two devices are one; a device without an index is any of its type."""
     return first == second or (first.type == second.type and None in (first.index, second.index))
@@ -77,8 +82,10 @@ def check_floating(name: str, value: object) -> Tensor:
     return value
 
 
-def check_logits(name: str, value: object) -> Tensor:
+def check_logits(name: str, value: object, *, sharded: bool = False) -> Tensor:
     """``value`` itself, if it is [B, T, V] or [N, V] logits whose last dimension is contiguous and not empty.
+
+    ``sharded``: they are a rank's columns, of which there may be none.
 
     Raises:
         TypeError: not a tensor, or not float16, bfloat16 or float32.
@@ -86,7 +93,7 @@ def check_logits(name: str, value: object) -> Tensor:
     """
     if not isinstance(value, Tensor) or value.dtype not in LOGIT_DTYPES:
         raise TypeError(f"{name}: expected a float16, bfloat16 or float32 tensor, got {described(value)}")
-    if value.dim() not in (2, 3) or value.shape[-1] == 0:
+    if value.dim() not in (2, 3) or (value.shape[-1] == 0 and not sharded):
         raise ValueError(f"{name}: expected shape [B, T, V] or [N, V] with V > 0, got {described(value)}")
     if value.stride(-1) != 1 and value.shape[-1] > 1 and value.numel() > 0:
         raise ValueError(

@@ -12,6 +12,7 @@ from .backend import Backend, backend_for
 from .batch import as_mask, check_mask, check_transform
 from .checks import check_logits, check_tensor
 from .token_terms import token_targets
+from .vocab_parallel import VocabGroup, resolve_shard
 
 
 class TokenLogprobs(NamedTuple):
@@ -29,6 +30,7 @@ def token_logprobs(
     entropy: bool = True,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    vocab_group: VocabGroup = None,
     backend: Backend = "auto",
 ) -> TokenLogprobs:
     """log p(token) and the entropy of p = softmax(z'), z' = softcap * tanh(z / softcap) / temperature.
@@ -41,7 +43,8 @@ def token_logprobs(
         tokens: integer [B, T] or [N], ids in [0, V) where unmasked, anything elsewhere.
         mask: bool or 0/1, shaped like tokens: rows to compute; None: all.
         entropy: whether to compute the entropy too.
-        temperature, softcap, backend: as in :func:`policy_loss`; a packed tensor of temperatures is one per token.
+        temperature, softcap, vocab_group, backend: as in :func:`policy_loss`; a packed tensor of temperatures is one
+            per token.
 
     Returns:
         :class:`TokenLogprobs`, both differentiable (not twice). Backward may run again with retain_graph=True: it
@@ -58,7 +61,8 @@ def token_logprobs(
         >>> result.entropy
         tensor([[1.3863, 1.3863]])
     """
-    check_logits("logits", logits)
+    logits, shard = resolve_shard("logits", logits, -1, vocab_group)
+    check_logits("logits", logits, sharded=shard is not None)
     shape = logits.shape[:-1]
     tokens = check_tensor("tokens", tokens, [tuple(shape)], "integer", logits.device)
     if mask is not None:
@@ -66,9 +70,10 @@ def token_logprobs(
     rows = logits if logits.dim() == 3 else logits.unsqueeze(0)
     transform = check_transform(temperature, softcap, shape, logits.device, mask)
     row_mask = as_mask(mask, rows.shape[:2], logits.device)
+    vocabulary = logits.shape[-1] if shard is None else shard.vocabulary
     logprobs, entropies = autograd.token_statistics(
-        rows, token_targets(tokens, row_mask, logits.shape[-1]), transform, entropy=entropy, inplace=False,
-        backend=backend_for(logits, backend),
+        rows, token_targets(tokens, row_mask, vocabulary), transform, entropy=entropy, inplace=False,
+        backend=backend_for(logits, backend), shard=shard,
     )  # fmt: skip
 
     def shaped(value: Tensor) -> Tensor:

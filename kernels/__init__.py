@@ -5,6 +5,8 @@ Importing this raises ImportError where Triton is absent.
 
 from __future__ import annotations
 
+import math
+
 from .launch import serves
 from .logprob_loss import logprob_loss
 from .numerics import INTERPRETED
@@ -15,6 +17,7 @@ from .token_statistics import token_statistics
 from .token_terms import token_terms
 
 __all__ = [
+    "MAXIMUM_UNIT",
     "interpreting",
     "logprob_loss",
     "policy_loss",
@@ -24,6 +27,9 @@ __all__ = [
     "token_statistics",
     "token_terms",
 ]
+
+# A unit of ``SoftmaxStatistics.maximum`` in natural logarithms: the kernels count in powers of two.
+MAXIMUM_UNIT = math.log(2)
 
 
 def interpreting() -> bool:

@@ -366,16 +366,23 @@ def softcap_error(transform: Mapping[str, Any]) -> float:
     return 4e-7 * transform["softcap"] / float(temperatures[temperatures > 0].min())  # masked ones are NaN
 
 
-def check(case: Case, backend: str, device: torch.device, *, scale: float | None = None, **options: Any) -> None:
+def check(
+    case: Case, backend: str, device: torch.device, *, scale: float | None = None, columns: slice | None = None,
+    **options: Any,
+) -> None:  # fmt: skip
     """Run a case and hold loss, log-probabilities, entropy and gradient against the oracle.
 
-    ``scale`` is the factor with which backward is called.
+    ``scale`` is the factor with which backward is called. ``columns``: this rank's of the vocabulary, with
+    ``vocab_group`` among the options; the gradients of all ranks are put together.
     """
     scale = gradient_scale(case.dtype) if scale is None else scale
     inputs = build(case, device)
-    out = hf.policy_loss(inputs.logits, *inputs.positional, **inputs.keywords, **options, backend=backend)
+    logits = inputs.logits if columns is None else inputs.logits[..., columns]
+    out = hf.policy_loss(logits, *inputs.positional, **inputs.keywords, **options, backend=backend)
     (out.loss * scale).backward()
     gradient = inputs.base.grad
+    if columns is not None:
+        torch.distributed.all_reduce(gradient)  # zeros outside a rank's columns
     assert gradient is not None
     assert gradient.dtype == case.dtype
     if case.layout == "padded":

@@ -416,7 +416,7 @@ def test_kept_sets_look_at_nothing(
     with Allocations() as made:
         found = check_keep(keep, tokens, active, vocabulary)
         assert found is not None
-        found.restrict(logits, rows)
+        found.restrict(logits, rows, 0)
     assert torch.equal(logits, expected)
     assert not SYNCHRONISING & set(made.names)
     # A slice; the table over bytes, and the listed ids' own logits.

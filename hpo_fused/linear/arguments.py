@@ -7,13 +7,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from hpo_fused.checks import LOGIT_DTYPES, check_tensor, described, same_device
+from hpo_fused.checks import LOGIT_DTYPES, check_tensor, described, is_dtensor, same_device
+from hpo_fused.vocab_parallel import VocabGroup, VocabShard, hidden_before_shards, resolve_shard
 
 from .head import GemmDtypes, Inputs
-
-
-def _is_dtensor(value: object) -> bool:
-    return type(value).__name__ == "DTensor" and hasattr(value, "full_tensor")
 
 
 def gathered(name: str, value: Tensor) -> Tensor:
@@ -25,7 +22,7 @@ def gathered(name: str, value: Tensor) -> Tensor:
     Raises:
         ValueError: sharded over another dimension than the first, or holding partial sums.
     """
-    if not _is_dtensor(value):
+    if not is_dtensor(value):
         return value
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
@@ -71,15 +68,19 @@ def _gathering(name: str) -> str:
     )
 
 
-def check_head(hidden: object, weight: object, bias: object, logits_dtype: object) -> tuple[Inputs, GemmDtypes]:
-    """Hidden states (packed ones as [1, N, H]) and head as plain tensors, a sharded weight gathered; and GEMMs' dtypes.
+def check_head(
+    hidden: object, weight: object, bias: object, logits_dtype: object, vocab_group: VocabGroup = None
+) -> tuple[Inputs, GemmDtypes, VocabShard | None]:
+    """Hidden states (packed ones as [1, N, H]) and head as plain tensors, GEMMs' dtypes, and which part the head is.
+
+    A DTensor weight is gathered, without ``vocab_group``; with it, the head is this rank's part of it.
 
     Raises:
         TypeError: not a tensor, not float16, bfloat16 or float32, dtypes that differ outside autocast, or a
             logits_dtype that is neither float32 nor the GEMMs' own.
         ValueError: a wrong shape or device, or a DTensor that cannot be gathered.
     """
-    if _is_dtensor(hidden):
+    if is_dtensor(hidden):
         raise TypeError("hidden: expected a plain tensor of this rank's rows, got a DTensor; pass hidden.to_local()")
     given = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
     for name, value in given.items():
@@ -91,7 +92,12 @@ def check_head(hidden: object, weight: object, bias: object, logits_dtype: objec
     if hidden.dim() not in (2, 3) or hidden.shape[-1] == 0:
         raise ValueError(f"hidden: expected shape [B, T, H] or [N, H] with H > 0, got {described(hidden)}")
     width = hidden.shape[-1]
-    if weight.dim() != 2 or weight.shape[1] != width or weight.shape[0] == 0:
+    shard = None
+    if vocab_group is not None:
+        weight, shard = resolve_shard("weight", weight, 0, vocab_group)
+        if isinstance(bias, Tensor) and is_dtensor(bias):
+            bias, _ = resolve_shard("bias", bias, 0, vocab_group)
+    if weight.dim() != 2 or weight.shape[1] != width or (weight.shape[0] == 0 and shard is None):
         raise ValueError(
             f"weight: expected shape [V, {width}] with V > 0 (as nn.Linear keeps it), got {described(weight)}"
             + ("" if weight.numel() else f"; {_gathering('weight')}")
@@ -118,7 +124,31 @@ def check_head(hidden: object, weight: object, bias: object, logits_dtype: objec
     assert isinstance(logits_dtype, torch.dtype)
     dtypes = GemmDtypes.of(operands, logits_dtype, hidden.device)
     rows = hidden if hidden.dim() == 3 else hidden.unsqueeze(0)
-    return (rows, gathered("weight", weight), bias), dtypes
+    return (rows, gathered("weight", weight), bias), dtypes, shard
+
+
+def whole_shape(hidden: Tensor, shard: VocabShard | None, sequence_parallel: object) -> torch.Size:
+    """[B, T] or [N] of all tokens, of which hidden may have this rank's part.
+
+    Raises:
+        TypeError: sequence_parallel is no bool.
+        ValueError: sequence_parallel without a vocab_group.
+    """
+    if not isinstance(sequence_parallel, bool):
+        raise TypeError(f"sequence_parallel: expected a bool, got {described(sequence_parallel)}")
+    if not sequence_parallel:
+        return hidden.shape[:-1]
+    if shard is None:
+        raise ValueError("sequence_parallel: expected a vocab_group beside it, got vocab_group=None")
+    return torch.Size([*hidden.shape[:-2], hidden.shape[-2] * shard.ranks])
+
+
+def before_shards(inputs: Inputs, shard: VocabShard | None, sequence_parallel: bool) -> Inputs:
+    """The inputs with hidden states as a sharded head takes them; the first collective, after all checks."""
+    if shard is None:
+        return inputs
+    hidden, weight, bias = inputs
+    return hidden_before_shards(hidden, shard, sequence_parallel), weight, bias
 
 
 def check_still_held(name: str, value: Tensor | None, shape: torch.Size | None) -> None:
@@ -140,12 +170,12 @@ def check_weight_grad(weight_grad: object, weight: Tensor) -> Tensor | None:
     """
     if weight_grad is None:
         return None
-    if not isinstance(weight_grad, Tensor) or weight_grad.dtype != torch.float32 or _is_dtensor(weight_grad):
+    if not isinstance(weight_grad, Tensor) or weight_grad.dtype != torch.float32 or is_dtensor(weight_grad):
         raise TypeError(f"weight_grad: expected a float32 tensor {list(weight.shape)}, got {described(weight_grad)}")
     check_tensor("weight_grad", weight_grad, [tuple(weight.shape)], "floating", weight.device)
     if weight_grad.requires_grad:
         raise ValueError("weight_grad: expected a buffer that does not require grad itself")
-    kind = "DTensor weight, whose gradient has to be reduced" if _is_dtensor(weight) else ""
+    kind = "DTensor weight, whose gradient has to be reduced" if is_dtensor(weight) else ""
     kind = kind or ("" if weight.requires_grad else "weight that does not require grad")
     if kind:
         raise ValueError(f"weight_grad: expected None for a {kind}, got a buffer")

@@ -17,10 +17,11 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from hpo_fused import ops
+from hpo_fused import ops, vocab_parallel
 from hpo_fused.autograd import consume, first_order
 from hpo_fused.backend import implementation
 from hpo_fused.interface import LOGPROB, LOSS, SKIPPED, LogitTransform, LossSpec, SoftmaxStatistics, TokenTerms
+from hpo_fused.vocab_parallel import VocabShard
 
 from .arguments import check_still_held
 from .head import GemmDtypes, Gradients, Head, HeadGradients, Inputs
@@ -37,6 +38,7 @@ class Settings(NamedTuple):
     chunk_bytes: int | None
     backend: str
     keep: Keep | None
+    shard: VocabShard | None  # of which the head is; None: of the whole vocabulary
 
     def transform_of(self, chunk: Rows) -> LogitTransform:
         """The chunk's transform: with its rows' temperatures, [1, r]."""
@@ -50,6 +52,7 @@ class _Chunks:
     def __init__(self, inputs: Inputs, rows: Rows, settings: Settings, *, summed: bool = False) -> None:
         self.inputs = self.hidden, weight, bias = inputs
         self.rows, self.head, self.keep = rows, Head(weight, bias, settings.dtypes), settings.keep
+        self.first = 0 if settings.shard is None else settings.shard.start
         vocabulary, width = weight.shape
         accumulator = accumulator_bytes(weight.numel(), weight.dtype, settings.dtypes) if summed else 0
         self.plan = ChunkPlan.of(
@@ -65,7 +68,7 @@ class _Chunks:
             logits = buffer[: len(rows)]
             self.head.logits(x, logits)
             if self.keep is not None:
-                self.keep.restrict(logits, rows)
+                self.keep.restrict(logits, rows, self.first)
             yield rows, x, logits.unsqueeze(0)
             del x, logits  # before the next are made
 
@@ -93,12 +96,21 @@ def _named(statistics: Tensor) -> SoftmaxStatistics:
     return SoftmaxStatistics(logprobs, maximum, others, entropies[0] if entropies else None)
 
 
-def _sweep(inputs: Inputs, rows: Rows, settings: Settings, whole: Tensor, *, entropy: bool) -> None:
-    """One GEMM and the first sweep: writes the rows' stacked statistics to ``whole`` [k, B, T], the first k of them."""
+def _sweep(
+    inputs: Inputs, rows: Rows, settings: Settings, whole: Tensor, *, entropy: bool, elsewhere: Tensor | None = None
+) -> None:
+    """One GEMM and the first sweep: writes the rows' stacked statistics to ``whole`` [k, B, T], the first k of them.
+
+    Of a shard they are its own; ``elsewhere``, bool [1, B, T], is then set where a token is another rank's.
+    """
     for chunk, _, logits in _Chunks(inputs, rows, settings):
         statistics = whole.new_empty((3 + entropy, 1, len(chunk)))
-        targets = chunk.targets.unsqueeze(0)
-        ops.token_statistics(logits, targets, settings.transform_of(chunk), _named(statistics), settings.backend)
+        named, targets, transform = _named(statistics), chunk.targets.unsqueeze(0), settings.transform_of(chunk)
+        if settings.shard is None or elsewhere is None:
+            ops.token_statistics(logits, targets, transform, named, settings.backend)
+        else:
+            other = vocab_parallel.local_statistics(settings.shard, logits, targets, transform, named, settings.backend)
+            chunk.scatter(other.unsqueeze(0), elsewhere)
         chunk.scatter(statistics[: len(whole)], whole)
 
 
@@ -184,13 +196,13 @@ class _TokenStatistics(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, selections: Sequence[Rows], settings: Settings,
         entropy: bool, into: Tensor | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        statistics = _all_statistics((hidden, weight, bias), selections, settings, entropy)
+        logprobs, statistics = _all_statistics((hidden, weight, bias), selections, settings, entropy)
         # All watched for changes until backward.
         ctx.save_for_backward(hidden, weight, bias, statistics, *(settings.keep or ()))
         ctx.rows, ctx.settings, ctx.into = selections[0], settings, into
         ctx.shapes = weight.shape, None if bias is None else bias.shape
         ctx.set_materialize_grads(False)
-        return tuple(entries.clone() for entries in statistics[: 1 + entropy])
+        return tuple(entries.clone() for entries in (logprobs, *statistics[1 : 1 + entropy]))
 
     @staticmethod
     @first_order
@@ -209,23 +221,32 @@ class _TokenStatistics(torch.autograd.Function):
             gradients = chunks.gradients(ctx.needs_input_grad[:3], ctx.into)
             for chunk, x, logits in chunks:
                 c, *h = chunk.gather(coefficients)
-                ops.token_gradient(
-                    logits, chunk.targets.unsqueeze(0), _named(chunk.gather(statistics)), c, h[0] if h else None,
-                    ctx.settings.transform_of(chunk), logits, ctx.settings.backend,
+                vocab_parallel.token_gradient(
+                    ctx.settings.shard, logits, chunk.targets.unsqueeze(0), _named(chunk.gather(statistics)), c,
+                    h[0] if h else None, ctx.settings.transform_of(chunk), logits, ctx.settings.backend,
                 )  # fmt: skip
                 gradients.add(chunk, x, logits[0])
                 del x, logits
             return *gradients.finish(), *(None,) * 4
 
 
-def _all_statistics(inputs: Inputs, selections: Sequence[Rows], settings: Settings, entropy: bool) -> Tensor:
-    """Stacked statistics [3 or 4, B, T] of the rows in ``selections``, NaN elsewhere; no autograd."""
-    shape = (3 + entropy, *inputs[0].shape[:2])
-    whole = torch.full(shape, torch.nan, dtype=torch.float32, device=inputs[0].device)
+def _all_statistics(
+    inputs: Inputs, selections: Sequence[Rows], settings: Settings, entropy: bool
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [B, T] of the rows in ``selections``, NaN elsewhere, and stacked statistics; no autograd.
+
+    The statistics [3 or 4, B, T] are what the second sweep wants, a shard's as ``VocabShard.combined`` returns them.
+    """
+    shape, device = (3 + entropy, *inputs[0].shape[:2]), inputs[0].device
+    whole = torch.full(shape, torch.nan, dtype=torch.float32, device=device)
+    elsewhere = None if settings.shard is None else torch.zeros((1, *shape[1:]), dtype=torch.bool, device=device)
     with _plain(inputs[0]):
         for rows in selections:
-            _sweep(inputs, rows, settings, whole, entropy=entropy)
-    return whole
+            _sweep(inputs, rows, settings, whole, entropy=entropy, elsewhere=elsewhere)
+        if settings.shard is None or elsewhere is None:
+            return whole[0], whole
+        logprobs, met = settings.shard.combined(_named(whole), elsewhere[0], settings.backend)
+    return logprobs, torch.stack([entry for entry in (met.logprobs, met.entropy, *met[1:3]) if entry is not None])
 
 
 def token_statistics(
@@ -239,6 +260,6 @@ def token_statistics(
         outputs = _TokenStatistics.apply(  # type: ignore[no-untyped-call]
             *inputs, selections, settings, entropy, into
         )
-    else:
-        outputs = _all_statistics(inputs, selections, settings, entropy)
-    return outputs[0], outputs[1] if entropy else None
+        return outputs[0], outputs[1] if entropy else None
+    logprobs, statistics = _all_statistics(inputs, selections, settings, entropy)
+    return logprobs, statistics[1] if entropy else None

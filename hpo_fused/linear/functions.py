@@ -17,9 +17,10 @@ from hpo_fused.logprobs import TokenLogprobs
 from hpo_fused.losses import PolicyLossOutput, policy_output
 from hpo_fused.objective import ObjectiveLike, resolve_objective
 from hpo_fused.token_terms import check_batch, token_targets
+from hpo_fused.vocab_parallel import VocabGroup
 
 from . import autograd
-from .arguments import check_head, check_weight_grad
+from .arguments import before_shards, check_head, check_weight_grad, whole_shape
 from .autograd import Settings
 from .keep import check_keep
 from .rows import Rows, choose_rows
@@ -38,7 +39,7 @@ def linear_policy_loss(
     temperature: float | Tensor = 1.0, softcap: float | None = None, keep: Tensor | tuple[Tensor, Tensor] | None = None,
     skip_inactive: bool = True, entropy: bool = True, chunk_bytes: int | None = None,
     logits_dtype: torch.dtype | None = None, active_count: int | None = None, weight_grad: Tensor | None = None,
-    backend: Backend = "auto",
+    vocab_group: VocabGroup = None, sequence_parallel: bool = False, backend: Backend = "auto",
 ) -> PolicyLossOutput:  # fmt: skip
     """:func:`policy_loss` of ``hidden @ weight.T + bias``, whose logits never exist but for one chunk of rows.
 
@@ -78,6 +79,13 @@ def linear_policy_loss(
         weight_grad: float32 [V, H] that backward adds weight's gradient to (Megatron's ``main_grad``), in the GEMM
             itself; weight then gets no gradient from autograd, and no accumulator is needed. Every backward adds to
             it, also one that was asked for hidden's gradient only.
+        vocab_group: weight (and bias) are this rank's rows of a head that is sharded over these ranks, or DTensors
+            with Shard(0) over them as ``ColwiseParallel`` leaves them; otherwise as in :func:`policy_loss`. Every rank
+            has all rows of hidden, whose gradient is summed over the ranks in backward, in its own dtype: one
+            all-reduce. Four GEMMs, as for sequence-level objectives.
+        sequence_parallel: with ``vocab_group``: hidden is this rank's part of the sequence, [B, T / W, H] (packed
+            [N / W, H]), in the ranks' order: gathered in forward, its gradient reduced and scattered in backward, and
+            held in between as a whole. Everything else has all T tokens.
 
     Returns:
         :class:`PolicyLossOutput`. ``loss`` can be differentiated once. It is attached to every input even where no
@@ -102,8 +110,9 @@ def linear_policy_loss(
         tensor(False)
     """
     resolved = resolve_objective(objective)
-    inputs, dtypes = check_head(hidden, weight, bias, logits_dtype)
-    shape, device = hidden.shape[:-1], hidden.device
+    inputs, dtypes, shard = check_head(hidden, weight, bias, logits_dtype, vocab_group)
+    shape, device = whole_shape(hidden, shard, sequence_parallel), hidden.device
+    vocabulary = inputs[1].shape[0] if shard is None else shard.vocabulary
     tokens = check_tensor("tokens", tokens, [tuple(shape)], "integer", device)
     batch = check_batch(
         resolved, "tokens", shape, device, tokens, advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
@@ -111,17 +120,18 @@ def linear_policy_loss(
         statistics=statistics, lengths=lengths, response_mean_log_ratios=response_mean_log_ratios,
         advantage_level=advantage_level, loss_scale=loss_scale,
     )  # fmt: skip
-    into = check_weight_grad(weight_grad, weight)
+    into = check_weight_grad(weight_grad, weight if shard is None else inputs[1])
     transform = check_transform(temperature, softcap, shape, device, batch.mask, batch.responses, batch.cu_seqlens)
     spec, served_by = resolved.lower(batch), backend_for(hidden, backend)
-    terms = ops.token_terms(batch, spec, weight.shape[0], skip_inactive, served_by)
-    kept = check_keep(keep, tokens, mask, weight.shape[0])
-    settings = Settings(dtypes, transform, chunk_bytes, served_by, kept)
+    terms = ops.token_terms(batch, spec, vocabulary, skip_inactive, served_by)
+    kept = check_keep(keep, tokens, mask, vocabulary)
+    settings = Settings(dtypes, transform, chunk_bytes, served_by, kept, shard)
     rows, *idle = choose_rows(terms.targets, terms.active, active_count, idle=not skip_inactive)
     entropy = entropy or spec.entropy_bonus
     # A loss scaler's factor must enter before a gradient is rounded to float16.
     narrow = torch.float16 in (dtypes.operands, *(value.dtype for value in inputs if value is not None))
-    if spec.response_ratio or narrow or into is not None:
+    if spec.response_ratio or narrow or into is not None or shard is not None:
+        inputs = before_shards(inputs, shard, sequence_parallel)
         logprobs, entropies = autograd.token_statistics(inputs, [rows, *idle], settings, entropy=entropy, into=into)
         loss, results = logprob_loss(logprobs, entropies, terms, spec, settings.backend)
     else:
@@ -134,7 +144,8 @@ def linear_token_logprobs(
     hidden: Tensor, weight: Tensor, tokens: Tensor, *, bias: Tensor | None = None, mask: Tensor | None = None,
     keep: Tensor | tuple[Tensor, Tensor] | None = None, entropy: bool = True, temperature: float | Tensor = 1.0,
     softcap: float | None = None, chunk_bytes: int | None = None, logits_dtype: torch.dtype | None = None,
-    active_count: int | None = None, weight_grad: Tensor | None = None, backend: Backend = "auto",
+    active_count: int | None = None, weight_grad: Tensor | None = None, vocab_group: VocabGroup = None,
+    sequence_parallel: bool = False, backend: Backend = "auto",
 ) -> TokenLogprobs:  # fmt: skip
     """:func:`token_logprobs` of ``hidden @ weight.T + bias``, a chunk of unmasked rows at a time.
 
@@ -143,7 +154,8 @@ def linear_token_logprobs(
     gradients is one chunk of logits and, with several chunks, dweight's float32 accumulator (:func:`linear_memory`).
 
     Args:
-        hidden, weight, bias, keep, chunk_bytes, logits_dtype, weight_grad, backend: as in :func:`linear_policy_loss`.
+        hidden, weight, bias, keep, chunk_bytes, logits_dtype, weight_grad, vocab_group, sequence_parallel, backend: as
+            in :func:`linear_policy_loss`.
         tokens: integer [B, T] or [N], ids in [0, V) where unmasked, anything elsewhere.
         mask: bool or 0/1, shaped like tokens: rows to compute; None: all.
         entropy: whether to compute the entropy too.
@@ -163,21 +175,23 @@ def linear_token_logprobs(
         >>> linear_token_logprobs(hidden, weight, torch.tensor([[0, 3]])).logprobs
         tensor([[-1.3863, -1.3863]])
     """
-    inputs, dtypes = check_head(hidden, weight, bias, logits_dtype)
-    shape, device, vocabulary = hidden.shape[:-1], hidden.device, weight.shape[0]
+    inputs, dtypes, shard = check_head(hidden, weight, bias, logits_dtype, vocab_group)
+    shape, device = whole_shape(hidden, shard, sequence_parallel), hidden.device
+    vocabulary = inputs[1].shape[0] if shard is None else shard.vocabulary
     tokens = check_tensor("tokens", tokens, [tuple(shape)], "integer", device)
     if mask is not None:
         mask = check_mask(mask, shape, device)
-    into = check_weight_grad(weight_grad, weight)
+    into = check_weight_grad(weight_grad, weight if shard is None else inputs[1])
     transform = check_transform(temperature, softcap, shape, device, mask)
-    row_mask = as_mask(mask, inputs[0].shape[:2], device)
+    row_mask = as_mask(mask, shape if len(shape) == 2 else (1, *shape), device)
     targets = token_targets(tokens, row_mask, vocabulary)
     kept = check_keep(keep, tokens, mask, vocabulary)
-    settings = Settings(dtypes, transform, chunk_bytes, backend_for(hidden, backend), kept)
+    settings = Settings(dtypes, transform, chunk_bytes, backend_for(hidden, backend), kept, shard)
     if mask is None and active_count is None:
         selections = [Rows.all(targets)]
     else:
         selections = choose_rows(targets, row_mask, active_count, idle=False)
+    inputs = before_shards(inputs, shard, sequence_parallel)
     logprobs, entropies = autograd.token_statistics(inputs, selections, settings, entropy=entropy, into=into)
 
     def shaped(value: Tensor) -> Tensor:

@@ -50,28 +50,32 @@ class KeptIds(NamedTuple):
             found.index_add_(0, row, (ids == tokens.reshape(-1)[row]).to(torch.int32))
         return (found > 0).view(tokens.shape)
 
-    def restrict(self, logits: Tensor, rows: Rows) -> None:
-        """-inf in place of the ``rows``' logits [r, V] outside their sets.
+    def restrict(self, logits: Tensor, rows: Rows, first: int) -> None:
+        """-inf in place of the ``rows``' logits [r, columns], ids from ``first`` on, outside their sets.
 
-        How many ids the rows have is not known to the host, so that all ids are gone through. Those of other rows take
-        the place of the first row's sampled token, which is kept in any case (in a row that only fills up, any may be).
+        How many ids the rows have is not known to the host, so that all ids are gone through. Those of other rows and
+        other columns take the place of the first logit, which is put right at the end.
         """
         flat, width = logits.view(-1), logits.shape[1]
+        if len(flat) == 0:
+            return
         start = torch.full((len(self.offsets) - 1,), -1, device=flat.device)
         start[rows.positions] = torch.arange(0, flat.numel(), width, device=flat.device)
-        spare = rows.targets[:1].clamp(min=0).to(torch.int64)
 
-        def places() -> Iterator[tuple[slice, Tensor]]:
+        def places() -> Iterator[tuple[slice, Tensor, Tensor]]:
             for part, ids, row in self._slices():
-                first = start[row]
-                yield part, torch.where(first >= 0, first + ids, spare)
+                inside = (start[row] >= 0) & (ids >= first) & (ids < first + width)
+                yield part, torch.where(inside, start[row] + ids - first, 0), inside
 
+        spare, stays = flat[:1].clone(), torch.zeros(1, dtype=torch.bool, device=flat.device)
         kept = flat.new_empty(len(self.ids))
-        for part, place in places():
+        for part, place, inside in places():
             torch.index_select(flat, 0, place, out=kept[part])
+            stays |= (inside & (place == 0)).any()
         flat.fill_(-torch.inf)
-        for part, place in places():
+        for part, place, _ in places():
             flat[place] = kept[part]
+        flat[:1] = torch.where(stays, spare, -torch.inf)
 
 
 class KeptBits(NamedTuple):
@@ -84,15 +88,19 @@ class KeptBits(NamedTuple):
         word = self.words.gather(-1, (tokens // _WORD).unsqueeze(-1)).squeeze(-1)
         return (word >> tokens % _WORD) & 1 != 0
 
-    def restrict(self, logits: Tensor, rows: Rows) -> None:
-        """-inf in place of the ``rows``' logits [r, V] outside their sets: 8 at a time, by a table over bytes."""
-        device = logits.device
+    def restrict(self, logits: Tensor, rows: Rows, first: int) -> None:
+        """-inf in place of the ``rows``' logits [r, columns], ids from ``first`` on, outside their sets.
+
+        8 at a time, by a table over bytes.
+        """
+        device, offset = logits.device, first % _WORD
+        words = self.words[..., first // _WORD : -(-(first + logits.shape[1]) // _WORD)]
         bits = torch.arange(256, device=device).unsqueeze(1) >> torch.arange(8, device=device)
         dropped = (bits & 1 == 0).view(torch.int64).squeeze(1)  # 8 bools in one entry
-        for part in slices(len(rows), _BYTES_PER_WORD * self.words.shape[-1], device):
-            octets = rows.part(part).of(self.words).view(torch.uint8)
+        for part in slices(len(rows), _BYTES_PER_WORD * words.shape[-1], device):
+            octets = rows.part(part).of(words).contiguous().view(torch.uint8)
             outside = dropped[octets.to(torch.int64)].view(torch.bool)
-            logits[part].masked_fill_(outside[:, : logits.shape[1]], -torch.inf)
+            logits[part].masked_fill_(outside[:, offset : offset + logits.shape[1]], -torch.inf)
 
 
 Keep: TypeAlias = KeptIds | KeptBits
