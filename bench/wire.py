@@ -27,8 +27,9 @@ RESPONSES, GROUPS = 64, 8  # of a rank
 GPUS, LAYOUTS = (8, 64, 512, 4096), ((1, 1), (2, 1), (8, 1), (8, 8))  # vocabulary shards and context ranks
 NODE = 8  # GPUs
 NVLINK, NETWORK = Link(450e9, 4e-6), Link(50e9, 8e-6)  # of an H100 or H200; 400 Gb/s InfiniBand for each GPU
-# An H200, measured: a copy, our logits path over it, and our linear path over GEMMs (README, docs/linear.md).
-COPY, OVER_COPY, GEMM, OVER_GEMM = 4.3e12, 1.27, 790e12, 1.06
+# An H200, measured (docs/kernels.md, docs/linear.md): a copy, what a loss of logits takes over it, GEMMs, and what one of
+# hidden states takes over them. Of shards the sweeps are kernels apart, 0.55 and 1.07 copies, and the GEMMs four.
+COPY, OVER_COPY, OVER_COPY_APART, GEMM, OVER_GEMM = 4.3e12, 1.27, 1.62, 790e12, 1.06
 
 
 class Collective(NamedTuple):
@@ -153,7 +154,7 @@ def _messages(shape: Shape, rows: int) -> Table:
 
 
 def _times(shape: Shape, rows: int) -> Table:
-    headings = ("GPUs", "TP·CP·DP", *("logits", "wire", "share"), *("hidden", "wire", "share"))
+    size, headings = shape.hidden, ("GPUs", "TP·CP·DP", *("logits", "wire", "share"), *("hidden", "wire", "share"))
     view = Table("Time, ms", (*headings, "gathered", "FSDP2", "totals"))
     for gpus, (shards, parts) in product(GPUS, LAYOUTS):
         if not (replicas := gpus // (shards * parts)):
@@ -161,9 +162,10 @@ def _times(shape: Shape, rows: int) -> Table:
         entries, rest = rows * shape.vocabulary / shards, gpus // shards
         of_parts, of_rest = link(parts, shards), link(rest, shards)
         ratios = seconds(context(RESPONSES, parts), of_parts)
+        copies, gemms = (OVER_COPY, 3) if shards == 1 else (OVER_COPY_APART, 4)
         forms = (
-            (OVER_COPY * 2 * BFLOAT16 * entries / COPY, vocabulary_shards(rows, shards)),
-            (OVER_GEMM * 6 * shape.hidden * entries / GEMM, head_shards(rows, shape.hidden, BFLOAT16, shards)),
+            (copies * 2 * BFLOAT16 * entries / COPY, vocabulary_shards(rows, shards)),
+            (OVER_GEMM * gemms * 2 * size * entries / GEMM, head_shards(rows, size, BFLOAT16, shards)),
         )
         cells: list[str] = []
         for local, collectives in forms:
@@ -171,7 +173,7 @@ def _times(shape: Shape, rows: int) -> Table:
             cells += [number(1e3 * local), number(1e3 * wire or None), f"{wire / local:.1%}" if wire else NOTHING]
         others = (
             seconds(gathered_logits(rows, shape.vocabulary, BFLOAT16, shards), NVLINK),
-            seconds(gathered_head(shape.vocabulary // shards, shape.hidden, BFLOAT16, rest), of_rest),
+            seconds(gathered_head(shape.vocabulary // shards, size, BFLOAT16, rest), of_rest),
             seconds(context_counts(RESPONSES, parts), of_parts) + seconds(counts(GROUPS * replicas, rest), of_rest),
         )
         view.add(
@@ -182,8 +184,8 @@ def _times(shape: Shape, rows: int) -> Table:
         f"groups of each data rank. Wire: the ring's bytes ÷ speed, {NVLINK.speed / 1e9:g} GB/s in a node of {NODE}, "
         f"between nodes {NETWORK.speed / 1e9:g} for each GPU that the group has in one; and "
         f"{1e6 * NVLINK.latency:g} or {1e6 * NETWORK.latency:g} µs for every doubling of the ranks. Nothing overlaps.",
-        f"Logits: {OVER_COPY} × a copy at {COPY / 1e12:g} TB/s; hidden: {OVER_GEMM} × three GEMMs at "
-        f"{GEMM / 1e12:g} TFLOP/s. Wire: vocabulary shards, and over context ranks the ratios of responses. FSDP2: the "
-        "head's gather and its gradient's scatter over CP × DP ranks. Totals: once a step.",
+        f"Logits: {OVER_COPY} × a copy at {COPY / 1e12:g} TB/s, of shards {OVER_COPY_APART}; hidden: {OVER_GEMM} × three "
+        f"GEMMs at {GEMM / 1e12:g} TFLOP/s, of shards four. Wire: vocabulary shards, and over context ranks the ratios "
+        "of responses. FSDP2: the head's gather and its gradient's scatter over CP × DP ranks. Totals: once a step.",
     ]
     return view
