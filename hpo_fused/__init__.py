@@ -1,7 +1,8 @@
 """hpo_fused: policy losses for language-model RL in one pass over the vocabulary."""
 
 from .backend import backend_for
-from .batch import BatchStatistics, hysteretic_advantages
+from .batch import BatchStatistics
+from .hysteresis import hysteretic_advantages
 from .linear import LinearMemory, linear_memory, linear_policy_loss, linear_token_logprobs
 from .logprobs import TokenLogprobs, token_logprobs
 from .losses import PolicyLossOutput, logprob_policy_loss, policy_loss

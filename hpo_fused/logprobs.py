@@ -9,8 +9,8 @@ from torch import Tensor
 
 from . import autograd
 from .backend import Backend, backend_for
-from .batch import as_mask, check_mask, check_transform
 from .checks import check_logits, check_tensor
+from .layout import as_mask, check_mask, check_transform
 from .token_terms import token_targets
 from .vocab_parallel import VocabGroup, resolve_shard
 

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from . import autograd, ops
 from .backend import Backend, backend_for
-from .batch import AdvantageLevel, BatchStatistics, check_transform
+from .batch import BatchStatistics
 from .checks import check_floating, check_logits, check_tensor, described
 from .interface import Batch, TokenTerms
+from .layout import AdvantageLevel, check_transform
 from .metrics import MetricSums, metric_sums
 from .objective import Objective, ObjectiveLike, resolve_objective
 from .token_terms import check_batch

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .batch import Layout
 from .interface import ADVANTAGE, OLD_LOGPROB, REF_LOGPROB, Batch, TokenTerms
+from .layout import Layout
 from .objective import Objective
 from .surrogate import (
     clamped,

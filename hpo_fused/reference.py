@@ -198,8 +198,8 @@ def logprob_policy_loss(
     else:
         positive, negative = float(statistics.positive), float(statistics.negative)
         count, tokens, average = float(statistics.responses), float(statistics.tokens), statistics.gradient_average
-        group_ids = None if statistics.group_ids is None else statistics.group_ids.tolist()
         group_lengths = [] if statistics.group_lengths is None else statistics.group_lengths.tolist()
+        group_ids = list(range(len(group_lengths))) if statistics.group_ids is None else statistics.group_ids.tolist()
     alpha = _alpha(objective, positive, negative)
 
     total = logprobs.sum() * 0 if bool(keep.all()) else logprobs[keep].sum() * 0
@@ -213,7 +213,7 @@ def logprob_policy_loss(
         elif objective.normalization == "mean_length":
             n = 1 / (tokens or 1)
         elif objective.normalization == "group_mean_length":
-            assert groups is not None and group_ids is not None
+            assert groups is not None and group_ids
             mine = sum(length for g, length in zip(group_ids, group_lengths, strict=True) if g == int(groups[i]))
             n = 1 / (len(set(group_ids)) * max(mine, 1))
         elif objective.normalization == "response_sum":

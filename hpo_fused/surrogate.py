@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from .batch import Layout
 from .interface import (
     ADVANTAGE,
     ENTROPY_WEIGHT,
@@ -25,6 +24,7 @@ from .interface import (
     LossSpec,
     TokenTerms,
 )
+from .layout import Layout
 
 
 class TokenLoss(NamedTuple):

@@ -10,19 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .batch import (
-    BatchStatistics,
-    Layout,
-    adaptive_alpha,
-    as_mask,
-    check_advantage_level,
-    check_boundaries,
-    check_groups,
-    check_lengths,
-    check_level,
-    check_mask,
-    check_statistics,
-)
+from .batch import BatchStatistics, adaptive_alpha, check_lengths, check_statistics
 from .checks import check_factor, check_tensor, check_token_ids, described
 from .interface import (
     ADVANTAGE,
@@ -39,6 +27,7 @@ from .interface import (
     LossSpec,
     TokenTerms,
 )
+from .layout import Layout, as_mask, check_advantage_level, check_boundaries, check_groups, check_level, check_mask
 from .objective import AdaptiveHysteretic, Hysteretic, Objective
 from .shaping import GammaGate, GeometricMean, TruncatedRatio
 
@@ -118,7 +107,7 @@ def check_batch(
         if counted is None:
             layout = Layout.of(as_mask(mask, rows, device), responses, cu_seqlens)
             counted = BatchStatistics._of_layout(layout, advantages, groups)
-        elif counted.group_ids is None:
+        elif counted.group_lengths is None:
             raise ValueError(
                 "statistics: expected group counts for normalization='group_mean_length', got none; "
                 "pass groups to BatchStatistics.from_batch"

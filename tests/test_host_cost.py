@@ -102,7 +102,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
         module = importlib.import_module(f"hpo_fused.kernels.{name}")
         for key in [key for key in vars(module) if key.endswith("_kernel")]:
             monkeypatch.setattr(module, key, Stub(getattr(module, key), made))
-    for name in ("batch", "checks", "ops"):
+    for name in ("batch", "checks", "layout", "ops"):
         monkeypatch.setattr(f"hpo_fused.{name}.values_readable", lambda value: False)
     # Whether a CPU tensor may go to the kernels at all: it may.
     monkeypatch.setattr(kernels, "serves", lambda tensor: True)

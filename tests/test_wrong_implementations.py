@@ -20,7 +20,7 @@ import hpo_fused as hf
 from hpo_fused import ops, surrogate, torch_backend
 from hpo_fused import token_terms as torch_terms
 from hpo_fused.backend import kernels
-from hpo_fused.batch import BatchStatistics, Layout
+from hpo_fused.batch import BatchStatistics
 from hpo_fused.interface import (
     ADVANTAGE,
     ENTROPY_WEIGHT,
@@ -34,6 +34,7 @@ from hpo_fused.interface import (
     LossSpec,
     TokenTerms,
 )
+from hpo_fused.layout import Layout
 from hpo_fused.linear import autograd as linear_autograd
 from hpo_fused.linear import functions as linear_functions
 from hpo_fused.linear import head as linear_head

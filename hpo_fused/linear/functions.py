@@ -11,8 +11,9 @@ from torch import Tensor
 from hpo_fused import ops
 from hpo_fused.autograd import logprob_loss
 from hpo_fused.backend import Backend, backend_for
-from hpo_fused.batch import AdvantageLevel, BatchStatistics, as_mask, check_mask, check_transform
+from hpo_fused.batch import BatchStatistics
 from hpo_fused.checks import check_tensor
+from hpo_fused.layout import AdvantageLevel, as_mask, check_mask, check_transform
 from hpo_fused.logprobs import TokenLogprobs
 from hpo_fused.losses import PolicyLossOutput, policy_output
 from hpo_fused.objective import ObjectiveLike, resolve_objective

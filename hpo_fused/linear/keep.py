@@ -13,8 +13,8 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from hpo_fused.batch import rises
 from hpo_fused.checks import check_tensor, described, values_readable
+from hpo_fused.layout import rises
 
 from .head import slices
 from .rows import Rows

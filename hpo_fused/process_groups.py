@@ -1,0 +1,66 @@
+"""Process groups as arguments: what they may be, and which rank of a context-parallel group counts its responses."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeAlias, Union
+
+from torch import distributed
+
+from .checks import described
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+# What arguments called *_group take.
+GroupLike: TypeAlias = Union["ProcessGroup", "DeviceMesh"]
+
+
+def check_group(name: str, group: object) -> ProcessGroup:
+    """The process group that ``group`` is: itself, or that of a one-dimensional DeviceMesh.
+
+    Raises:
+        TypeError: neither.
+        ValueError: a mesh of several dimensions, or a group without this rank.
+    """
+    expected = "expected a torch.distributed process group or a DeviceMesh of one dimension"
+    if not distributed.is_available():
+        raise TypeError(f"{name}: {expected}, got {described(group)} where torch.distributed is not available")
+    from torch.distributed.device_mesh import DeviceMesh
+
+    outside = f"{name}: expected a group that this process belongs to, got one of other ranks"
+    if group is distributed.GroupMember.NON_GROUP_MEMBER:  # new_group's answer to those that are not in it
+        raise ValueError(outside)
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(f"{name}: {expected}, got {group}; take mesh['name'] of it")
+        if group.get_coordinate() is None:
+            raise ValueError(f"{outside}, {group.mesh.tolist()}")
+        return group.get_group()
+    if not isinstance(group, distributed.ProcessGroup):
+        raise TypeError(f"{name}: {expected}, got {described(group)}")
+    if distributed.get_rank(group) < 0:
+        raise ValueError(f"{outside}, {distributed.get_process_group_ranks(group)}")
+    return group
+
+
+def counts_responses(process_group: ProcessGroup, context_group: ProcessGroup | None) -> bool:
+    """Whether this rank's responses count in sums over ``process_group``: once for the ranks that share their rows.
+
+    Where all of those are in ``process_group``, their first rank counts; where this one is their only one, it does.
+
+    Raises:
+        ValueError: some of them are in it, but neither all nor this one alone.
+    """
+    if context_group is None:
+        return True
+    added, sharing = (distributed.get_process_group_ranks(group) for group in (process_group, context_group))
+    common = set(added) & set(sharing)
+    if common == set(sharing):
+        return distributed.get_rank(context_group) == 0
+    if len(common) > 1:
+        raise ValueError(
+            f"process_group: expected all ranks {sharing} of context_group, or this one ({distributed.get_rank()}) "
+            f"alone of them, got ranks {added}"
+        )
+    return True
