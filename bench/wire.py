@@ -13,7 +13,7 @@ from typing import NamedTuple
 from .cases import Shape
 from .tables import NOTHING, Table, number
 
-FLOAT, INTEGER, BFLOAT16 = 4, 8, 2  # bytes
+BFLOAT16, FLOAT, DOUBLE = 2, 4, 8  # bytes
 
 
 class Link(NamedTuple):
@@ -27,8 +27,9 @@ RESPONSES, GROUPS = 64, 8  # of a rank
 GPUS, LAYOUTS = (8, 64, 512, 4096), ((1, 1), (2, 1), (8, 1), (8, 8))  # vocabulary shards and context ranks
 NODE = 8  # GPUs
 NVLINK, NETWORK = Link(450e9, 4e-6), Link(50e9, 8e-6)  # of an H100 or H200; 400 Gb/s InfiniBand for each GPU
-# An H200, measured (docs/kernels.md, docs/linear.md): a copy, what a loss of logits takes over it, GEMMs, and what one of
-# hidden states takes over them. Of shards the sweeps are kernels apart, 0.55 and 1.07 copies, and the GEMMs four.
+# An H200, measured (docs/kernels.md, docs/linear.md): a copy, what a loss of logits takes over it; GEMMs, and
+# what one of hidden states takes over them. Of shards the sweeps are kernels apart, 0.55 and 1.07 copies, and the GEMMs
+# four.
 COPY, OVER_COPY, OVER_COPY_APART, GEMM, OVER_GEMM = 4.3e12, 1.27, 1.62, 790e12, 1.06
 
 
@@ -60,12 +61,12 @@ class Collective(NamedTuple):
 
 def counts(groups: int, ranks: int) -> list[Collective]:
     """Totals of the optimiser batch, once a step."""
-    return [Collective("all_reduce", INTEGER * (4 + groups), ranks, "8 (4 + G)")]
+    return [Collective("all_reduce", DOUBLE * (4 + groups), ranks, "8 (4 + G)")]
 
 
 def context_counts(responses: int, ranks: int) -> list[Collective]:
     """Lengths and signs of responses that context ranks share, once a step."""
-    return [Collective("all_reduce", FLOAT * 2 * responses, ranks, "4 · 2 B")]
+    return [Collective("all_reduce", DOUBLE * 2 * responses, ranks, "8 · 2 B")]
 
 
 def context(responses: int, ranks: int, *, spread: bool = True) -> list[Collective]:
@@ -184,8 +185,9 @@ def _times(shape: Shape, rows: int) -> Table:
         f"groups of each data rank. Wire: the ring's bytes ÷ speed, {NVLINK.speed / 1e9:g} GB/s in a node of {NODE}, "
         f"between nodes {NETWORK.speed / 1e9:g} for each GPU that the group has in one; and "
         f"{1e6 * NVLINK.latency:g} or {1e6 * NETWORK.latency:g} µs for every doubling of the ranks. Nothing overlaps.",
-        f"Logits: {OVER_COPY} × a copy at {COPY / 1e12:g} TB/s, of shards {OVER_COPY_APART}; hidden: {OVER_GEMM} × three "
-        f"GEMMs at {GEMM / 1e12:g} TFLOP/s, of shards four. Wire: vocabulary shards, and over context ranks the ratios "
-        "of responses. FSDP2: the head's gather and its gradient's scatter over CP × DP ranks. Totals: once a step.",
+        f"Logits: {OVER_COPY} × a copy at {COPY / 1e12:g} TB/s, of shards {OVER_COPY_APART}; hidden: {OVER_GEMM} × "
+        f"three GEMMs at {GEMM / 1e12:g} TFLOP/s, of shards four. Wire: vocabulary shards, and over context ranks the "
+        "ratios of responses. FSDP2: the head's gather and its gradient's scatter over CP × DP ranks. Totals: once a "
+        "step.",
     ]
     return view
