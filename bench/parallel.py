@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import math
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,13 @@ import hpo_fused
 
 from . import measure
 from .cases import Case
-from .check import judge
+from .check import Errors, judge
 from .inputs import Inputs
 from .measure import Task
-from .providers import Unavailable, limits
+from .providers import Step, Unavailable, limits
 from .providers.fused import Fused
 from .results import Result, Row, summarise
-from .run import Settings, Trial, does_not_fit, draw_case, equal, fingerprints, new_row, peak_of
+from .run import Settings, Trial, check_first, does_not_fit, draw_case, new_row
 
 
 class Sharded(Fused):
@@ -76,7 +76,8 @@ def run_cases(
     tell(f"{len(fits)} cases on {ranks} ranks")
     with tempfile.TemporaryDirectory() as folder:
         try:
-            multiprocessing.spawn(_rank, (ranks, folder, fits, settings), nprocs=ranks)
+            start: Callable[..., object] = multiprocessing.spawn  # type: ignore[attr-defined]
+            start(_rank, (ranks, folder, fits, settings), nprocs=ranks)
         except KeyboardInterrupt:
             result.interrupted = True
         finally:
@@ -120,46 +121,32 @@ def _measured(case: Case, settings: Settings) -> list[Row]:
     group = distributed.group.WORLD
     assert group is not None
     trials = [Trial(Fused(), alone), Trial(Sharded(hpo_fused.VocabShard(group, start, vocabulary)), part)]
-    for bound in limits(case.operation):
-        with contextlib.suppress(Unavailable):
-            bound.prepare(part.case, device)
-            trials.append(Trial(bound, alone))
-    rows = [new_row(part.case, trial.provider) for trial in trials]
-    for trial, row in zip(trials[:2], rows[:2], strict=True):
-        trial.provider.prepare(part.case, device)
-        trial.before()
-        begun = time.perf_counter()
-        step = trial.step()
-        measure.synchronize(device)
-        row.first_call_s, row.version = time.perf_counter() - begun, trial.provider.available(device)
-        first = fingerprints(step)
-        if trial.inputs is part:
-            gradients = step.gradients
-            if gradients:
-                whole = torch.zeros_like(inputs.leaves[-1].detach())
-                columns(whole).copy_(gradients[-1])
-                distributed.all_reduce(whole)
-                gradients = (*gradients[:-1], whole)
-            row.errors = judge(inputs, truth, step._replace(gradients=gradients), trial.provider)
-            row.status, row.note = "wrong" if row.errors.complaint else "ok", row.errors.complaint
-        row.gradient_bytes = sum(gradient.nbytes for gradient in step.gradients)
-        del step
-        row.peak_bytes, second = peak_of(trial, device)
-        row.repeats = equal(first, fingerprints(second))
-        del second
-    del inputs, truth
+    trials += [Trial(bound, alone) for bound in limits(case.operation)]
 
-    def task(trial: Trial) -> Task:
-        def before() -> None:
-            trial.before()
-            distributed.barrier()
+    def judged(step: Step) -> Errors:
+        """Of the gradients of all ranks put together."""
+        if step.gradients:
+            whole = torch.zeros_like(inputs.leaves[-1].detach())
+            columns(whole).copy_(step.gradients[-1])
+            distributed.all_reduce(whole)
+            step = step._replace(gradients=(*step.gradients[:-1], whole))
+        return judge(inputs, truth, step, trials[1].provider)
 
-        return Task(trial.step, before)
-
-    tasks = {trial.provider.name: task(trial) for trial in trials}
+    rows: dict[str, Row] = {}
+    tasks: dict[str, Task] = {}
+    for trial in trials:
+        row = new_row(part.case, trial.provider)
+        with contextlib.suppress(Unavailable):  # the same limits on every rank
+            check_first(trial, judged if trial.inputs is part else None, row, device)
+            rows[row.provider], tasks[row.provider] = row, Task(trial.step, partial(_begin, trial))
     times = _timed(tasks, settings)
-    summarise(rows, dict(zip(tasks, times.T.tolist(), strict=True)))
-    return rows
+    summarise(list(rows.values()), dict(zip(tasks, times.T.tolist(), strict=True)))
+    return list(rows.values())
+
+
+def _begin(trial: Trial) -> None:
+    trial.before()
+    distributed.barrier()
 
 
 def _timed(tasks: dict[str, Task], settings: Settings) -> torch.Tensor:
