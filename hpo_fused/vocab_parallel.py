@@ -178,8 +178,10 @@ class VocabShard:
         if entropies:
             weight = share.exp()
             entropy = torch.where(weight == 0, 0.0, weight * (entropies[0] - share)).sum(0).to(torch.float32)
-        narrow = (value.to(torch.float32) for value in (column, top, beside))
-        return (tokens + share).amax(0).to(torch.float32), SoftmaxStatistics(*narrow, entropy)
+        found, column, top, beside = (
+            value.to(torch.float32) for value in ((tokens + share).amax(0), column, top, beside)
+        )
+        return found, SoftmaxStatistics(column, top, beside, entropy)
 
 
 def local_statistics(
@@ -257,10 +259,10 @@ def check_group(name: str, group: object) -> None:
     """TypeError or ValueError unless ``group`` is a process group that this rank belongs to."""
     from torch import distributed
 
-    if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
-        raise TypeError(f"{name}: expected a torch.distributed process group, got {described(group)}")
-    if distributed.get_rank(group) < 0:
+    if group is not None and group == distributed.GroupMember.NON_GROUP_MEMBER:  # what new_group gives the others
         raise ValueError(f"{name}: expected a process group that this rank belongs to, got one of other ranks")
+    if not isinstance(group, distributed.ProcessGroup):
+        raise TypeError(f"{name}: expected a torch.distributed process group, got {described(group)}")
 
 
 def _shard_of_dtensor(name: str, value: DTensor, dimension: int, group: VocabGroup) -> tuple[Tensor, VocabShard | None]:
@@ -282,7 +284,9 @@ def _shard_of_dtensor(name: str, value: DTensor, dimension: int, group: VocabGro
     local = value.to_local()
     if not sharded:
         if group is not None:
-            raise ValueError(f"{name}: expected a DTensor with Shard({dimension}) for vocab_group, got Replicate() only")
+            raise ValueError(
+                f"{name}: expected a DTensor with Shard({dimension}) for vocab_group, got Replicate() only"
+            )
         return local, None
     own = value.device_mesh.get_group(sharded[0])
     given = _group(group)
@@ -306,9 +310,7 @@ def _group(group: VocabGroup) -> ProcessGroup | None:
     return group.group if isinstance(group, VocabShard) else group
 
 
-def resolve_shard(
-    name: str, value: Tensor, dimension: int, group: VocabGroup
-) -> tuple[Tensor, VocabShard | None]:
+def resolve_shard(name: str, value: Tensor, dimension: int, group: VocabGroup) -> tuple[Tensor, VocabShard | None]:
     """A tensor of which ``dimension`` is the vocabulary's as this rank's plain tensor, and its shard, if it is one.
 
     Raises:
@@ -318,7 +320,8 @@ def resolve_shard(
     """
     if group is None and not is_dtensor(value):
         return value, None
-    return _resolved(name, value, dimension, group)
+    resolved: tuple[Tensor, VocabShard | None] = _resolved(name, value, dimension, group)
+    return resolved
 
 
 @torch.compiler.disable(reason="process groups are known only at run time; call it between compiled graphs")  # type: ignore[untyped-decorator]
