@@ -14,9 +14,12 @@ nothing above them knows which one is in use, and neither sees an :class:`~hpo_f
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # Codes in ``targets`` where no token's id stands.
 MASKED = -1
@@ -70,9 +73,26 @@ class LossSpec(NamedTuple):
         return self.ratio_level != "token"
 
     @property
+    def spreads(self) -> bool:
+        """Whether the losses have a derivative by a response's ratio, which all of its rows are handed."""
+        if self.ratio_level not in ("sequence", "sequence_sum"):
+            return False
+        if self.kl == "k3_ratio" and self.ratio_level == "sequence":
+            return True
+        return self.kind not in ("truncated_ratio", "gamma_gate")
+
+    @property
     def every_advantage(self) -> bool:
         """Whether tokens of advantage 0 have a gradient as well."""
         return self.kind == "dro"
+
+
+class ContextParts(NamedTuple):
+    """Where the other rows of a call's responses are: on the other ranks of a context-parallel group."""
+
+    group: ProcessGroup
+    lengths: Tensor  # integer [B], of the whole responses
+    alike: bool  # whether a response's rows are active or not all together, so that each rank can tell
 
 
 class Batch(NamedTuple):
@@ -105,6 +125,7 @@ class Batch(NamedTuple):
     totals: tuple[Count, Count, Count, Count] | None
     scale: float  # of loss and gradient: gradient_average times loss_scale, where that is a number
     loss_scale: Tensor | None  # 0-d, where it is none
+    context: ContextParts | None  # None: responses are whole, or each call has all that it needs
 
 
 class TokenTerms(NamedTuple):
@@ -122,7 +143,8 @@ class TokenTerms(NamedTuple):
     active: Tensor  # bool [B, T]: rows whose gradient can differ from 0, or whose log-ratio one of them needs
     response_statistics: Tensor  # int32 [2, responses]: lengths and signs
     cu_seqlens: Tensor | None  # as in Batch
-    response_log_ratios: Tensor | None  # as in Batch
+    response_log_ratios: Tensor | None  # as in Batch, or from all ranks of a context-parallel group
+    context: ContextParts | None = None  # where a derivative has to be spread over responses on several ranks
 
     @property
     def lengths(self) -> Tensor:

@@ -15,6 +15,8 @@ from .interface import Batch, TokenTerms
 from .layout import AdvantageLevel, check_transform
 from .metrics import MetricSums, metric_sums
 from .objective import Objective, ObjectiveLike, resolve_objective
+from .process_groups import GroupLike
+from .surrogate import with_other_ranks
 from .token_terms import check_batch
 from .vocab_parallel import VocabGroup, resolve_shard
 
@@ -129,6 +131,7 @@ def policy_loss(
     statistics: BatchStatistics | None = None,
     lengths: Tensor | None = None,
     response_mean_log_ratios: Tensor | None = None,
+    context_group: GroupLike | None = None,
     advantage_level: AdvantageLevel | None = None,
     loss_scale: float | Tensor = 1.0,
     temperature: float | Tensor = 1.0,
@@ -168,6 +171,12 @@ def policy_loss(
             undefined for parts.
         response_mean_log_ratios: floating [B], mean over each whole response of log p - log p_old, for responses in
             parts whose tokens share a ratio; from a first sweep over all parts, see docs/objectives.md.
+        context_group: process group or one-dimensional DeviceMesh of the ranks that have the other rows of this call's
+            responses (context parallelism), for responses in parts without a first sweep: the same responses in the
+            same order on each of them. Needs ``lengths``. A loss is its own rows' part, and gradients add up over the
+            ranks. Nothing is sent where tokens have ratios of their own; a ratio of responses takes an all-reduce of
+            [2, B], and one of [B] where its derivative is spread over the response. Every rank takes part, also with
+            no row.
         advantage_level: "response" or "token", to tell packed advantages [B] from [N] where B = N; None: their shape
             tells. (Other packed tensors are then [B, 1] or [1, N].)
         loss_scale: finite number, or floating 0-d tensor on the device: a factor of the returned loss and its gradient,
@@ -219,7 +228,7 @@ def policy_loss(
         resolved, "tokens", shape, device, tokens, advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
         mask=mask, token_weights=token_weights, entropy_weights=entropy_weights, cu_seqlens=cu_seqlens, groups=groups,
         statistics=statistics, lengths=lengths, response_mean_log_ratios=response_mean_log_ratios,
-        advantage_level=advantage_level, loss_scale=loss_scale,
+        advantage_level=advantage_level, loss_scale=loss_scale, context_group=context_group,
     )  # fmt: skip
     transform = check_transform(temperature, softcap, shape, device, batch.mask, batch.responses, batch.cu_seqlens)
     name = backend_for(logits, backend)
@@ -234,6 +243,8 @@ def policy_loss(
         logprobs, entropies = autograd.token_statistics(
             rows, terms.targets, transform, entropy=entropy, inplace=inplace, backend=name, shard=shard
         )
+        if spec.response_ratio and batch.context is not None:
+            terms = with_other_ranks(terms, spec, logprobs, batch.context)
         loss, results = autograd.logprob_loss(logprobs, entropies, terms, spec, name)
     else:
         loss, results = autograd.policy_loss(
@@ -262,6 +273,7 @@ def logprob_policy_loss(
     statistics: BatchStatistics | None = None,
     lengths: Tensor | None = None,
     response_mean_log_ratios: Tensor | None = None,
+    context_group: GroupLike | None = None,
     advantage_level: AdvantageLevel | None = None,
     loss_scale: float | Tensor = 1.0,
     skip_inactive: bool = True,
@@ -274,8 +286,8 @@ def logprob_policy_loss(
         advantages: [B], [B, T] or [N].
         entropy: floating, shaped like logprobs; required for an entropy bonus, differentiated through.
         old_logprobs, ref_logprobs, mask, token_weights, entropy_weights, cu_seqlens, groups, objective, statistics,
-            lengths, response_mean_log_ratios, advantage_level, loss_scale: as in :func:`policy_loss`, with "shaped
-            like tokens" read as "shaped like logprobs".
+            lengths, response_mean_log_ratios, context_group, advantage_level, loss_scale: as in :func:`policy_loss`,
+            with "shaped like tokens" read as "shaped like logprobs".
         skip_inactive: accepted so that calls can be exchanged with :func:`policy_loss`. Every row's log-probability is
             already known, and returned.
         backend: as in :func:`policy_loss`.
@@ -301,7 +313,7 @@ def logprob_policy_loss(
         resolved, "logprobs", shape, device, None, advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
         mask=mask, token_weights=token_weights, entropy_weights=entropy_weights, cu_seqlens=cu_seqlens, groups=groups,
         statistics=statistics, lengths=lengths, response_mean_log_ratios=response_mean_log_ratios,
-        advantage_level=advantage_level, loss_scale=loss_scale,
+        advantage_level=advantage_level, loss_scale=loss_scale, context_group=context_group,
     )  # fmt: skip
     name = backend_for(logprobs, backend)
     if entropy is not None:
@@ -311,5 +323,7 @@ def logprob_policy_loss(
         raise ValueError(f"entropy: expected each token's entropy for {source}, got None")
     spec = resolved.lower(batch)
     terms = ops.token_terms(batch, spec, None, skip_inactive, name)
+    if spec.response_ratio and batch.context is not None:
+        terms = with_other_ranks(terms, spec, logprobs, batch.context)
     loss, results = autograd.logprob_loss(logprobs, entropy, terms, spec, name)
     return policy_output(loss, results, resolved, batch, terms, shape)

@@ -28,7 +28,7 @@ def token_terms(batch: Batch, spec: LossSpec, vocabulary: int | None, skip_inact
     Raises:
         ValueError: such an id, on the CPU; elsewhere it is a device-side assert.
     """
-    if traced(batch.advantages):
+    if traced(batch.advantages) or (batch.context is not None and spec.response_ratio):
         backend = "torch"
     # The torch twin checks on its way, and so do the kernels on a GPU; in the interpreter an assertion would not do.
     if backend != "torch" and batch.tokens is not None and vocabulary is not None and values_readable(batch.tokens):
@@ -41,9 +41,9 @@ def logprob_loss(
     logprobs: Tensor, entropy: Tensor | None, terms: TokenTerms, spec: LossSpec, backend: str
 ) -> LogprobLoss:
     """Each token's loss and gradient coefficients, from float32 [B, T]."""
-    result: LogprobLoss = implementation("torch" if traced(logprobs) else backend).logprob_loss(
-        logprobs, entropy, terms, spec
-    )
+    # A collective stands in the midst of it where responses lie on several ranks: the torch twin has it.
+    backend = "torch" if traced(logprobs) or terms.context is not None else backend
+    result: LogprobLoss = implementation(backend).logprob_loss(logprobs, entropy, terms, spec)
     return result
 
 

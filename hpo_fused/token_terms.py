@@ -23,12 +23,14 @@ from .interface import (
     SKIPPED,
     TERMS,
     Batch,
+    ContextParts,
     Count,
     LossSpec,
     TokenTerms,
 )
 from .layout import Layout, as_mask, check_advantage_level, check_boundaries, check_groups, check_level, check_mask
 from .objective import AdaptiveHysteretic, Hysteretic, Objective
+from .process_groups import check_group
 from .shaping import GammaGate, GeometricMean, TruncatedRatio
 
 
@@ -52,6 +54,7 @@ def check_batch(
     response_mean_log_ratios: Tensor | None,
     advantage_level: object,
     loss_scale: object = 1.0,
+    context_group: object = None,
 ) -> Batch:
     """The arguments of a loss call as plain values.
 
@@ -77,6 +80,7 @@ def check_batch(
 
     if mask is not None:
         mask = check_mask(mask, shape, device)
+    given = advantages, token_weights, entropy_weights
     advantages = check_level("advantages", advantages, shape, responses, device, check_advantage_level(advantage_level))
     token_weights = any_level("token_weights", token_weights)
     entropy_weights = any_level("entropy_weights", entropy_weights, scalar=True)
@@ -95,7 +99,14 @@ def check_batch(
         )
     if lengths is not None:
         check_lengths(lengths, Layout.of(as_mask(mask, rows, device), responses, cu_seqlens), statistics)
-    log_ratios = _given_log_ratios(
+    context = None
+    if context_group is not None:
+        alike = all(
+            value is None or value.dim() == 0 or (value.dim() == 1 and (len(shape) == 2 or responses != shape[0]))
+            for value in (given if advantage_level != "response" else given[1:])
+        )
+        context = _context_parts(context_group, lengths, response_mean_log_ratios, alike)
+    log_ratios = None if context is not None else _given_log_ratios(
         objective, response_mean_log_ratios, lengths, old_logprobs, responses, device,
         constant=advantages.dim() == 1 and (token_weights is None or token_weights.dim() == 1),
     )  # fmt: skip
@@ -133,8 +144,21 @@ def check_batch(
         rows, responses, _unit_stride(tokens), _unit_stride(mask), advantages, token_weights, entropy_weights,
         _unit_stride(old_logprobs), _unit_stride(ref_logprobs), _unit_stride(cu_seqlens), log_ratios, normalization,
         normalizers, max_length, weighting, float(alpha), float(objective.kl_coef), float(objective.entropy_coef),
-        totals, scale, scale_tensor,
+        totals, scale, scale_tensor, context,
     )  # fmt: skip
+
+
+def _context_parts(group: object, lengths: Tensor | None, means: object, alike: bool) -> ContextParts:
+    """Where the responses' other rows are; their lengths are checked already, if there are any."""
+    members = check_group("context_group", group)
+    if lengths is None:
+        raise ValueError("lengths: expected those of the whole responses, [B], beside context_group, got None")
+    if means is not None:
+        raise ValueError(
+            "response_mean_log_ratios: expected None beside context_group, whose ranks add them up themselves, got "
+            f"{described(means)}"
+        )
+    return ContextParts(members, lengths, alike)
 
 
 def _given_log_ratios(
@@ -255,7 +279,9 @@ def token_terms(batch: Batch, spec: LossSpec, vocabulary: int | None, skip_inact
         caller = layout.rows(batch.token_weights.detach().to(torch.float32))
         policy = torch.where(mask & (policy != 0), policy * caller, 0.0)
     live = policy != 0 if spec.every_advantage else (policy != 0) & (advantages != 0)
-    if spec.response_ratio:  # one live token moves the whole response's ratio
+    if spec.response_ratio and batch.context is not None and not batch.context.alike:
+        live = mask  # for a row on another rank may be live
+    elif spec.response_ratio:  # one live token moves the whole response's ratio
         live = mask & layout.of_each_row(layout.response_sum(live.to(torch.int64)) > 0)
 
     values = torch.zeros(TERMS, *mask.shape, dtype=torch.float32, device=device)

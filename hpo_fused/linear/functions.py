@@ -17,6 +17,8 @@ from hpo_fused.layout import AdvantageLevel, as_mask, check_mask, check_transfor
 from hpo_fused.logprobs import TokenLogprobs
 from hpo_fused.losses import PolicyLossOutput, policy_output
 from hpo_fused.objective import ObjectiveLike, resolve_objective
+from hpo_fused.process_groups import GroupLike
+from hpo_fused.surrogate import with_other_ranks
 from hpo_fused.token_terms import check_batch, token_targets
 from hpo_fused.vocab_parallel import VocabGroup
 
@@ -36,6 +38,7 @@ def linear_policy_loss(
     token_weights: Tensor | None = None, entropy_weights: Tensor | None = None, cu_seqlens: Tensor | None = None,
     groups: Tensor | None = None, objective: ObjectiveLike = "mhpo_ahpo", statistics: BatchStatistics | None = None,
     lengths: Tensor | None = None, response_mean_log_ratios: Tensor | None = None,
+    context_group: GroupLike | None = None,
     advantage_level: AdvantageLevel | None = None, loss_scale: float | Tensor = 1.0,
     temperature: float | Tensor = 1.0, softcap: float | None = None, keep: Tensor | tuple[Tensor, Tensor] | None = None,
     skip_inactive: bool = True, entropy: bool = True, chunk_bytes: int | None = None,
@@ -61,8 +64,8 @@ def linear_policy_loss(
         tokens, advantages: as in :func:`policy_loss`.
         bias: [V] of weight's dtype, or None.
         old_logprobs, ref_logprobs, mask, token_weights, entropy_weights, cu_seqlens, groups, objective, statistics,
-            lengths, response_mean_log_ratios, advantage_level, loss_scale, temperature, softcap, entropy, backend: as
-            in :func:`policy_loss`.
+            lengths, response_mean_log_ratios, context_group, advantage_level, loss_scale, temperature, softcap,
+            entropy, backend: as in :func:`policy_loss`.
         keep: the ids over which the sampler normalised (top-p, top-k), row by row; all results are those of logits with
             -inf elsewhere. Either a tuple (ids, offsets): row b * T + t keeps ``ids[offsets[row]:offsets[row + 1]]``,
             integer [M] and [B * T + 1] (packed [N + 1]), ids in [0, V), in any order. Or a bit mask, int32
@@ -119,7 +122,7 @@ def linear_policy_loss(
         resolved, "tokens", shape, device, tokens, advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
         mask=mask, token_weights=token_weights, entropy_weights=entropy_weights, cu_seqlens=cu_seqlens, groups=groups,
         statistics=statistics, lengths=lengths, response_mean_log_ratios=response_mean_log_ratios,
-        advantage_level=advantage_level, loss_scale=loss_scale,
+        advantage_level=advantage_level, loss_scale=loss_scale, context_group=context_group,
     )  # fmt: skip
     into = check_weight_grad(weight_grad, weight if shard is None else inputs[1])
     transform = check_transform(temperature, softcap, shape, device, batch.mask, batch.responses, batch.cu_seqlens)
@@ -134,6 +137,8 @@ def linear_policy_loss(
     if spec.response_ratio or narrow or into is not None or shard is not None:
         inputs = before_shards(inputs, shard, sequence_parallel)
         logprobs, entropies = autograd.token_statistics(inputs, [rows, *idle], settings, entropy=entropy, into=into)
+        if spec.response_ratio and batch.context is not None:
+            terms = with_other_ranks(terms, spec, logprobs, batch.context)
         loss, results = logprob_loss(logprobs, entropies, terms, spec, settings.backend)
     else:
         loss, results = autograd.policy_loss(inputs, rows, idle, terms, spec, settings, entropy=entropy)
