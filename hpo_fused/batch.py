@@ -132,8 +132,11 @@ class BatchStatistics:
         layout, values = counted_layout(advantages, mask, cu_seqlens, advantage_level)
         groups = check_groups(groups, layout.responses, advantages.device)
         context = None if context_group is None else check_group("context_group", context_group)
+        everyone = None if process_group is None else check_group("process_group", process_group)
+        if everyone is not None:  # a refusal comes before the first collective
+            counts_responses(everyone, context)
         local = cls._of_layout(layout, values, groups, group_count, context, gradient_average)
-        return local if process_group is None else local.all_reduced(process_group, context)
+        return local if everyone is None else local.all_reduced(everyone, context)
 
     @classmethod
     def _of_layout(

@@ -1,10 +1,10 @@
-"""Process groups as arguments: what they may be, and which rank of a context-parallel group counts its responses."""
+"""Process groups: what an argument may be, who counts the responses of several ranks, gathering."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeAlias, Union
 
-from torch import distributed
+from torch import Tensor, distributed
 
 from .checks import described
 
@@ -42,6 +42,15 @@ def check_group(name: str, group: object) -> ProcessGroup:
     if distributed.get_rank(group) < 0:
         raise ValueError(f"{outside}, {distributed.get_process_group_ranks(group)}")
     return group
+
+
+def all_gathered(value: Tensor, group: ProcessGroup) -> Tensor:
+    """Every rank's contiguous ``value`` [...], as [W, ...]; no autograd."""
+    ranks = distributed.get_world_size(group)
+    every = value.new_empty((ranks * len(value), *value.shape[1:]))  # gloo takes no other shape
+    gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor  # PyTorch < 2.13
+    gather(every, value, group=group)
+    return every.view(ranks, *value.shape)
 
 
 def counts_responses(process_group: ProcessGroup, context_group: ProcessGroup | None) -> bool:

@@ -21,19 +21,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, Union, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from . import ops
 from .backend import implementation
 from .checks import described, is_dtensor
 from .interface import LogitTransform, SoftmaxStatistics
+from .process_groups import GroupLike, all_gathered, check_group
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
-VocabGroup: TypeAlias = Union["ProcessGroup", "DeviceMesh", "VocabShard", None]
+VocabGroup: TypeAlias = Union[GroupLike, "VocabShard", None]
 
 # The maximum of a shard in which every logit is -inf (a kept set that has none of its ids), and of one without columns.
 _LOWEST = -1e30
@@ -52,12 +52,12 @@ class VocabShard:
     A plain process group as ``vocab_group=`` says the same where the shards follow each other in the ranks' order.
 
     Args:
-        group: the ranks that hold the vocabulary together, this one among them.
+        group: the ranks that hold the vocabulary together, this one among them; a mesh of one dimension is its group.
         start: id of this rank's first column.
         vocabulary: size V of the whole vocabulary.
 
     Raises:
-        TypeError: group is no process group, start or vocabulary no int.
+        TypeError: group is neither of these, start or vocabulary no int.
         ValueError: this rank is not in the group; start outside [0, V]; V < 1.
     """
 
@@ -66,7 +66,7 @@ class VocabShard:
     vocabulary: int
 
     def __post_init__(self) -> None:
-        check_group("group", self.group)
+        object.__setattr__(self, "group", check_group("group", self.group))
         for name in ("start", "vocabulary"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
@@ -82,8 +82,6 @@ class VocabShard:
 
         One collective and one synchronisation at the first call with a group and a number of columns, none later.
         """
-        from torch import distributed
-
         known = _columns.setdefault(group, {})
         if columns not in known:
             known[columns] = tuple(all_gathered(torch.tensor([columns], device=device), group).flatten().tolist())
@@ -93,8 +91,6 @@ class VocabShard:
     @property
     def ranks(self) -> int:
         """Number of ranks that hold the vocabulary."""
-        from torch import distributed
-
         return distributed.get_world_size(self.group)
 
     def check(self, logits: Tensor) -> None:
@@ -146,8 +142,6 @@ class VocabShard:
             whole row, ``others`` all its exponentials but that of this rank's column, whose log-probability
             ``logprobs`` is.
         """
-        from torch import distributed
-
         unit = implementation(backend).MAXIMUM_UNIT
         logprobs, maximum, others = (entry.to(torch.float64) for entry in statistics[:3])
         whole = torch.where(-logprobs < _CERTAIN, 1.0, others / -torch.expm1(logprobs))
@@ -244,30 +238,8 @@ def _column_gradient(
 # who holds what
 
 
-def all_gathered(value: Tensor, group: ProcessGroup) -> Tensor:
-    """Every rank's contiguous ``value`` [...], as [W, ...]; no autograd."""
-    from torch import distributed
-
-    ranks = distributed.get_world_size(group)
-    every = value.new_empty((ranks * len(value), *value.shape[1:]))  # gloo takes no other shape
-    gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor  # PyTorch < 2.13
-    gather(every, value, group=group)
-    return every.view(ranks, *value.shape)
-
-
-def check_group(name: str, group: object) -> None:
-    """TypeError or ValueError unless ``group`` is a process group that this rank belongs to."""
-    from torch import distributed
-
-    if group is not None and group == distributed.GroupMember.NON_GROUP_MEMBER:  # what new_group gives the others
-        raise ValueError(f"{name}: expected a process group that this rank belongs to, got one of other ranks")
-    if not isinstance(group, distributed.ProcessGroup):
-        raise TypeError(f"{name}: expected a torch.distributed process group, got {described(group)}")
-
-
 def _shard_of_dtensor(name: str, value: DTensor, dimension: int, group: VocabGroup) -> tuple[Tensor, VocabShard | None]:
     """A DTensor's local part, and its shard where its placements say that ``dimension`` is the vocabulary's."""
-    from torch import distributed
     from torch.distributed.tensor import Replicate, Shard
 
     dimension %= value.ndim
@@ -289,25 +261,14 @@ def _shard_of_dtensor(name: str, value: DTensor, dimension: int, group: VocabGro
             )
         return local, None
     own = value.device_mesh.get_group(sharded[0])
-    given = _group(group)
-    if given is not None and distributed.get_process_group_ranks(given) != distributed.get_process_group_ranks(own):
-        raise ValueError(
-            f"vocab_group: expected the ranks {distributed.get_process_group_ranks(own)} that {name} is sharded over, "
-            f"got {distributed.get_process_group_ranks(given)}"
-        )
+    if group is not None:
+        members = group.group if isinstance(group, VocabShard) else check_group("vocab_group", group)
+        given, right = (distributed.get_process_group_ranks(ranks) for ranks in (members, own))
+        if given != right:
+            raise ValueError(f"vocab_group: expected the ranks {right} that {name} is sharded over, got {given}")
     size, ranks = value.shape[dimension], distributed.get_world_size(own)
     start = min(-(-size // ranks) * distributed.get_rank(own), size)  # as torch.chunk cuts
     return local, VocabShard(own, start, size)
-
-
-def _group(group: VocabGroup) -> ProcessGroup | None:
-    from torch.distributed.device_mesh import DeviceMesh
-
-    if isinstance(group, DeviceMesh):
-        if group.ndim != 1:
-            raise ValueError(f"vocab_group: expected a mesh of one dimension, got {group}; take mesh['name'] of it")
-        return group.get_group()
-    return group.group if isinstance(group, VocabShard) else group
 
 
 def resolve_shard(name: str, value: Tensor, dimension: int, group: VocabGroup) -> tuple[Tensor, VocabShard | None]:
@@ -336,10 +297,8 @@ def _resolved(name: str, value: Tensor, dimension: int, group: VocabGroup) -> tu
                 f"{group.vocabulary}, got {described(value)}"
             )
         return value, group
-    members = _group(group)
-    check_group("vocab_group", members)
-    assert members is not None
-    return value, VocabShard.of(members, value.shape[dimension], value.device)
+    assert group is not None
+    return value, VocabShard.of(check_group("vocab_group", group), value.shape[dimension], value.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -356,8 +315,6 @@ class _Replicated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        from torch import distributed
-
         gradient = gradient.contiguous()
         distributed.all_reduce(gradient, group=ctx.group)
         return gradient, None
@@ -375,8 +332,6 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        from torch import distributed
-
         batch, length, width = gradient.shape
         ranks = distributed.get_world_size(ctx.group)
         parts = gradient.view(batch, ranks, length // ranks, width).transpose(0, 1).contiguous()

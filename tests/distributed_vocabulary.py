@@ -113,6 +113,14 @@ def dtensor(rank: int, world: int) -> dict[str, float]:
                 torch.testing.assert_close(value, right, rtol=0, atol=2e-6)
         alike = hf.token_logprobs(distribute_tensor(logits, line, [Replicate()]), tokens).logprobs
         assert torch.equal(alike, exact.logprobs)
+        # What is left of a row that is all but certain keeps its digits, although it lies on the other rank.
+        certain = torch.full_like(logits, -torch.inf)
+        certain[..., 16:] = 0.0
+        certain[..., 3] = 40.0
+        left = hf.token_logprobs(certain[..., 16 * rank :][..., :16], torch.full_like(tokens, 3), vocab_group=line)
+        odds = torch.full(tokens.shape, -40.0, dtype=torch.float64).exp() * 15
+        torch.testing.assert_close(left.logprobs.double(), -torch.log1p(odds), rtol=1e-6, atol=0)
+        torch.testing.assert_close(left.entropy.double(), odds * 41, rtol=1e-6, atol=0)
         empty = hf.token_logprobs(local.to_local()[:0], tokens[:0], vocab_group=distributed.group.WORLD)
         assert empty.logprobs.shape == (0, 4)
 
@@ -124,12 +132,12 @@ def dtensor(rank: int, world: int) -> dict[str, float]:
     refused: list[tuple[Any, Any, type[Exception], str]] = [
         (batches, None, ValueError, r"logits: expected .*Shard\(2\) only, got .*dim=0"),
         (copies, line, ValueError, r"logits: expected a DTensor with Shard\(2\)"),
-        (part, "tp", TypeError, "vocab_group: expected a torch.distributed process group, got str 'tp'"),
-        (part, square, ValueError, "vocab_group: expected a mesh of one dimension"),
+        (part, "tp", TypeError, "vocab_group: expected a torch.distributed process group or .*, got str 'tp'"),
+        (part, square, ValueError, "vocab_group: expected a .* or a DeviceMesh of one dimension, got DeviceMesh"),
         (part, hf.VocabShard(group, 16, 20), ValueError, "logits: expected at most 4 columns from id 16 of 20"),
     ]  # fmt: skip
     if rank == 1:
-        refused.append((part, alone, ValueError, "vocab_group: expected a process group that this rank belongs to"))
+        refused.append((part, alone, ValueError, "vocab_group: expected a group that this process belongs to"))
     else:
         refused.append((local, alone, ValueError, r"vocab_group: expected the ranks \[0, 1\] that logits .* got \[0\]"))
     for given, members, error, words in refused:
