@@ -86,13 +86,15 @@ def run_cases(
 
 
 def _rank(rank: int, ranks: int, folder: str, cases: Sequence[Case], settings: Settings) -> None:
-    device, backend = settings.device, "gloo"
+    device = settings.device
+    options: dict[str, Any] = {"init_method": f"file://{folder}/meeting", "rank": rank, "world_size": ranks}
     if device.type == "cuda":
-        device, backend = torch.device("cuda", rank), "nccl"
+        device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
+        distributed.init_process_group("nccl", device_id=device, **options)
     else:
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
-    distributed.init_process_group(backend, init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks)
+        distributed.init_process_group("gloo", **options)
     result = Result("speed", {})
     for case in cases:
         result.rows += _measured(case, replace(settings, device=device))
