@@ -76,13 +76,21 @@ def run_cases(
     tell(f"{len(fits)} cases on {ranks} ranks")
     with tempfile.TemporaryDirectory() as folder:
         try:
-            start: Callable[..., object] = multiprocessing.spawn  # type: ignore[attr-defined]
-            start(_rank, (ranks, folder, fits, settings), nprocs=ranks)
+            start: Callable[..., object] = multiprocessing.start_processes  # type: ignore[attr-defined]
+            start(_rank, (ranks, folder, fits, settings), nprocs=ranks, start_method=_start_method(settings.device))
         except KeyboardInterrupt:
             result.interrupted = True
         finally:
             if (file := Path(folder, "rows.json")).exists():
                 result.rows += Result.read(file).rows
+
+
+def _start_method(device: torch.device) -> str:
+    """A server that has imported everything once and forks the ranks; new processes where CUDA might be in use."""
+    if device.type == "cuda" or "forkserver" not in multiprocessing.get_all_start_methods():
+        return "spawn"
+    multiprocessing.set_forkserver_preload([__name__])
+    return "forkserver"
 
 
 def _rank(rank: int, ranks: int, folder: str, cases: Sequence[Case], settings: Settings) -> None:
