@@ -89,6 +89,7 @@ def dtensor(rank: int, world: int) -> dict[str, float]:
     generator = torch.Generator().manual_seed(3)
     logits, tokens = torch.randn(3, 4, 31, generator=generator), torch.randint(31, (3, 4), generator=generator)
     advantages = torch.tensor([1.0, -1.0, 0.5])
+    tokens[0] = torch.tensor([0, 15, 16, 30])  # the shards' edges
     whole = logits.clone().requires_grad_()
     expected = hf.policy_loss(whole, tokens, advantages, objective="ahpo")
     expected.loss.backward()
