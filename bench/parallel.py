@@ -128,6 +128,10 @@ def _measured(case: Case, settings: Settings) -> list[Row]:
     own = columns(inputs.leaves[-1]).clone(memory_format=torch.contiguous_format).requires_grad_()
     part = replace(inputs, case=replace(case, shape=shape), leaves=(*inputs.leaves[:-1], own))
     alone = replace(part, tokens=part.tokens % (stop - start))
+    with torch.no_grad():  # other tokens, but the same log-ratios: rows whose ratio is out of bounds cost less
+        logprobs = Fused().run(alone).logprobs
+    assert logprobs is not None
+    alone = replace(alone, old_logprobs=(inputs.old_logprobs - truth.logprobs.float() + logprobs).nan_to_num())
     group = distributed.group.WORLD
     assert group is not None
     trials = [Trial(Fused(), alone), Trial(Sharded(hpo_fused.VocabShard(group, start, vocabulary)), part)]
