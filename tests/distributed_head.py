@@ -93,6 +93,8 @@ def sharded_heads(rank: int, world: int) -> dict[str, float]:
     # FSDP2 over tensor parallelism. PyTorch 2.8 takes this kind of shard for Shard(0).
     strided = type(split).from_local(weight[:16], square, [_StridedShard(0, split_factor=1), Shard(0)])
     refusals.append(((hidden, strided), {}, ValueError, "weight: expected a tensor, or a DTensor"))
+    narrow = distribute_tensor(weight.bfloat16(), line, [Shard(0)])
+    refusals.append(((hidden, narrow), {}, TypeError, "weight: expected hidden's dtype float32.*bfloat16"))
     for (x, w), options, error, words in refusals:
         for call in (
             lambda x=x, w=w, options=options: hf.linear_policy_loss(x, w, tokens, advantages, **options),

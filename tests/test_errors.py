@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -282,7 +283,7 @@ OF_HEAD: dict[str, Wrong] = {
     "weight-dims": ({"weight": WEIGHT[0]}, ValueError, r"weight: expected shape \[V, 4\].*\[4\]"),
     "weight-transposed": ({"weight": WEIGHT.t()}, ValueError, r"weight: .*nn.Linear.*\[4, 11\]"),
     "weight-empty": ({"weight": WEIGHT[:0]}, ValueError, r"weight: .*V > 0.*\[0, 4\].*GatheredParameters"),
-    "weight-released": ({"weight": torch.empty(0)}, ValueError, r"weight: .*got float32 \[0\].*register_external"),
+    "weight-released": ({"weight": torch.empty(0)}, ValueError, r"weight: .*got float32 \[0\].*weight_context=.*regis"),
     "weight-device": ({"weight": META}, ValueError, "weight: expected a tensor on cpu.*meta"),
     "weight-dtype": (
         {"weight": WEIGHT.bfloat16()}, TypeError, r"weight: expected hidden's dtype float32 \(or torch.autocast\).*bfl"
@@ -292,7 +293,10 @@ OF_HEAD: dict[str, Wrong] = {
     "bias-shape": ({"bias": BIAS[:4]}, ValueError, r"bias: expected shape \[11\].*\[4\]"),
     "bias-dims": ({"bias": BIAS[None]}, ValueError, r"bias: .*\[11\].*\[1, 11\]"),
     "bias-device": ({"bias": META[:, 0]}, ValueError, "bias: expected a tensor on cpu.*meta"),
-    "bias-dtype": ({"bias": BIAS.bfloat16()}, TypeError, "bias: expected weight's dtype.*bfloat16.*float32"),
+    "bias-dtype": ({"bias": BIAS.bfloat16()}, TypeError, "bias: expected hidden's dtype float32.*bfloat16"),
+    "context-number": ({"weight_context": 3}, TypeError, "weight_context: expected a callable that makes.*int 3"),
+    "context-made": ({"weight_context": nullcontext()}, TypeError, "weight_context: expected a callable.*nullcontext"),
+    "context-none": ({"weight_context": lambda: 3}, TypeError, "weight_context: .*context manager, got one that .*int"),
     "logits-dtype": ({"logits_dtype": torch.bfloat16}, TypeError, "logits_dtype: expected None, torch.float32, got "),
     "logits-dtype-half": (
         {**HALF, "logits_dtype": torch.float16},

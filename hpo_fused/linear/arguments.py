@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -12,23 +12,55 @@ from hpo_fused.vocab_parallel import VocabGroup, VocabShard, hidden_before_shard
 
 from .head import GemmDtypes, Inputs
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
-def gathered(name: str, value: Tensor) -> Tensor:
-    """``value`` as a plain tensor: a DTensor is gathered, and its gradient averaged over the ranks it is sharded on.
+
+class _Gathered(torch.autograd.Function):
+    """A sharded DTensor to the whole tensor in ``dtype``, and its gradient to the mean over the mesh, sharded again."""
+
+    @staticmethod
+    def forward(ctx: Any, sharded: DTensor, dtype: torch.dtype) -> Tensor:
+        ctx.mesh, ctx.placements, ctx.dtype = sharded.device_mesh, sharded.placements, sharded.dtype
+        whole: Tensor = cast("DTensor", sharded.detach().to(dtype)).full_tensor()
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        from torch.distributed.tensor import DTensor, Partial
+
+        sums = DTensor.from_local(gradient.to(ctx.dtype), ctx.mesh, [Partial()] * ctx.mesh.ndim, run_check=False)
+        return sums.redistribute(placements=ctx.placements).div_(ctx.mesh.size()), None
+
+
+def gathered(name: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """``value`` as a plain tensor: a sharded DTensor is gathered, and its gradient averaged over the ranks.
 
     That average is what FSDP2 does with gradients; ranks that hold copies of the same batch average equal gradients.
     A DTensor replicated over all its mesh is taken as it is, its gradient left to whoever replicated it.
 
+    Args:
+        name: the argument's, for errors.
+        value: a parameter.
+        dtype: that of the GEMMs' other operand, None under autocast. A DTensor may have a wider one, as its shards do
+            under FSDP2's mixed precision: it is rounded before it is gathered, its gradient averaged in its own.
+
     Raises:
+        TypeError: another dtype.
         ValueError: sharded over another dimension than the first, or holding partial sums.
     """
-    if not is_dtensor(value):
+    sharded = is_dtensor(value)
+    dtype = value.dtype if dtype is None else dtype
+    if value.dtype != (torch.promote_types(value.dtype, dtype) if sharded else dtype):
+        own = str(dtype).removeprefix("torch.")
+        raise TypeError(f"{name}: expected hidden's dtype {own} (or torch.autocast), got {described(value)}")
+    if not sharded:
         return value
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+    from torch.distributed.tensor import Replicate, Shard
 
-    value = cast(DTensor, value)
+    value = cast("DTensor", value)
     # By exact type: FSDP2 over tensor parallelism has a subclass of Shard, equal to Shard(0) in PyTorch 2.8, whose
-    # gradient full_tensor does not scatter rightly there.
+    # gradient DTensor does not scatter rightly there.
     kinds = [type(placement) for placement in value.placements]
     if any(kind not in (Replicate, Shard) for kind in kinds) or any(
         isinstance(placement, Shard) and placement.dim != 0 for placement in value.placements
@@ -38,13 +70,8 @@ def gathered(name: str, value: Tensor) -> Tensor:
             f"{tuple(value.placements)}; pass the gathered tensor"
         )
     if Shard not in kinds:
-        return value.to_local()
-    ranks = value.device_mesh.size()
-    full: Tensor = value.full_tensor(grad_placements=[Partial()] * value.device_mesh.ndim)
-    if full.requires_grad:
-        # In place, for it is as large as the weight, and nobody else has seen it yet.
-        full.register_hook(lambda gradient: None if gradient is None else gradient.div_(ranks))
-    return full
+        return value.to_local().to(dtype)
+    return cast(Tensor, _Gathered.apply(value, dtype))  # type: ignore[no-untyped-call]
 
 
 def _hint(value: object) -> str:
@@ -62,9 +89,9 @@ def _hint(value: object) -> str:
 def _gathering(name: str) -> str:
     """What to do where the parameter ``name`` was found empty."""
     return (
-        "DeepSpeed's ZeRO-3, for one, holds a parameter only while a module that has it runs forward. Call the loss "
-        f"inside the forward of a module that {name} is registered with (deepspeed.zero.register_external_parameter), "
-        "or keep it gathered until after backward (deepspeed.zero.GatheredParameters)"
+        "DeepSpeed's ZeRO-3, for one, holds a parameter only while a module that has it runs forward: pass "
+        f"weight_context=lambda: deepspeed.zero.GatheredParameters([{name}]), or call the loss inside the forward of a "
+        f"module that {name} is registered with (deepspeed.zero.register_external_parameter)"
     )
 
 
@@ -107,15 +134,9 @@ def check_head(
     kind = hidden.device.type
     autocast = torch.is_autocast_enabled(kind)
     operands = torch.get_autocast_dtype(kind) if autocast else hidden.dtype
-    if weight.dtype != hidden.dtype and not autocast:
-        own = str(hidden.dtype).removeprefix("torch.")
-        raise TypeError(f"weight: expected hidden's dtype {own} (or torch.autocast), got {described(weight)}")
     if bias is not None:
         assert isinstance(bias, Tensor)
         check_tensor("bias", bias, [(weight.shape[0],)], "floating", hidden.device)
-        if bias.dtype != weight.dtype and not autocast:
-            raise TypeError(f"bias: expected weight's dtype, got {described(bias)} beside {described(weight)}")
-        bias = gathered("bias", bias)
     if logits_dtype is None:
         logits_dtype = operands
     elif logits_dtype not in (torch.float32, operands):
@@ -124,7 +145,9 @@ def check_head(
     assert isinstance(logits_dtype, torch.dtype)
     dtypes = GemmDtypes.of(operands, logits_dtype, hidden.device)
     rows = hidden if hidden.dim() == 3 else hidden.unsqueeze(0)
-    return (rows, gathered("weight", weight), bias), dtypes, shard
+    weight = gathered("weight", weight, None if autocast else hidden.dtype)
+    bias = None if bias is None else gathered("bias", bias, None if autocast else hidden.dtype)
+    return (rows, weight, bias), dtypes, shard
 
 
 def whole_shape(hidden: Tensor, shard: VocabShard | None, sequence_parallel: object) -> torch.Size:

@@ -28,6 +28,7 @@ from .head import GemmDtypes, Gradients, Head, HeadGradients, Inputs
 from .keep import Keep
 from .memory import ChunkPlan, accumulator_bytes
 from .rows import Rows
+from .weight_context import WeightContext, until_accumulated
 
 
 class Settings(NamedTuple):
@@ -39,6 +40,7 @@ class Settings(NamedTuple):
     backend: str
     keep: Keep | None
     shard: VocabShard | None  # of which the head is; None: of the whole vocabulary
+    weight_context: WeightContext | None = None
 
     def transform_of(self, chunk: Rows) -> LogitTransform:
         """The chunk's transform: with its rows' temperatures, [1, r]."""
@@ -124,10 +126,10 @@ class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, gradients: Gradients, losses: Tensor,
-        backend: str,
+        backend: str, weight_context: WeightContext | None,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(*gradients)
-        ctx.backend = backend
+        ctx.backend, ctx.weight_context = backend, weight_context
         # Not kept alive: backward does not read them.
         ctx.head = [(name, ref(value), value.shape) for name, value in (("weight", weight), ("bias", bias))
                     if value is not None and value.requires_grad]  # fmt: skip
@@ -138,16 +140,18 @@ class _PolicyLoss(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
-            return (None,) * 6
-        for name, held, shape in ctx.head:  # autograd could not add the gradient to what is empty now
-            check_still_held(name, held(), shape)
-        consume(ctx, "linear_policy_loss")
+            return (None,) * 7
+        head = [(name, held(), shape) for name, held, shape in ctx.head]
+        with until_accumulated(ctx.weight_context if head else None, head[0][1] if head else None, needed=True):
+            for name, value, shape in head:  # autograd could not add the gradient to what is empty now
+                check_still_held(name, value, shape)
+            consume(ctx, "linear_policy_loss")
         gradients = [None if saved is None else saved.detach() for saved in ctx.saved_tensors]
         for gradient in gradients:
             if gradient is not None:
                 shape = (1,) * (3 - gradient.dim()) + gradient.shape
                 implementation(ctx.backend).scale_gradient(gradient.view(shape), upstream)
-        return *gradients, None, None, None
+        return *gradients, None, None, None, None
 
 
 def policy_loss(
@@ -180,7 +184,9 @@ def policy_loss(
                 _sweep(inputs, selection, settings, results[LOGPROB:], entropy=entropy)
     if not any(needed):
         return results[LOSS].sum(), results
-    loss = _PolicyLoss.apply(*inputs, sums, results[LOSS], settings.backend)  # type: ignore[no-untyped-call]
+    loss = _PolicyLoss.apply(  # type: ignore[no-untyped-call]
+        *inputs, sums, results[LOSS], settings.backend, settings.weight_context
+    )
     return loss, results
 
 
@@ -209,7 +215,14 @@ class _TokenStatistics(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(gradient is None for gradient in upstream):
             return (None,) * 7
-        hidden, weight, bias, statistics, *_ = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: a checkpoint makes them anew each time
+        with until_accumulated(ctx.settings.weight_context, saved[1], needed=any(ctx.needs_input_grad[1:3])):
+            return *_TokenStatistics.gradients(ctx, saved, upstream), *(None,) * 4
+
+    @staticmethod
+    def gradients(ctx: Any, saved: Sequence[Tensor], upstream: Sequence[Tensor | None]) -> Gradients:
+        """dhidden, dweight, dbias from the gradients of log-probabilities and entropies."""
+        hidden, weight, bias, statistics, *_ = saved
         for name, value, shape in zip(("weight", "bias"), (weight, bias), ctx.shapes, strict=True):
             check_still_held(name, value, shape)
         c, *h = upstream
@@ -227,7 +240,7 @@ class _TokenStatistics(torch.autograd.Function):
                 )  # fmt: skip
                 gradients.add(chunk, x, logits[0])
                 del x, logits
-            return *gradients.finish(), *(None,) * 4
+            return gradients.finish()
 
 
 def _all_statistics(

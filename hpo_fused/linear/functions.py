@@ -27,11 +27,13 @@ from .arguments import before_shards, check_head, check_weight_grad, whole_shape
 from .autograd import Settings
 from .keep import check_keep
 from .rows import Rows, choose_rows
+from .weight_context import WeightContext, within_weight_context
 
 _UNTRACEABLE = "the number of active rows is known only at run time; call it between compiled graphs"
 
 
 @torch.compiler.disable(reason=_UNTRACEABLE)  # type: ignore[untyped-decorator]
+@within_weight_context
 def linear_policy_loss(
     hidden: Tensor, weight: Tensor, tokens: Tensor, advantages: Tensor, *, bias: Tensor | None = None,
     old_logprobs: Tensor | None = None, ref_logprobs: Tensor | None = None, mask: Tensor | None = None,
@@ -43,7 +45,8 @@ def linear_policy_loss(
     temperature: float | Tensor = 1.0, softcap: float | None = None, keep: Tensor | tuple[Tensor, Tensor] | None = None,
     skip_inactive: bool = True, entropy: bool = True, chunk_bytes: int | None = None,
     logits_dtype: torch.dtype | None = None, active_count: int | None = None, weight_grad: Tensor | None = None,
-    vocab_group: VocabGroup = None, sequence_parallel: bool = False, backend: Backend = "auto",
+    vocab_group: VocabGroup = None, sequence_parallel: bool = False, weight_context: WeightContext | None = None,
+    backend: Backend = "auto",
 ) -> PolicyLossOutput:  # fmt: skip
     """:func:`policy_loss` of ``hidden @ weight.T + bias``, whose logits never exist but for one chunk of rows.
 
@@ -60,7 +63,8 @@ def linear_policy_loss(
             ``hidden[:, :-1]`` is not copied. ``hidden[b, t]`` predicts ``tokens[b, t]``.
         weight: [V, H] of hidden's dtype (any under torch.autocast, whose dtype the GEMMs then run in); any strides.
             May be a DTensor sharded over V as FSDP2 does: it is gathered, and its gradient averaged over the mesh, see
-            ``gradient_average`` of :class:`BatchStatistics`.
+            ``gradient_average`` of :class:`BatchStatistics`. One in a wider dtype than hidden's, as under FSDP2's mixed
+            precision, is rounded to that before, and its gradient is summed over the ranks in its own.
         tokens, advantages: as in :func:`policy_loss`.
         bias: [V] of weight's dtype, or None.
         old_logprobs, ref_logprobs, mask, token_weights, entropy_weights, cu_seqlens, groups, objective, statistics,
@@ -90,13 +94,17 @@ def linear_policy_loss(
         sequence_parallel: with ``vocab_group``: hidden is this rank's part of the sequence, [B, T / W, H] (packed
             [N / W, H]), in the ranks' order: gathered in forward, its gradient reduced and scattered in backward, and
             held in between as a whole. Everything else has all T tokens.
+        weight_context: a callable without arguments that makes a context manager within which weight and bias are
+            whole, for those that are elsewhere empty: ``lambda: deepspeed.zero.GatheredParameters([head.weight])``
+            under ZeRO-3. Entered in forward, and again in backward until their gradients are accumulated.
 
     Returns:
         :class:`PolicyLossOutput`. ``loss`` can be differentiated once. It is attached to every input even where no
         row is active: gradients are then zeros, not None.
 
     Raises:
-        TypeError, ValueError: as :func:`policy_loss`; hidden, weight or bias of another dtype, shape or device;
+        TypeError, ValueError: as :func:`policy_loss`; hidden, weight or bias of another dtype, shape or device; a
+            weight_context that is no callable, or makes no context manager;
             chunk_bytes below one row; active_count below the number of active rows (a device-side assert on GPU); an
             unmasked row whose sampled token is not in its own kept set, for the sampler cannot have drawn it, an id
             outside [0, V) or offsets that do not rise from 0 to M (likewise).
@@ -129,7 +137,7 @@ def linear_policy_loss(
     spec, served_by = resolved.lower(batch), backend_for(hidden, backend)
     terms = ops.token_terms(batch, spec, vocabulary, skip_inactive, served_by)
     kept = check_keep(keep, tokens, mask, vocabulary)
-    settings = Settings(dtypes, transform, chunk_bytes, served_by, kept, shard)
+    settings = Settings(dtypes, transform, chunk_bytes, served_by, kept, shard, weight_context)
     rows, *idle = choose_rows(terms.targets, terms.active, active_count, idle=not skip_inactive)
     entropy = entropy or spec.entropy_bonus
     # A loss scaler's factor must enter before a gradient is rounded to float16.
@@ -146,12 +154,13 @@ def linear_policy_loss(
 
 
 @torch.compiler.disable(reason=_UNTRACEABLE)  # type: ignore[untyped-decorator]
+@within_weight_context
 def linear_token_logprobs(
     hidden: Tensor, weight: Tensor, tokens: Tensor, *, bias: Tensor | None = None, mask: Tensor | None = None,
     keep: Tensor | tuple[Tensor, Tensor] | None = None, entropy: bool = True, temperature: float | Tensor = 1.0,
     softcap: float | None = None, chunk_bytes: int | None = None, logits_dtype: torch.dtype | None = None,
     active_count: int | None = None, weight_grad: Tensor | None = None, vocab_group: VocabGroup = None,
-    sequence_parallel: bool = False, backend: Backend = "auto",
+    sequence_parallel: bool = False, weight_context: WeightContext | None = None, backend: Backend = "auto",
 ) -> TokenLogprobs:  # fmt: skip
     """:func:`token_logprobs` of ``hidden @ weight.T + bias``, a chunk of unmasked rows at a time.
 
@@ -160,8 +169,8 @@ def linear_token_logprobs(
     gradients is one chunk of logits and, with several chunks, dweight's float32 accumulator (:func:`linear_memory`).
 
     Args:
-        hidden, weight, bias, keep, chunk_bytes, logits_dtype, weight_grad, vocab_group, sequence_parallel, backend: as
-            in :func:`linear_policy_loss`.
+        hidden, weight, bias, keep, chunk_bytes, logits_dtype, weight_grad, vocab_group, sequence_parallel,
+            weight_context, backend: as in :func:`linear_policy_loss`.
         tokens: integer [B, T] or [N], ids in [0, V) where unmasked, anything elsewhere.
         mask: bool or 0/1, shaped like tokens: rows to compute; None: all.
         entropy: whether to compute the entropy too.
@@ -192,7 +201,7 @@ def linear_token_logprobs(
     row_mask = as_mask(mask, shape if len(shape) == 2 else (1, *shape), device)
     targets = token_targets(tokens, row_mask, vocabulary)
     kept = check_keep(keep, tokens, mask, vocabulary)
-    settings = Settings(dtypes, transform, chunk_bytes, backend_for(hidden, backend), kept, shard)
+    settings = Settings(dtypes, transform, chunk_bytes, backend_for(hidden, backend), kept, shard, weight_context)
     if mask is None and active_count is None:
         selections = [Rows.all(targets)]
     else:
