@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from . import compare as comparison
-from . import pictures, plan, report
+from . import parallel, pictures, plan, report, wire
 from . import providers as known
 from .cases import (
     CUSTOM,
@@ -211,6 +211,9 @@ def speed(
     device: DeviceName = "auto",
     repeats: Annotated[int | None, typer.Option(min=1, help="Rounds at most (100 on a GPU, 20 on a CPU).")] = None,
     budget: Annotated[float, _flag("budget", "Seconds of timing per case, though three rounds at least.")] = 30.0,
+    world_size: Annotated[
+        int | None, typer.Option(min=2, help="Ranks that share the vocabulary; hpo_fused alone.")
+    ] = None,
     quick: Quick = False,
     seed: Seed = 0,
     output: Output = None,
@@ -220,12 +223,26 @@ def speed(
     Every combination of the options is a case. Every provider is first held against float64; one that differs is
     reported and not timed. Then all run once per round, in rotating order. The exit status is 1 if a provider was wrong
     or failed, or if hpo_fused misses a limit of its own.
+
+    With `--world-size` as many processes share the vocabulary, and ÷ ours is their time over a shard's without group.
     """
     where = device_of(device)
     cases = options.cases(where, lambda op: [default_tokens(op, where, quick)], cuda_graph=cuda_graph)
     launched = [Fused("auto" if where.type == "cuda" else "triton", launch_of(text)) for text in launch or ()]
     repeats = repeats or (10 if quick else 100 if where.type == "cuda" else 20)
-    run_all("speed", options, cases, launched, Settings(where, repeats, budget, seed), output)
+    settings = Settings(where, repeats, budget, seed)
+    if world_size is None:
+        run_all("speed", options, cases, launched, settings, output)
+        return
+    if options.provider or launched:
+        raise typer.BadParameter("--world-size: expected neither --provider nor --launch beside it")
+    with refusing():
+        parallel.check(cases, world_size, where)
+    check_writable(output)
+    told = {"repeats": repeats, "budget": budget, "seed": seed, "world_size": world_size}
+    result = Result("speed", environment(where), told)
+    parallel.run_cases(cases, world_size, settings, result, lambda line: typer.echo(line, err=True))
+    finish(result, output)
 
 
 @app.command()
@@ -432,6 +449,22 @@ def shapes() -> None:
     out = Console(highlight=False)
     out.print(view, markup=False)
     out.print(f"{CUSTOM}: any other", markup=False)
+
+
+@app.command("wire")
+def wire_(
+    shape: Annotated[str, _flag("shape", "Named shape or custom.")] = "qwen3-8b",
+    tokens: Annotated[int, typer.Option(min=1, help="Rows of a call.")] = 16384,
+    markdown: Annotated[bool, _flag("markdown", "As docs/distributed.md has it.")] = False,
+) -> None:
+    """Bytes that each form sends when its work is split over ranks, and their time on 8 to 4,096 GPUs: computed."""
+    with refusing():
+        views = wire.tables(parse_shape(shape), tokens)
+    if markdown:
+        typer.echo("\n\n".join(f"#{view.markdown()}" for view in views))
+        return
+    for view in views:
+        view.print(Console(highlight=False))
 
 
 @app.command()

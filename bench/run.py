@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from . import measure
 from .cases import Case
-from .check import fingerprint, judge
+from .check import Errors, fingerprint, judge
 from .inputs import Inputs
 from .measure import Task
 from .providers import Output, Provider, Step, Unavailable, limits
@@ -156,10 +157,10 @@ def record_failures(rows: Mapping[str, Row], outcome: Mapping[str, float | Excep
     return {name: value for name, value in outcome.items() if not isinstance(value, Exception)}
 
 
-def check_first(trial: Trial, truth: Truth, row: Row, device: torch.device) -> None:
+def check_first(trial: Trial, judged: Callable[[Step], Errors] | None, row: Row, device: torch.device) -> None:
     """The first call into ``row``: compiled, judged, its memory taken by a second call whose result is compared.
 
-    Raises whatever the provider raises.
+    Raises whatever the provider raises. A limit's result is nothing to judge; ``judged`` may be None for another's.
     """
     provider, case = trial.provider, trial.inputs.case
     row.version = provider.available(device)
@@ -173,8 +174,8 @@ def check_first(trial: Trial, truth: Truth, row: Row, device: torch.device) -> N
     row.first_call_s = time.perf_counter() - start
     if provider.limit:
         return
-    row.errors = judge(trial.inputs, truth, step, provider)
-    if row.errors.complaint:
+    row.errors = judged and judged(step)
+    if row.errors and row.errors.complaint:
         row.status, row.note = "wrong", row.errors.complaint
         return
     row.gradient_bytes = sum(gradient.nbytes for gradient in step.gradients)
@@ -222,7 +223,7 @@ def run_case(
             row = mine[provider.name]
             try:
                 trial = Trial(provider, inputs)
-                check_first(trial, truth, row, settings.device)
+                check_first(trial, partial(judge, inputs, truth, provider=provider), row, settings.device)
             except Exception as error:  # a provider's code: anything can come
                 record_failure(row, error)
             if row.status == "ok":

@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("rich", reason="needs the bench extra")
 testing = pytest.importorskip("typer.testing", reason="needs the bench extra")
 
-from hpo_fused.bench import commands, plan, providers  # noqa: E402
+from hpo_fused.bench import commands, parallel, plan, providers  # noqa: E402
 from hpo_fused.bench.cases import OPERATIONS, SHAPES  # noqa: E402
 from hpo_fused.bench.machine_code.report import PublicCall, Report  # noqa: E402
 from hpo_fused.bench.results import SCHEMA_VERSION, Result, Row  # noqa: E402
@@ -123,6 +123,25 @@ def test_ctrl_c_keeps_what_is_finished(invoke: Invoke, monkeypatch: pytest.Monke
     assert (result.interrupted, len(result.rows)) == (True, 3)
 
 
+@pytest.mark.distributed
+def test_ranks_share_the_vocabulary(invoke: Invoke, tmp_path: Path) -> None:
+    losses = option("op", "policy_loss", "linear_policy_loss")
+    done = invoke("speed", *SMALL, *losses, "--world-size", "2", "--repeats", "2", "--output", "r.json")
+    assert done.exit_code == 0, done.output
+    result = Result.read(tmp_path / "r.json")
+    assert result.settings["world_size"] == 2
+    assert {row.case.shape.vocabulary for row in result.rows} == {97 // 2}
+    for rows in (result.rows[:3], result.rows[3:6]):
+        assert [row.provider for row in rows] == [
+            "hpo_fused",
+            "hpo_fused×2",
+            "gemms" if rows[0].case.linear else "copy",
+        ]
+        assert all(row.rounds == 2 and row.over_ours and row.over_limit for row in rows)
+        assert [row.errors is None for row in rows] == [True, False, True]
+        assert rows[1].errors.gradients
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -135,6 +154,11 @@ def test_ctrl_c_keeps_what_is_finished(invoke: Invoke, monkeypatch: pytest.Monke
         (("speed", "--cuda-graph", "--device", "cpu"), "--cuda-graph: expected a GPU"),
         (("speed", "--op", "linear_policy_loss", "--shape", "custom:V=9"), "shape: expected a hidden size"),
         (("speed", "--output", "/dev/null/r.json"), "File exists"),
+        (("speed", "--world-size", "1"), "'--world-size': Input should be greater"),
+        (("speed", "--world-size", "2", "--provider", "eager"), "--world-size: expected neither --provider nor"),
+        (("speed", "--world-size", "2", "--op", "token_logprobs"), "world size: expected policy_loss or linear"),
+        (("speed", "--world-size", "3", "--shape", "custom:V=2"), "world size: expected at most V = 2 ranks, got 3"),
+        (("wire", "--shape", "custom:V=9"), "shape: expected a hidden size"),
         (("report", "absent.json"), "No such file"),
         (("compare", "absent.json", "absent.json"), "No such file"),
     ],
@@ -143,6 +167,11 @@ def test_bad_input_is_refused(invoke: Invoke, arguments: tuple[str, ...], messag
     done = invoke(*arguments)
     assert done.exit_code == 2
     assert message in re.sub(r"[│\s]+", " ", done.output)
+
+
+def test_more_ranks_than_gpus_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"world size: expected at most \d+, the number of GPUs, got 99"):
+        parallel.check([], 99, torch.device("cuda"))
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"schema_version": 2}', f'{{"schema_version": {SCHEMA_VERSION}}}'])

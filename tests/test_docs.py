@@ -238,6 +238,16 @@ def test_readme_shows_the_committed_result() -> None:
         assert shown == [measured.get((shape, provider), "–") for provider in heading.split(" | ")]
 
 
+def test_the_bytes_on_the_wire_are_the_command_s() -> None:
+    testing = pytest.importorskip("typer.testing", reason="needs the bench extra")
+    from hpo_fused.bench.commands import app
+
+    text = (ROOT / "docs/distributed.md").read_text(encoding="utf-8")
+    shown = re.search(r"<!-- hpo-fused-bench (wire .*?) -->\n(.*?\n)<!-- end of wire -->", text, flags=re.DOTALL)
+    assert shown is not None
+    assert testing.CliRunner().invoke(app, shown[1].split()).output == shown[2]
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_what_a_document_names_exists(document: str) -> None:
     """Links, paths of the checkout, targets of make and commands of the benchmark."""

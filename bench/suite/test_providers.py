@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hpo_fused.bench.cases import Case
+from hpo_fused.bench.check import judge
 from hpo_fused.bench.environment import environment
 from hpo_fused.bench.measure import synchronize
 from hpo_fused.bench.providers import Step, create
@@ -26,7 +27,7 @@ def test_provider(benchmark: Any, case: Case, provider: str, device: torch.devic
     try:
         inputs, truth = latest(case, device, 0)
         trial = Trial(one, inputs)
-        check_first(trial, truth, row, device)
+        check_first(trial, functools.partial(judge, inputs, truth, provider=one), row, device)
     except Exception as error:  # a provider's code: anything can come
         record_failure(row, error)
         if row.status == "failed":
