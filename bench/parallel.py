@@ -36,7 +36,7 @@ class Sharded(Fused):
 
     def __init__(self, shard: hpo_fused.VocabShard) -> None:
         super().__init__()
-        self.shard, self.name = shard, f"hpo_fused×{distributed.get_world_size(shard.group)}"
+        self.shard, self.name = shard, f"hpo_fused×{distributed.get_world_size()}"
 
     def _loss(self, inputs: Inputs) -> dict[str, Any]:
         return {**super()._loss(inputs), "vocab_group": self.shard}

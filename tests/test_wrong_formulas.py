@@ -11,7 +11,6 @@ from torch import Tensor
 
 from hpo_fused import surrogate
 from hpo_fused.backend import kernels
-from hpo_fused.layout import Layout
 from hpo_fused.interface import (
     KL_WEIGHT,
     OLD_LOGPROB,
@@ -20,6 +19,7 @@ from hpo_fused.interface import (
     LossSpec,
     TokenTerms,
 )
+from hpo_fused.layout import Layout
 from hpo_fused.torch_backend import operations
 
 from .mutants import TORCH, Mutants, kernel_module
