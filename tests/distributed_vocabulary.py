@@ -42,7 +42,7 @@ def presets(rank: int, world: int) -> dict[str, float]:
     """Every preset's gradient, both backends in turn, against one process's."""
     differences = []
     for i, name in enumerate(PRESETS):
-        backend, inplace = ("triton" if i % 3 == 0 else "torch"), i % 4 < 2
+        backend, inplace = ("triton" if i % 4 == 0 else "torch"), i % 3 < 2
         inputs = build(case_of(name, layout=("padded", "packed")[i // 2 % 2]), CPU)
         gradients = []
         for columns, options in (

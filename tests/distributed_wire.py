@@ -59,6 +59,7 @@ def vocabulary(rank: int, world: int) -> dict[str, float]:
     """Logits, and hidden states before a sharded head: the same for every objective, dtype and split of the columns."""
     start, stop = ((0, 17), (17, VOCABULARY))[rank]
     shard = hf.VocabShard(distributed.group.WORLD, start, VOCABULARY)
+    hf.token_logprobs(torch.zeros(1, 1, stop - start), torch.zeros(1, 1).long(), vocab_group=shard)  # asks who has what
     for objective, entropy in (("mhpo_ahpo", True), ("mhpo_ahpo", False), ("gspo", True)):
         logits = torch.randn(RESPONSES, LENGTH, stop - start, requires_grad=True)
 
