@@ -47,13 +47,13 @@ class Batch:
 
     def gradient(
         self, rows: slice, columns: slice, objective: hf.Objective, *, packed: bool = False, kind: str = "",
-        backend: str = "torch", **options: Any,
+        backend: str = "torch", vocabulary: slice = slice(None), **options: Any,
     ) -> tuple[Tensor, hf.PolicyLossOutput]:  # fmt: skip
         """Of the logits of all tokens, of the loss of some of them; ``kind``: what is given per token."""
         leaf = self.logits.clone().requires_grad_()
         part = rows, columns
         mask, advantages = MASK[part], ADVANTAGES[rows]
-        values = {"logits": leaf[part], "tokens": self.tokens[part], "old_logprobs": self.old[part]}
+        values = {"logits": leaf[part][..., vocabulary], "tokens": self.tokens[part], "old_logprobs": self.old[part]}
         if objective.kl_coef:
             values["ref_logprobs"] = self.ref[part]
         if "weights" in kind:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import hpo_fused as hf
 
+from .distributed_statistics import ALL, Batch
 from .equivalence import Case, build, check
 from .linear_equivalence import LinearCase, build_linear, options_of
 from .ranks import Part, worst
@@ -38,10 +40,10 @@ def case_of(name: str, **changes: Any) -> Case:
     return Case(f"shards-{name}", objective, small_ratios=objective.ratio_level != "token", **size, **changes)
 
 
-def presets(rank: int, world: int) -> dict[str, float]:
-    """Every preset's gradient, both backends in turn, against one process's."""
+def _presets(rank: int, world: int, names: Iterable[str]) -> float:
+    """The presets' gradients, both backends in turn, against one process's."""
     differences = []
-    for i, name in enumerate(PRESETS):
+    for i, name in enumerate(names):
         backend, inplace = ("triton" if i % 4 == 0 else "torch"), i % 3 < 2
         inputs = build(case_of(name, layout=("padded", "packed")[i // 2 % 2]), CPU)
         gradients = []
@@ -59,7 +61,33 @@ def presets(rank: int, world: int) -> dict[str, float]:
         differences.append(worst(gradients[1], gradients[0]))
     # Float32 on both sides: a dozen roundings of 2^-24 of an entry's terms, whose size is that of the largest entry.
     assert max(differences) <= 3e-6
-    return {"logits over the vocabulary": max(differences)}
+    return max(differences)
+
+
+def presets(rank: int, world: int) -> dict[str, float]:
+    """Every preset."""
+    return {"logits over the vocabulary": _presets(rank, world, PRESETS)}
+
+
+def with_context(rank: int, world: int) -> dict[str, float]:
+    """Two vocabulary shards by two parts of each response."""
+    ranks = init_device_mesh("cpu", (2, 2), mesh_dim_names=("context", "vocabulary"))
+    context, vocabulary = ranks["context"], ranks["vocabulary"]
+    batch, part = Batch(), (slice(0, 3), slice(3, 5))[context.get_local_rank()]
+    columns = (slice(0, 11), slice(11, 17))[vocabulary.get_local_rank()]
+    statistics = batch.counted(ALL[0], part, context_group=context)
+    differences = []
+    for name in ("gspo", "mhpo_ahpo", "gmpo"):
+        objective = hf.Objective.preset(name)
+        expected, _ = batch.gradient(*ALL, objective)
+        ours, _ = batch.gradient(
+            ALL[0], part, objective, vocabulary=columns, vocab_group=vocabulary, context_group=context,
+            statistics=statistics, lengths=statistics.lengths,
+        )  # fmt: skip
+        distributed.all_reduce(ours)  # zeros outside a rank's rows and columns
+        differences.append(worst(ours, expected))
+    assert max(differences) <= 3e-6
+    return {"logits over the vocabulary, responses over context-parallel ranks": max(differences)}
 
 
 ROWS = [
@@ -79,7 +107,8 @@ def rows(rank: int, world: int) -> dict[str, float]:
             own = columns_of(rank, world, 97)
             case = case_of(name, dtype=dtype, rows=kind, temperature="" if options else "token", options=options)
             check(case, backend, CPU, columns=own, vocab_group=distributed.group.WORLD, **call)
-    return {}
+    found = _presets(rank, world, ("grpo", "gspo", "vespo", "mhpo_ahpo"))
+    return {"logits over the vocabulary, uneven shards and an empty one": found}
 
 
 def dtensor(rank: int, world: int) -> dict[str, float]:
@@ -268,6 +297,7 @@ def colwise(rank: int, world: int) -> dict[str, float]:
 PARTS: dict[str, Part] = {
     "vocabulary_presets": (2, presets),
     "vocabulary_rows": (4, rows),
+    "vocabulary_context": (4, with_context),
     "vocabulary_dtensor": (2, dtensor),
     "vocabulary_heads": (2, heads),
     "vocabulary_colwise": (2, colwise),

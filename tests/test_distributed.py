@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from torch import distributed
@@ -24,6 +25,19 @@ def ranks() -> Iterator[Ranks]:
     process.close()
 
 
+# Rows of the document's table, by the parts that ran.
+measured: dict[str, dict[str, float]] = {}
+
+
 @pytest.mark.parametrize("part", list(parts()))
 def test_part(ranks: Ranks, part: str) -> None:
-    ranks.run(part)
+    measured[part] = ranks.run(part)
+
+
+def test_the_document_has_every_split() -> None:
+    if measured.keys() != parts().keys():
+        pytest.skip("needs all parts before it")
+    document = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text()
+    table = document.split("<!-- python tests/ranks.py --table -->\n")[1].split("\n<!-- end of table -->")[0]
+    shown = {tuple(line.split(" | ")[:3]) for line in table.splitlines()[2:]}
+    assert shown == {(f"| {row}", str(parts()[name][0]), f"`{name}`") for name in measured for row in measured[name]}
