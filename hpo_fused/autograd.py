@@ -195,8 +195,14 @@ def token_statistics(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Differentiable log-probabilities and entropies of logits [B, T, V], NaN in rows not computed.
 
-    ``shards``: the logits are a rank's columns of the vocabulary, while the targets are ids of the whole.
+    ``shards``: the logits are a rank's columns of the vocabulary, while the targets are ids of the whole. No compiler
+    traces that.
     """
+    if shards is not None and torch.compiler.is_compiling():
+        untraced: tuple[Tensor, Tensor | None] = _untraced(
+            logits, targets, transform, entropy, inplace, backend, shards
+        )
+        return untraced
     if torch.is_grad_enabled() and logits.requires_grad:
         inplace = inplace and not traced(logits)
         outputs = _TokenStatistics.apply(  # type: ignore[no-untyped-call]
@@ -205,6 +211,16 @@ def token_statistics(
         return outputs[0], outputs[1] if entropy else None
     logprobs, statistics = _statistics(logits, targets, transform, entropy, backend, shards)
     return logprobs, statistics.entropy
+
+
+@torch.compiler.disable(reason="collectives stand between the sweeps; call it between compiled graphs")  # type: ignore[untyped-decorator]
+def _untraced(
+    logits: Tensor, targets: Tensor, transform: LogitTransform, entropy: bool, inplace: bool, backend: str,
+    shards: Shards,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    return token_statistics(
+        logits, targets, transform, entropy=entropy, inplace=inplace, backend=backend, shards=shards
+    )
 
 
 class _LogprobLoss(torch.autograd.Function):

@@ -187,7 +187,8 @@ def token_gradient(
     if shards is None:
         ops.token_gradient(logits, targets, statistics, c, h, transform, out, backend)
     elif logits.shape[-1] > 0:
-        first = logits[..., 0].to(torch.float32, copy=True)  # before it is written over
+        # Before it is written over; in the rows' order, whatever their order in memory.
+        first = logits[..., 0].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         ops.token_gradient(logits, shards.local(targets), statistics, c, h, transform, out, backend)
         implementation(backend).column_gradient(first, targets, shards.own[0], statistics, c, h, transform, out)
 

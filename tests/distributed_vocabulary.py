@@ -155,6 +155,17 @@ def dtensor(rank: int, world: int) -> dict[str, float]:
         empty = hf.token_logprobs(local.to_local()[:0], tokens[:0], vocab_group=distributed.group.WORLD)
         assert empty.logprobs.shape == (0, 4)
 
+    # Rows as Megatron has them, [T, B, V]: what is taken of a column follows the rows, not their memory.
+    for backend in ("torch", "triton"):
+        across = []
+        for columns, options in ((slice(None), {}), (slice(16 * rank, 16 * rank + 16), {"vocab_group": line})):
+            turned = logits.transpose(0, 1).contiguous().requires_grad_()
+            given = turned.transpose(0, 1)[..., columns]
+            hf.policy_loss(given, tokens, advantages, softcap=3.0, backend=backend, **options).loss.backward()
+            across.append(turned.grad)
+        distributed.all_reduce(across[1])
+        assert worst(across[1], across[0]) <= 3e-6
+
     part, group = local.to_local(), distributed.group.WORLD
     width, alone = part.shape[-1], distributed.new_group([0])
     start = 16 * rank
