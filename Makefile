@@ -95,11 +95,12 @@ verl: $(VERL_STAMP) ## the tests that need verl alone
 	PYTHONPATH="$(CURDIR)/$(VERL)" OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) \
 		--dist loadfile -k verl tests/test_integrations_verl.py tests/test_trainers.py
 
+OF_TRL := $(wildcard tests/test_integrations_trl*.py)
 trainers: $(PEERS_STAMP) ## what the suite leaves out: TRL's options in every combination, its oldest version
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) -m slow_trainers tests/test_integrations_trl.py
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) -m slow_trainers $(OF_TRL)
 	[ -d $(OLDEST_TRL) ] || $(PIP) install -q --no-deps --target $(OLDEST_TRL) trl==1.15.0
 	PYTHONPATH="$(CURDIR)/$(OLDEST_TRL)" OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) \
-		tests/test_integrations_trl.py
+		$(OF_TRL)
 
 lint: $(STAMP) ## style, formatting and types
 	$(BIN)/ruff check .

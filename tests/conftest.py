@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+# Before anything imports TRL: no test asks a hub for anything.
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
 GPU = torch.cuda.is_available()
 if not GPU:  # must happen before the first import of triton
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -21,7 +21,8 @@ from hpo_fused.backend import kernels
 
 from . import test_logprob_loss, test_token_terms
 from .equivalence import check
-from .linear_equivalence import LinearCase, check_linear, check_linear_logprobs
+from .linear_cases import LinearCase
+from .linear_equivalence import check_linear, check_linear_logprobs
 from .test_equivalence import PRESETS, difficult_rows, presets, sequences, shapings, terms
 
 Patch = pytest.MonkeyPatch

@@ -15,7 +15,8 @@ from hpo_fused.linear.head import Float32Gemms
 from hpo_fused.torch_backend.compiled_sweeps import ENVIRONMENT_VARIABLE, MINIMUM_WIDTH
 
 from . import linear_equivalence
-from .linear_equivalence import LinearCase, check_linear, check_linear_logprobs
+from .linear_cases import LinearCase
+from .linear_equivalence import check_linear, check_linear_logprobs
 from .test_equivalence import IN_EVERY_DTYPE, PRESETS, difficult_rows, sequences, shapings, terms
 from .test_linear_gemms import Gemms
 

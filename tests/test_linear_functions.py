@@ -11,7 +11,7 @@ from torch import Tensor
 import hpo_fused as hf
 
 from .equivalence import worst
-from .linear_equivalence import build_linear
+from .linear_cases import build_linear
 from .samples import hidden_arguments, leaves
 from .test_equivalence import PRESETS
 from .test_linear_equivalence import small
