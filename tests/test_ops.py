@@ -74,11 +74,24 @@ def test_compiles_as_one_graph(name: str, layout: str) -> None:
     torch.testing.assert_close(results[1][1], results[0][1], equal_nan=True)
 
 
+TEMPERATURES = (1.0, 0.9, 0.8, torch.linspace(0.5, 2.0, 20).view(5, 4), torch.linspace(2.0, 0.5, 5))
+
+
 @pytest.mark.parametrize(
-    ("objective", "dynamic"), [(None, None), (None, True), ("grpo", None), ("gspo", True), ("hpo", None)]
+    ("objective", "dynamic", "temperatures"),
+    [
+        (None, None, TEMPERATURES),
+        (None, True, TEMPERATURES),
+        ("gspo", True, TEMPERATURES[1:4:2]),  # another path: a number, and one for each token
+        ("grpo", None, TEMPERATURES[:1]),  # another name
+        ("hpo", None, TEMPERATURES[:1]),
+    ],
+    ids=["default", "default-dynamic", "gspo-dynamic", "grpo", "hpo"],
 )
 @torch._dynamo.config.patch(recompile_limit=64)  # counted over all parameters of this test
-def test_preset_names_and_changing_values_compile(objective: str | None, dynamic: bool | None) -> None:
+def test_preset_names_and_changing_values_compile(
+    objective: str | None, dynamic: bool | None, temperatures: tuple[float | Tensor, ...]
+) -> None:
     """The default call, presets by name, symbolic sizes, and temperatures that change between calls."""
     logits, tokens, advantages, old = logits_arguments(CPU, 37)
     options = {} if objective is None else {"objective": objective}
@@ -87,7 +100,7 @@ def test_preset_names_and_changing_values_compile(objective: str | None, dynamic
         return hf.policy_loss(z, tokens, advantages, old_logprobs=old, temperature=temperature, **options).loss
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for temperature in (1.0, 0.9, 0.8, torch.linspace(0.5, 2.0, 20).view(5, 4), torch.linspace(2.0, 0.5, 5)):
+    for temperature in temperatures:
         gradients = [
             torch.autograd.grad(f(z, temperature), z)[0]
             for f in (step, compiled)

@@ -151,6 +151,45 @@ def isolated(code: str, site: Path, cwd: Path) -> Any:
     return answer(run(sys.executable, "-I", "-c", textwrap.dedent(prelude) + textwrap.dedent(code), cwd=cwd))
 
 
+@pytest.fixture(scope="session")
+def probed(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a process finds that imports the wheel: one for several tests, since importing PyTorch takes seconds."""
+    result: dict[str, Any] = isolated(
+        """
+        import importlib, json
+        from importlib.machinery import PathFinder
+        from importlib.metadata import distributions
+        from importlib.util import find_spec
+
+        import hpo_fused
+        import hpo_fused.integrations
+
+        trainers = [name for name in ("transformers", "trl", "verl") if name in sys.modules]
+        (ours,) = distributions(name="hpo-fused", path=sys.path[:1])
+        commands = ours.entry_points.select(group="console_scripts")
+        packages = ["hpo_fused", "hpo_fused.bench", "hpo_fused.kernels"]
+        if find_spec("triton") is None:  # kernels are Triton's language: located here, imported where it is
+            origins = {name: find_spec(name).origin for name in packages}
+        else:
+            origins = {name: importlib.import_module(name).__file__ for name in packages}
+        found = {
+            "trainers": trainers,
+            "commands": {point.name: callable(point.load()) for point in commands},
+            "origins": origins,
+            "leaked": [name for name in ("bench", "kernels") if PathFinder.find_spec(name, sys.path[:1])],
+        }
+        sys.path[:] = [place for place in sys.path if "-packages" not in place]
+        try:
+            import hpo_fused.integrations.trl
+        except ImportError as error:
+            print(json.dumps({**found, "error": str(error)}))
+        """,
+        installed,
+        tmp_path_factory.mktemp("probe"),
+    )
+    return result
+
+
 def wheel_name(path: Path) -> str | None:
     """Where a file of the checkout, named relative to it, belongs in the wheel; None: nowhere."""
     top, *rest = path.parts
@@ -192,24 +231,6 @@ def test_metadata(metadata: Distribution, source: Path) -> None:
     assert (CHECKOUT / plugin.value.replace(".", "/")).is_dir()
 
 
-def test_command_loads(installed: Path, tmp_path: Path) -> None:
-    """An entry point that names a missing module or function is found out by the first user who runs it."""
-    result = isolated(
-        """
-        import json
-        from importlib.metadata import distributions
-
-        (ours,) = distributions(name="hpo-fused", path=sys.path[:1])
-        commands = ours.entry_points.select(group="console_scripts")
-        loaded = {point.name: callable(point.load()) for point in commands}
-        print(json.dumps(loaded))
-        """,
-        installed,
-        tmp_path,
-    )
-    assert result == {"hpo-fused-bench": True}
-
-
 def test_only_pytorch_is_required(metadata: Distribution) -> None:
     """A requirement on ``triton`` would lay the CUDA build over the one that a ROCm PyTorch came with."""
     required = [line for line in metadata.requires or () if "extra ==" not in line]
@@ -218,52 +239,25 @@ def test_only_pytorch_is_required(metadata: Distribution) -> None:
     assert {"triton", "trl", "verl", "test", "bench", "dev"} <= set(extras)
 
 
-def test_wheel_imports_without_the_checkout(installed: Path, tmp_path: Path) -> None:
-    """All three packages come from the wheel; neither folder's own name is importable from it."""
-    result = isolated(
-        """
-        import importlib, json
-        from importlib.machinery import PathFinder
-        from importlib.util import find_spec
+def test_command_loads(probed: dict[str, Any]) -> None:
+    """An entry point that names a missing module or function is found out by the first user who runs it."""
+    assert probed["commands"] == {"hpo-fused-bench": True}
 
-        packages = ["hpo_fused", "hpo_fused.bench", "hpo_fused.kernels"]
-        if find_spec("triton") is None:  # kernels are Triton's language: located here, imported where it is
-            origins = {name: find_spec(name).origin for name in packages}
-        else:
-            origins = {name: importlib.import_module(name).__file__ for name in packages}
-        leaked = [name for name in ("bench", "kernels") if PathFinder.find_spec(name, sys.path[:1])]
-        print(json.dumps({"origins": origins, "leaked": leaked}))
-        """,
-        installed,
-        tmp_path,
-    )
-    expected = {
+
+def test_wheel_imports_without_the_checkout(probed: dict[str, Any], installed: Path) -> None:
+    """All three packages come from the wheel; neither folder's own name is importable from it."""
+    assert probed["origins"] == {
         name: str(installed.joinpath(*name.split("."), "__init__.py"))
         for name in ("hpo_fused", "hpo_fused.bench", "hpo_fused.kernels")
     }
-    assert result == {"origins": expected, "leaked": []}
+    assert probed["leaked"] == []
 
 
-def test_no_trainer_is_imported_unless_its_integration_is(installed: Path, tmp_path: Path) -> None:
+def test_no_trainer_is_imported_unless_its_integration_is(probed: dict[str, Any]) -> None:
     """TRL and transformers take seconds to import; where they are missing, the integration says what to install."""
-    result = isolated(
-        """
-        import json
-        import hpo_fused
-        import hpo_fused.integrations
-
-        imported = [name for name in ("transformers", "trl", "verl") if name in sys.modules]
-        sys.path[:] = [place for place in sys.path if "-packages" not in place]
-        try:
-            import hpo_fused.integrations.trl
-        except ImportError as error:
-            print(json.dumps({"imported": imported, "error": str(error)}))
-        """,
-        installed,
-        tmp_path,
-    )
     message = "hpo_fused.integrations.trl: expected trl >= 1.15, < 2.0, found none; pip install 'hpo-fused[trl]'"
-    assert result == {"imported": [], "error": message}
+    assert probed["trainers"] == []
+    assert probed["error"] == message
 
 
 def test_loss_runs_where_triton_cannot_be_imported(installed: Path, tmp_path: Path) -> None:
