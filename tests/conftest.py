@@ -22,8 +22,7 @@ from hpo_fused.backend import kernels  # noqa: E402
 from .interpreter import patch_once_a_launch  # noqa: E402
 
 BACKENDS = ["torch"] if kernels is None else ["torch", "triton"]
-if kernels is not None and kernels.interpreting():
-    patch_once_a_launch()
+patch_once_a_launch()
 
 
 def pytest_report_header() -> str:

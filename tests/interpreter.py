@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from hpo_fused.backend import kernels
+
 
 def patch_once_a_launch() -> None:
     """Let the interpreter replace the functions of Triton's language once a launch and module.
@@ -11,6 +13,8 @@ def patch_once_a_launch() -> None:
     It does so in every call of a device function, thousands of times a launch and with the same functions: half of the
     time that kernels take in it. What kernels compute stays as it is.
     """
+    if kernels is None or not kernels.interpreting():
+        return
     from triton.runtime import interpreter
 
     patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__

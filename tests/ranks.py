@@ -194,6 +194,7 @@ def main(arguments: list[str]) -> NoReturn:
     answers = os.fdopen(os.dup(1), "w")  # what parts print is no answer
     os.dup2(2, 1)
     known = parts()
+    importlib.import_module(".interpreter", __package__).patch_once_a_launch()
     groups = {world: _Group(world) for world in sorted({world for world, _ in known.values()})}
     # Before the fork: what parts import.
     for module in ("torch.distributed.tensor", "torch.distributed.fsdp"):
