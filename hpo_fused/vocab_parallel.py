@@ -40,8 +40,9 @@ VocabGroup: TypeAlias = Union[GroupLike, "VocabShard", None]
 # The maximum in a shard without columns: as where every logit is -inf.
 _LOWEST = -1e30
 
-# What every rank of a group holds, by what this rank holds: asked once.
-_known: weakref.WeakKeyDictionary[Any, dict[tuple[int, int, int], Shards]] = weakref.WeakKeyDictionary()
+# What the ranks of a group hold, by the size of the vocabulary where a VocabShard says it: asked once, and so by all
+# ranks at the same call.
+_known: weakref.WeakKeyDictionary[Any, dict[int | None, tuple[tuple[int, int], ...]]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,9 @@ class VocabShard:
 
     Raises:
         TypeError: group is neither of these, start or vocabulary no int.
-        ValueError: this rank is not in the group; start outside [0, V]; V < 1. A loss call raises it as well, on every
-            rank, where the ranks' shards do not cover [0, V) once.
+        ValueError: this rank is not in the group; start outside [0, V]; V < 1. The first loss call with a group and V
+            raises it as well, on every rank, where the ranks' shards do not cover [0, V) once; later calls with them do
+            on a rank whose shard is another than then.
     """
 
     group: GroupLike
@@ -98,14 +100,17 @@ class Shards(NamedTuple):
     def asked(cls, group: ProcessGroup, columns: int, device: torch.device, shard: VocabShard | None = None) -> Shards:
         """What the ranks have: where a shard says, or one after the other in the ranks' order.
 
-        One collective and one synchronisation at the first call with a group and a shard, none later.
+        One collective and one synchronisation at the first call with a group (and, where shards say it, a vocabulary),
+        none later: whether one is asked must not depend on what a single rank has.
 
         Raises:
-            ValueError: on every rank alike; ranges that overlap or leave gaps, or another V on another rank.
+            ValueError: on every rank alike; ranges that overlap or leave gaps, or another V on another rank. Later, on
+                a rank whose shard is another than at the first call.
         """
         mine = (-1, columns, -1) if shard is None else (shard.start, columns, shard.vocabulary)
-        known = _known.setdefault(group, {})
-        if mine not in known:
+        known, key = _known.setdefault(group, {}), None if shard is None else shard.vocabulary
+        rank = distributed.get_rank(group)
+        if key not in known:
             every = all_gathered(torch.tensor(mine, device=device), group).tolist()
             sizes = [width for _, width, _ in every]
             vocabulary = every[0][2] if shard is not None else sum(sizes)
@@ -119,8 +124,15 @@ class Shards(NamedTuple):
                     "vocab_group: expected shards that cover a vocabulary once, on every rank of the same size, got "
                     f"{', '.join(said)}"
                 )
-            known[mine] = cls(group, distributed.get_rank(group), ranges)
-        return known[mine]
+            known[key] = ranges
+        first, stop = known[key][rank]
+        if columns != stop - first or (shard is not None and shard.start != first):
+            place = "" if shard is None else f" from {shard.start} on"
+            raise ValueError(
+                f"vocab_group: expected ids [{first}, {stop}) on this rank, as in the first call with the group, got "
+                f"{columns} columns{place}; a VocabShard tells vocabularies of different sizes apart"
+            )
+        return cls(group, rank, known[key])
 
     def local(self, targets: Tensor) -> Tensor:
         """Targets, int32 [B, T], as this rank's columns: 0 for a token of another rank's, codes as they are."""
@@ -220,17 +232,25 @@ def _shards_of_dtensor(name: str, value: DTensor, dimension: int, group: VocabGr
             )
         return local, None
     own = value.device_mesh.get_group(sharded[0])
+    if isinstance(group, VocabShard):
+        raise ValueError(f"vocab_group: expected a group or None beside a DTensor, which says its place, got {group}")
     if group is not None:
-        members = check_group("vocab_group", group.group if isinstance(group, VocabShard) else group)
+        members = check_group("vocab_group", group)
         given, right = (distributed.get_process_group_ranks(ranks) for ranks in (members, own))
         if given != right:
             raise ValueError(f"vocab_group: expected the ranks {right} that {name} is sharded over, got {given}")
     size, ranks = value.shape[dimension], distributed.get_world_size(own)
     edges = [min(-(-size // ranks) * rank, size) for rank in range(ranks + 1)]  # as torch.chunk cuts
-    return local, Shards(own, distributed.get_rank(own), tuple(pairwise(edges)))
+    shards = Shards(own, distributed.get_rank(own), tuple(pairwise(edges)))
+    if local.shape[dimension] != shards.own[1] - shards.own[0]:
+        raise ValueError(
+            f"{name}: expected a DTensor cut as torch.chunk does, ids {shards.own} on this rank, got "
+            f"{described(local)} of {tuple(value.shape)}; pass it as a plain tensor with a VocabShard"
+        )
+    return local, shards
 
 
-def resolve_shards(name: str, value: Tensor, dimension: int, group: VocabGroup) -> tuple[Tensor, Shards | None]:
+def resolve_shards(name: str, value: Any, dimension: int, group: VocabGroup) -> tuple[Tensor, Shards | None]:
     """A tensor of which ``dimension`` is the vocabulary's as this rank's plain tensor, and the ranks' shards, if any.
 
     Raises:
@@ -238,7 +258,8 @@ def resolve_shards(name: str, value: Tensor, dimension: int, group: VocabGroup) 
         ValueError: this rank is not in it; a mesh of several dimensions; a DTensor's layout that is not supported or
             is over other ranks; columns beyond the vocabulary.
     """
-    if group is None and not is_dtensor(value):
+    # What is no tensor is refused by whoever asked.
+    if (group is None and not is_dtensor(value)) or not isinstance(value, Tensor) or value.dim() == 0:
         return value, None
     resolved: tuple[Tensor, Shards | None] = _resolved(name, value, dimension, group)
     return resolved
@@ -248,13 +269,6 @@ def resolve_shards(name: str, value: Tensor, dimension: int, group: VocabGroup) 
 def _resolved(name: str, value: Tensor, dimension: int, group: VocabGroup) -> tuple[Tensor, Shards | None]:
     if is_dtensor(value):
         return _shards_of_dtensor(name, cast("DTensor", value), dimension, group)
-    if isinstance(group, VocabShard):
-        stop = group.start + value.shape[dimension]
-        if stop > group.vocabulary:
-            raise ValueError(
-                f"{name}: expected at most {group.vocabulary - group.start} columns from id {group.start} of "
-                f"{group.vocabulary}, got {described(value)}"
-            )
     assert group is not None
     shard, members = (group, group.group) if isinstance(group, VocabShard) else (None, group)
     return value, Shards.asked(check_group("vocab_group", members), value.shape[dimension], value.device, shard)
@@ -274,6 +288,7 @@ class _Replicated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        # Where it lies: it was made for this function alone.
         gradient = gradient.contiguous()
         distributed.all_reduce(gradient, group=ctx.group)
         return gradient, None
@@ -296,7 +311,7 @@ class _Gathered(torch.autograd.Function):
         parts = gradient.view(batch, ranks, length // ranks, width).transpose(0, 1).contiguous()
         mine = torch.empty_like(parts[0])
         scatter = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
-        scatter(mine, parts.view(-1, *mine.shape[1:]), group=ctx.group)
+        scatter(mine, parts.flatten(0, 1), group=ctx.group)
         return mine, None
 
 

@@ -42,8 +42,9 @@ def _of_rank(start, inside, N):
     logprob = tl.load(start, mask=inside, other=0.0)
     maximum = tl.load(start + N, mask=inside, other=0.0)
     others = tl.load(start + 2 * N, mask=inside, other=0.0)
-    empty = (maximum <= LOWEST) | ((others == 0) & (logprob != logprob))
-    # All but certain, the token is the maximum, and the others' sum need not be a normal number.
+    empty = (maximum <= LOWEST) & (others == 0)
+    # All but certain, the token is the maximum, and the others' sum need not be a normal number. (The token's own
+    # exponential is 1 but for the maximum's rounding, 2^-24 of it.)
     total = tl.where(logprob > -1e-30, 1.0, others / _one_minus_exp(-logprob))
     logprob = tl.where(empty, float("-inf"), logprob)
     return logprob, tl.where(empty, LOWEST, maximum), tl.where(empty, 0.0, others), tl.where(empty, 0.0, total)

@@ -214,7 +214,8 @@ def combine_lanes(lanes, z_y, transform, ENTROPY: tl.constexpr):
         ENTROPY: whether the lanes have moments; the row's is 0 otherwise.
     """
     peak, total, moment = lanes
-    maximum = tl.maximum(tl.max(peak, axis=0), _summand(z_y, transform) * transform[0])
+    top = _summand(z_y, transform) * transform[0]
+    maximum = tl.maximum(tl.max(peak, axis=0), top, propagate_nan=tl.PropagateNan.ALL)  # else -inf beside it hides it
     shift = peak - maximum
     decay = tl.exp2(shift)
     others = tl.sum(decay * total, axis=0)

@@ -48,7 +48,7 @@ def shares(rank: int, world: int) -> dict[str, float]:
         # Rows are computed alike: the few roundings of the weights, 2^-24 each, are all that differs.
         torch.testing.assert_close(part.grad / 2, whole.grad, rtol=1e-6, atol=1e-9)
         difference = max(difference, worst(part.grad / 2, whole.grad))
-    return {"data-parallel ranks, unequal shares (DDP)": difference}
+    return {"data-parallel ranks, unequal shares": difference}
 
 
 def metrics(rank: int, world: int) -> dict[str, float]:

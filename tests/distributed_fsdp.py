@@ -221,7 +221,7 @@ class Partitioned:
 
 def zero3(rank: int, world: int) -> dict[str, float]:
     """A head that is empty but within ``weight_context``: trained, tied to the embedding, frozen; and refusals."""
-    rows = {name: f"ZeRO-3, weight_context=, {name} head" for name in ("trained", "tied", "frozen")}
+    rows = {name: f"ZeRO-3 (imitated), weight_context=, {name} head" for name in ("trained", "tied", "frozen")}
     differences = dict.fromkeys(rows.values(), 0.0)
     for kind, objective, shares in (
         ("trained", "ahpo", ALONE), ("trained", "gspo", EMPTY), ("tied", "ahpo", EMPTY), ("tied", "gspo", INACTIVE),

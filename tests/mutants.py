@@ -19,7 +19,7 @@ import hpo_fused as hf
 from hpo_fused import torch_backend
 from hpo_fused.backend import kernels
 
-from . import test_logprob_loss, test_token_terms
+from . import test_logprob_loss, test_shards, test_token_terms
 from .equivalence import check
 from .linear_cases import LinearCase
 from .linear_equivalence import check_linear, check_linear_logprobs
@@ -78,13 +78,15 @@ SUITES = {
     "logprob_loss": Suite(
         test_logprob_loss.CASES[::-1], lambda case, device: test_logprob_loss.check(*case, "triton", device)
     ),
+    "shards_in_torch": Suite(list(test_shards.CASES), lambda case, device: test_shards.check(case, "torch", device)),
+    "shards": Suite(list(test_shards.CASES), lambda case, device: test_shards.check(case, "triton", device)),
     "linear": Suite(
         LINEAR, lambda case, _: check_linear(case, "torch", CPU, scale=None if case.dtype == torch.float16 else 0.5)
     ),
     "linear_logprobs": Suite(LINEAR[:1], lambda case, _: check_linear_logprobs(case, "torch", CPU)),
 }
 TORCH, BOTH, OF_LINEAR = ("torch",), ("torch", "triton"), ("linear", "linear_logprobs")
-OF_KERNELS = ("triton", "token_terms", "logprob_loss")
+OF_KERNELS = ("triton", "token_terms", "logprob_loss", "shards")
 
 
 class Instead:

@@ -42,6 +42,7 @@ def test_every_call_s_kernels_were_compiled_for_both(report: Report) -> None:
     }
     assert {call.call for call in report.public} == {
         "KL and entropy", "KL and entropy, fp32", "clip, softcap, KL and entropy", "fp16, KL and entropy",
+        "shard, KL and entropy",
     }  # fmt: skip
 
 

@@ -295,8 +295,8 @@ for form, attribute in RESTRICT:
     wrong(f"{form.__name__}_ignored", LINEAR_LOSS, [(form, attribute)], lambda *_: None)
     wrong(
         f"{form.__name__}_of_the_row_before", LINEAR_LOSS, [(form, attribute)],
-        lambda f, keep, logits, rows: f(
-            keep, logits, dataclasses.replace(rows, positions=(rows.positions - 1).clamp(min=0))
+        lambda f, keep, logits, rows, first: f(
+            keep, logits, dataclasses.replace(rows, positions=(rows.positions - 1).clamp(min=0)), first
         ),
     )  # fmt: skip
 

@@ -167,7 +167,7 @@ def whole_shape(hidden: Tensor, shards: Shards | None, sequence_parallel: object
 
 
 def before_shards(inputs: Inputs, shards: Shards | None, sequence_parallel: bool) -> Inputs:
-    """The inputs with hidden states as a sharded head takes them; the first collective, after all checks."""
+    """The inputs with hidden states as a sharded head takes them; after all checks."""
     if shards is None:
         return inputs
     hidden, weight, bias = inputs

@@ -106,7 +106,7 @@ def float32_gemms(device: torch.device, dtype: torch.dtype) -> Float32Gemms:
 
 def slices(length: int, row_bytes: int, device: torch.device) -> Iterator[slice]:
     """A matrix of ``length`` rows in slices of rows small enough to be made aside; in one where rows take no bytes."""
-    step = max(TILE_BYTES[device.type != "cpu"] // row_bytes, 1) if row_bytes else length
+    step = max(TILE_BYTES[device.type != "cpu"] // row_bytes if row_bytes else length, 1)
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
@@ -192,6 +192,8 @@ class HeadGradients:
         flat = None if self.hidden is None else self.hidden.view(-1, x.shape[1])
         direct = flat is not None and rows.everything and flat.dtype == x.dtype
         dhidden = None if flat is None else flat[rows.positions] if direct else torch.empty_like(x)
+        if dhidden is not None and len(self.head.weight) == 0:  # a rank without rows of the head
+            dhidden.zero_()
         for part in self.head.parts(len(x), widened=self.head.dtypes.widened):
             g = self.head.operand(gradient[:, part])
             if dhidden is not None:

@@ -10,7 +10,8 @@ from hpo_fused.interface import LogitTransform, SoftmaxStatistics
 from .softmax import wide_dtype
 from .sweeps import LOWEST
 
-# Closer to probability 1 the token is the maximum, and the others' sum need not be a normal number.
+# Closer to probability 1 the token is the maximum, and the others' sum need not be a normal number. (The token's own
+# exponential is 1 but for the maximum's rounding, 2^-24 of it.)
 _CERTAIN = 1e-30
 
 
@@ -34,7 +35,8 @@ def combine_statistics(
         start, stop = ranges[:, :, None, None].unbind(1)
         owned = (targets >= start) & (targets < stop)
         # No columns, or -inf in all of them.
-        empty = (maxima <= LOWEST) | ((others == 0) & logprobs.isnan())
+        unlike = (maxima <= LOWEST) | (logprobs.isnan() & maxima.isfinite())  # the latter: under a softcap
+        empty = (maxima == -torch.inf) | ((others == 0) & unlike)
         sums = torch.where(logprobs > -_CERTAIN, 1.0, others / -torch.expm1(logprobs))
         sums, others = (torch.where(empty, 0.0, value) for value in (sums, others))
         logprobs, maxima = torch.where(empty, -torch.inf, logprobs), torch.where(empty, LOWEST, maxima)
