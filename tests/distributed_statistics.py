@@ -252,6 +252,8 @@ def missing_rank(rank: int, world: int) -> dict[str, float]:
                 torch.zeros(2, 3), torch.ones(2), objective="gspo", lengths=torch.tensor([6, 6]),
                 statistics=hf.BatchStatistics(2, 12, 2, 0), context_group=group,
             )  # fmt: skip
+        with pytest.raises(RuntimeError):  # at once: a pair that has timed out is closed
+            hf.token_logprobs(torch.zeros(1, 2, 5), torch.zeros(1, 2).long(), vocab_group=group)
         assert time.monotonic() - started < 10
     distributed.barrier()
     return {}

@@ -35,9 +35,15 @@ def test_part(ranks: Ranks, part: str) -> None:
 
 
 def test_the_document_has_every_split() -> None:
-    if measured.keys() != parts().keys():
-        pytest.skip("needs all parts before it")
+    """Of the parts that ran here; the figures may be another machine's."""
     document = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text()
     table = document.split("<!-- python tests/ranks.py --table -->\n")[1].split("\n<!-- end of table -->")[0]
-    shown = {tuple(line.split(" | ")[:3]) for line in table.splitlines()[2:]}
-    assert shown == {(f"| {row}", str(parts()[name][0]), f"`{name}`") for name in measured for row in measured[name]}
+    shown: dict[str, dict[str, float]] = {name: {} for name in parts()}
+    for line in table.splitlines()[2:]:
+        row, ranks, name, difference = line.strip("| ").split(" | ")
+        assert int(ranks) == parts()[name.strip("`")][0]
+        shown[name.strip("`")][row] = float(difference)
+    for name, rows in measured.items():
+        assert shown[name].keys() == rows.keys()
+        for row, difference in rows.items():
+            assert difference <= 2 * shown[name][row] + 5e-7, row

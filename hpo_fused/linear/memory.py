@@ -65,7 +65,7 @@ class ChunkPlan(NamedTuple):
         Raises:
             TypeError, ValueError: chunk_bytes not an int, or less than one row.
         """
-        logits = vocabulary * dtypes.bytes_per_logit
+        logits = max(vocabulary, 1) * dtypes.bytes_per_logit  # a rank may have no row of the head
         if chunk_bytes is None:
             largest = max(_DEFAULT_LARGEST // (logits + _row_bytes(hidden_size, dtypes, dtypes.operands)), 1)
             largest = min(largest, _DEFAULT_ROWS.get(device.type, _DEFAULT_ROWS_ELSEWHERE))
