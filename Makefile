@@ -119,7 +119,7 @@ links:
 # For a GPU at hand for minutes: nothing is installed (BIN=DIR names another environment's programs), most telling first,
 # each step under a limit of its own and into a log, so that a cut loses nothing: 8 minutes in all.
 ON_GPU := env PYTHONPATH="$(CURDIR)/$(TYPED)"
-UNDER_TEST := tests/test_kernels_rows.py tests/test_equivalence.py
+UNDER_TEST := tests/test_kernels_rows.py tests/test_equivalence.py tests/test_shards.py
 gpu: links ## what a GPU alone can tell, in 8 minutes, into evidence/: kernels' tests, timings, races, suite
 	@mkdir -p evidence
 	-timeout 60 $(ON_GPU) $(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist worksteal $(UNDER_TEST) \
@@ -134,8 +134,8 @@ gpu: links ## what a GPU alone can tell, in 8 minutes, into evidence/: kernels' 
 # Each Triton in a folder of its own, found before the one that PyTorch brought. The sample has both paths of the
 # kernels, the terms of a batch, float16 and rows that start anywhere. Before Triton 3.7 the interpreter does not know
 # NumPy 2.4.
-SAMPLE := tests/test_token_terms.py tests/test_equivalence.py \
-	-k 'test_token_terms or triton and (mhpo_ahpo or gspo or softcap or V17)'
+SAMPLE := tests/test_token_terms.py tests/test_equivalence.py tests/test_shards.py \
+	-k 'test_token_terms or triton and (mhpo_ahpo or gspo or softcap or V17 or test_shards)'
 versions: $(STAMP) ## machine code, and a sample of the suite in the interpreter, with other Tritons
 	@failed=; for version in $(TRITON_VERSIONS); do \
 		folder="$(CURDIR)/$(VENV)/triton-$$version"; log="$$folder.log"; verdict=passed; : >"$$log"; \
