@@ -256,7 +256,7 @@ def resolve_shards(name: str, value: Any, dimension: int, group: VocabGroup) -> 
     Raises:
         TypeError: group is neither a process group, a mesh nor a :class:`VocabShard`.
         ValueError: this rank is not in it; a mesh of several dimensions; a DTensor's layout that is not supported or
-            is over other ranks; columns beyond the vocabulary.
+            is over other ranks; shards that do not cover the vocabulary once, or are others than at the first call.
     """
     # What is no tensor is refused by whoever asked.
     if (group is None and not is_dtensor(value)) or not isinstance(value, Tensor) or value.dim() == 0:

@@ -18,6 +18,8 @@ from .sweeps import LOWEST, row_offset, row_scale, softcapped
 
 # Rows of a program. Fixed: a new number of rows must not recompile.
 ROWS_BLOCK = tl.constexpr(128)
+# So far below the row's maximum, in powers of two, nothing is left; and a shard of masked logits has no exact maximum.
+VANISHING = tl.constexpr(-15000.0)
 
 
 @triton.jit
@@ -34,20 +36,20 @@ def _one_minus_exp(x):
 
 
 @triton.jit
-def _of_rank(start, inside, N):
+def _of_rank(start, top, inside, N):
     """A rank's statistics of rows from ``start`` on: log-probability, maximum, others, and the sum of all.
 
-    Nothing, where it has no columns or -inf in all of them.
+    Nothing, where all of it vanishes beside the row's maximum ``top``: no columns, or nothing but masked ones.
     """
     logprob = tl.load(start, mask=inside, other=0.0)
     maximum = tl.load(start + N, mask=inside, other=0.0)
     others = tl.load(start + 2 * N, mask=inside, other=0.0)
-    empty = (maximum <= LOWEST) & (others == 0)
+    empty = (maximum < top + VANISHING) & (others == others)
     # All but certain, the token is the maximum, and the others' sum need not be a normal number. (The token's own
     # exponential is 1 but for the maximum's rounding, 2^-24 of it.)
     total = tl.where(logprob > -1e-30, 1.0, others / _one_minus_exp(-logprob))
     logprob = tl.where(empty, float("-inf"), logprob)
-    return logprob, tl.where(empty, LOWEST, maximum), tl.where(empty, 0.0, others), tl.where(empty, 0.0, total)
+    return logprob, maximum, tl.where(empty, 0.0, others), tl.where(empty, 0.0, total)
 
 
 @triton.jit(
@@ -77,15 +79,14 @@ def combine_statistics_kernel(
     top = tl.full([ROWS_BLOCK], LOWEST, tl.float32)
     part = gathered + row
     for _r in range(ranks):
-        maximum = _of_rank(part, inside, N)[1]
-        top = tl.maximum(top, maximum)
+        top = tl.maximum(top, tl.load(part + N, mask=inside, other=0.0))
         part += K * N
 
     zero = tl.zeros([ROWS_BLOCK], tl.float32)
     total, rest, beside = zero, zero, zero
     part = gathered + row
     for r in range(ranks):
-        _, maximum, other, whole = _of_rank(part, inside, N)
+        _, maximum, other, whole = _of_rank(part, top, inside, N)
         decay = tl.exp2(maximum - top)
         mass = decay * whole
         owned = (y >= tl.load(ranges + 2 * r)) & (y < tl.load(ranges + 2 * r + 1))
@@ -99,7 +100,7 @@ def combine_statistics_kernel(
     log_total = tl.log(total)
     part = gathered + row
     for r in range(ranks):
-        logprob, maximum, _, whole = _of_rank(part, inside, N)
+        logprob, maximum, _, whole = _of_rank(part, top, inside, N)
         drop = maximum - top
         mass = tl.exp2(drop) * whole
         owned = (y >= tl.load(ranges + 2 * r)) & (y < tl.load(ranges + 2 * r + 1))

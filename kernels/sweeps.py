@@ -19,9 +19,12 @@ import triton.language as tl
 from .numerics import LN2, log1p_unit, multiply_subtract, round_to, to_float32
 from .row_tiles import edge_columns, frame, group_mask, load_step, tile_offsets, without_target
 
-# Finite start of the running maximum and finite stand-in for a scaled -inf: no inf - inf and no 0 * inf can arise,
-# and a difference with any float32 is still finite.
+# Finite stand-in for a scaled -inf: no inf - inf and no 0 * inf can arise, and a difference with any float32 is still
+# finite.
 LOWEST = tl.constexpr(-1e30)
+# Start of the running maximum, in powers of two: what lies below, such as a mask's -1e10, vanishes beside it. Relative
+# to a maximum of its own it would not: rounded, that is off by up to 2^-24 of itself, beyond 2^31 more than exp2 takes.
+FLOOR = tl.constexpr(-1e9)
 # Times a logit it is below half a unit of 1 up to 2^100 (beyond, at most 4), and -inf of -inf.
 TINY = tl.constexpr(2.0**-126)
 
@@ -176,7 +179,7 @@ def lane_statistics(
     scale = transform[0]
     lead, groups = frame(row, V, VEC)
     moment = tl.zeros([LANES], tl.float32)
-    peak, total = tl.full([LANES], LOWEST, tl.float32), moment
+    peak, total = tl.full([LANES], FLOOR, tl.float32), moment
     edge = V - groups * VEC
     if edge > 0:
         columns = edge_columns(lead, groups, LANES, VEC)

@@ -33,11 +33,12 @@ class Body(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.embedding, self.places = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(16, WIDTH)
         self.layers = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(2))
 
-    def forward(self, ids: Tensor) -> Any:
-        hidden = self.embedding(ids)
+    def forward(self, ids: Tensor, position_ids: Tensor | None = None) -> Any:
+        places = torch.arange(ids.shape[1]) if position_ids is None else position_ids
+        hidden = self.embedding(ids) + self.places(places)
         for layer in self.layers:
             hidden = hidden + layer(hidden)
         return SimpleNamespace(last_hidden_state=hidden)

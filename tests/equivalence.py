@@ -51,7 +51,7 @@ class Case:
     vocabulary: int = 97
     responses: int = 6
     length: int = 4
-    rows: str = "random"  # "random", "peaked", "flat", "negative", "minus_inf"
+    rows: str = "random"  # "random", "peaked", "flat", "negative", "minus_inf", "masked"
     ragged: bool = True  # different lengths, a hole, one response fully masked
     on_policy: bool = False
     per_token_advantages: bool = False
@@ -106,6 +106,10 @@ def _logits(case: Case, shape: tuple[int, ...], tokens: Tensor, generator: torch
         z = z - 300
     if case.rows == "minus_inf":
         z[torch.rand(*shape, generator=generator) < 0.3] = -torch.inf
+        z.scatter_(-1, tokens.unsqueeze(-1), 0.5)
+    if case.rows == "masked":  # as models mask: finite, and next to each other
+        for t, value in enumerate((-1e10, -1e15, float(torch.finfo(case.dtype).min))):
+            z[:, t::3, shape[-1] // 3 :] = value
         z.scatter_(-1, tokens.unsqueeze(-1), 0.5)
     if case.rows == "peaked":  # 1 - p(token) from about 1e-1 down to 1e-8, and tokens that are nearly impossible
         peak = torch.linspace(4, 28, tokens.numel(), dtype=torch.float64).reshape(tokens.shape)

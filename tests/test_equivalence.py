@@ -171,7 +171,11 @@ def difficult_rows() -> list[Case]:
         Case(f"{rows}-{str(dtype)[6:]}", objective, dtype, rows=rows, on_policy=rows == "peaked")
         for rows, objective in kinds
         for dtype in (torch.float32, torch.bfloat16)
-    ] + [Case("minus_inf-transform", bonus, rows="minus_inf", options={"temperature": 0.7, "softcap": 6.0})]
+    ] + [
+        Case("minus_inf-transform", bonus, rows="minus_inf", options={"temperature": 0.7, "softcap": 6.0}),
+        Case("masked", bonus, rows="masked", options={"temperature": 0.7}),
+        Case("masked-bfloat16", bonus, torch.bfloat16, rows="masked"),
+    ]
 
 
 def vocabularies() -> list[Case]:

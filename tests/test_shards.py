@@ -69,6 +69,7 @@ CASES = {
     "softcap": ({"softcap": 30.0, "temperature": 1.3}, torch.float32, 2.0),
     "minus inf": ({}, torch.float32, 1.0),
     "minus inf, softcap": ({"softcap": 5.0}, torch.float32, 1.0),
+    "finite minimum": ({"temperature": 0.7}, torch.float32, 1.0),
 }
 
 
@@ -84,6 +85,11 @@ def check(case: str, backend: str, device: torch.device) -> None:
         z[1, :, :20], z[2, :4, 1:] = -torch.inf, -torch.inf  # a shard without any, and rows of one token
         z[2, :4, 0] = 1.0
         tokens[2, :4] = 0
+        z.scatter_(-1, tokens.unsqueeze(-1), 0.5)
+    if case == "finite minimum":  # in whole shards
+        for t, value in enumerate((-1e9, -1e10, -1e15, torch.finfo(dtype).min)):
+            z[:2, t::4, 20:] = value
+            z[2, t::4, :21] = value
         z.scatter_(-1, tokens.unsqueeze(-1), 0.5)
     z, tokens = z.to(dtype).to(device), tokens.to(device)
     c, h = torch.randn(2, 3, 8, generator=generator).to(device)

@@ -10,6 +10,9 @@ from hpo_fused.interface import LogitTransform, SoftmaxStatistics
 from .softmax import wide_dtype
 from .sweeps import LOWEST
 
+# So far below the row's maximum nothing is left; and a shard of masked logits has no exact maximum in float32.
+_VANISHING = -1e4
+
 # Closer to probability 1 the token is the maximum, and the others' sum need not be a normal number. (The token's own
 # exponential is 1 but for the maximum's rounding, 2^-24 of it.)
 _CERTAIN = 1e-30
@@ -34,9 +37,9 @@ def combine_statistics(
         logprobs, maxima, others, *entropies = gathered.to(wide_dtype(gathered)).unbind(1)  # [W, B, T]
         start, stop = ranges[:, :, None, None].unbind(1)
         owned = (targets >= start) & (targets < stop)
-        # No columns, or -inf in all of them.
-        unlike = (maxima <= LOWEST) | (logprobs.isnan() & maxima.isfinite())  # the latter: under a softcap
-        empty = (maxima == -torch.inf) | ((others == 0) & unlike)
+        # What vanishes beside the row's maximum: no columns, or nothing but masked ones (under a softcap -inf alone). A
+        # NaN is in the maxima.
+        empty = (maxima < maxima.amax(0) + _VANISHING) | ((others == 0) & logprobs.isnan() & maxima.isfinite())
         sums = torch.where(logprobs > -_CERTAIN, 1.0, others / -torch.expm1(logprobs))
         sums, others = (torch.where(empty, 0.0, value) for value in (sums, others))
         logprobs, maxima = torch.where(empty, -torch.inf, logprobs), torch.where(empty, LOWEST, maxima)
