@@ -202,6 +202,9 @@ HEADS = [
         ("bfloat16", PRESETS["mhpo_ahpo"], {"dtype": torch.bfloat16, "frozen": ("weight",), "slack": 2}),
         ("frozen", PRESETS["topr"], {"small_ratios": True, "frozen": ("hidden",), "bias": True}),
     )
+] + [
+    LinearCase(f"head-{name}", objective, responses=4, small_ratios=objective.ratio_level != "token")
+    for name, objective in PRESETS.items()
 ]
 
 
