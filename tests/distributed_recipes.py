@@ -106,7 +106,7 @@ def run(name: str, rank: int, world: int) -> dict[str, float]:
 
 def accelerated(rank: int, world: int) -> dict[str, float]:
     """The recipe in the surroundings that torchrun makes."""
-    pytest.importorskip("accelerate")
+    pytest.importorskip("accelerate", reason="the recipe's library, which the package does not need")
     launched = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "ACCELERATE_USE_CPU": "true"}
     with mock.patch.dict(os.environ, launched | address):

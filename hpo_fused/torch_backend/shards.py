@@ -8,7 +8,6 @@ from torch import Tensor
 from hpo_fused.interface import LogitTransform, SoftmaxStatistics
 
 from .softmax import wide_dtype
-from .sweeps import LOWEST
 
 # So far below the row's maximum nothing is left; and a shard of masked logits has no exact maximum in float32.
 _VANISHING = -1e4
@@ -39,12 +38,12 @@ def combine_statistics(
         owned = (targets >= start) & (targets < stop)
         # What vanishes beside the row's maximum: no columns, or nothing but masked ones (under a softcap -inf alone). A
         # NaN is in the maxima.
-        empty = (maxima < maxima.amax(0) + _VANISHING) | ((others == 0) & logprobs.isnan() & maxima.isfinite())
-        sums = torch.where(logprobs > -_CERTAIN, 1.0, others / -torch.expm1(logprobs))
-        sums, others = (torch.where(empty, 0.0, value) for value in (sums, others))
-        logprobs, maxima = torch.where(empty, -torch.inf, logprobs), torch.where(empty, LOWEST, maxima)
         top = maxima.amax(0)
         drop = maxima - top
+        empty = (drop < _VANISHING) | ((others == 0) & logprobs.isnan() & maxima.isfinite())
+        sums = torch.where(logprobs > -_CERTAIN, 1.0, others / -torch.expm1(logprobs))
+        sums, others = (torch.where(empty, 0.0, value) for value in (sums, others))
+        logprobs = torch.where(empty, -torch.inf, logprobs)
         mass = drop.exp() * sums
         # Without the part itself, not the total less it: what little is left of a peaked row keeps its digits.
         rest = torch.where(owned, 0.0, mass).sum(0)
