@@ -105,11 +105,9 @@ def _summand(z, transform):
 
 @triton.jit
 def _summands(
-    body, step, groups, y_element, transform,
-    LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr, PARTIAL: tl.constexpr, EVICTION: tl.constexpr,
+    raw, step, y_element, transform, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr
 ):  # fmt: skip
-    """Tiles of v of a step, -inf in place of the sampled token, ``y_element`` elements from the first boundary."""
-    raw = load_step(body, step, groups, LANES, VEC, UNROLL, PARTIAL, EVICTION)
+    """A step's tiles of v, -inf in place of the sampled token, ``y_element`` elements from the first boundary."""
     tiles = ()
     for i in tl.static_range(UNROLL):
         tiles = tiles + (_summand(raw[i], transform),)  # type: ignore[assignment]
@@ -160,6 +158,48 @@ def _target_terms(z_y, maximum, others, transform):
 
 
 @triton.jit
+def edge_statistics(
+    row, V, y, lead, groups, transform, LANES: tl.constexpr, VEC: tl.constexpr, ENTROPY: tl.constexpr
+):  # fmt: skip
+    """Each lane's maximum, sum and moment over the edge, where every sweep begins; as :func:`lane_statistics`."""
+    moment = tl.zeros([LANES], tl.float32)
+    peak, total = tl.full([LANES], FLOOR, tl.float32), moment
+    edge = V - groups * VEC
+    if edge > 0:
+        columns = edge_columns(lead, groups, LANES, VEC)
+        mask = tl.arange(0, LANES) < edge
+        v = _summand(tl.load(row + columns, mask=mask, other=float("-inf")), transform)
+        v = tl.where(columns != y, v, float("-inf"))
+        peak, total, moment = _absorb(peak, total, moment, (v[:, None],), transform[0], 1, ENTROPY, True)
+    return peak, total, moment
+
+
+@triton.jit
+def absorb_step(
+    peak, total, moment, raw, step, y_element, transform,
+    LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr, ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """The lanes' maximum, sum and moment with a whole step's raw tiles in them."""
+    tiles = _summands(raw, step, y_element, transform, LANES, VEC, UNROLL)
+    return _absorb(peak, total, moment, tiles, transform[0], UNROLL, ENTROPY)
+
+
+@triton.jit
+def absorb_last_step(
+    peak, total, moment, body, step, groups, y_element, transform,
+    LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr, ENTROPY: tl.constexpr, EVICTION: tl.constexpr,
+):  # fmt: skip
+    """The same of the masked last step, tile by tile; nothing where whole steps end with the groups."""
+    if step * (LANES * UNROLL) < groups:
+        raw = load_step(body, step, groups, LANES, VEC, UNROLL, True, EVICTION)
+        tiles = _summands(raw, step, y_element, transform, LANES, VEC, UNROLL)
+        for i in tl.static_range(UNROLL):
+            if (step * UNROLL + i) * LANES < groups:  # a tile beyond the row costs its (masked) load and this branch
+                peak, total, moment = _absorb(peak, total, moment, (tiles[i],), transform[0], 1, ENTROPY)
+    return peak, total, moment
+
+
+@triton.jit
 def lane_statistics(
     row, V, y, transform,
     LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr, ENTROPY: tl.constexpr, EVICTION: tl.constexpr,
@@ -176,30 +216,18 @@ def lane_statistics(
         ENTROPY: whether the moment is wanted; it is 0 otherwise.
         EVICTION: eviction policy of the loads.
     """
-    scale = transform[0]
     lead, groups = frame(row, V, VEC)
-    moment = tl.zeros([LANES], tl.float32)
-    peak, total = tl.full([LANES], FLOOR, tl.float32), moment
-    edge = V - groups * VEC
-    if edge > 0:
-        columns = edge_columns(lead, groups, LANES, VEC)
-        mask = tl.arange(0, LANES) < edge
-        v = _summand(tl.load(row + columns, mask=mask, other=float("-inf")), transform)
-        v = tl.where(columns != y, v, float("-inf"))
-        peak, total, moment = _absorb(peak, total, moment, (v[:, None],), scale, 1, ENTROPY, True)
-
+    peak, total, moment = edge_statistics(row, V, y, lead, groups, transform, LANES, VEC, ENTROPY)
     body = tl.multiple_of(row + lead, 16)
     steps = groups // (LANES * UNROLL)
-    y_element = y - lead
     for step in range(0, steps):
-        tiles = _summands(body, step, groups, y_element, transform, LANES, VEC, UNROLL, False, EVICTION)
-        peak, total, moment = _absorb(peak, total, moment, tiles, scale, UNROLL, ENTROPY)
-    if steps * (LANES * UNROLL) < groups:
-        tiles = _summands(body, steps, groups, y_element, transform, LANES, VEC, UNROLL, True, EVICTION)
-        for i in tl.static_range(UNROLL):
-            if (steps * UNROLL + i) * LANES < groups:  # a tile beyond the row costs its (masked) load and this branch
-                peak, total, moment = _absorb(peak, total, moment, (tiles[i],), scale, 1, ENTROPY)
-    return peak, total, moment
+        raw = load_step(body, step, groups, LANES, VEC, UNROLL, False, EVICTION)
+        peak, total, moment = absorb_step(
+            peak, total, moment, raw, step, y - lead, transform, LANES, VEC, UNROLL, ENTROPY
+        )  # fmt: skip
+    return absorb_last_step(
+        peak, total, moment, body, steps, groups, y - lead, transform, LANES, VEC, UNROLL, ENTROPY, EVICTION
+    )  # fmt: skip
 
 
 @triton.jit
@@ -288,6 +316,60 @@ def _gradient(raw, transform, maximum, constant, slope, ENTROPY_BONUS: tl.conste
 
 
 @triton.jit
+def gradient_last_step(
+    body, out_body, step, groups, maximum, constant, slope, transform,
+    LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr, ENTROPY_BONUS: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a masked last step, tile by tile; nothing where whole steps end with the groups."""
+    if step * (LANES * UNROLL) < groups:
+        raw = load_step(body, step, groups, LANES, VEC, UNROLL, True, "evict_first")
+        for i in tl.static_range(UNROLL):
+            if (step * UNROLL + i) * LANES < groups:
+                base, offsets = tile_offsets(step, i, LANES, VEC, UNROLL)
+                g = _gradient(raw[i], transform, maximum, constant, slope, ENTROPY_BONUS)
+                mask = group_mask(step, i, groups, LANES, UNROLL)
+                rounded = round_to(g, out_body.dtype.element_ty)
+                tl.store(out_body + base + offsets, rounded, mask=mask, eviction_policy="evict_first")
+
+
+@triton.jit
+def gradient_step(
+    body, out_body, step, groups, maximum, constant, slope, transform,
+    LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr, ENTROPY_BONUS: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a whole step."""
+    raw = load_step(body, step, groups, LANES, VEC, UNROLL, False, "evict_first")
+    for i in tl.static_range(UNROLL):
+        base, offsets = tile_offsets(step, i, LANES, VEC, UNROLL)
+        g = _gradient(raw[i], transform, maximum, constant, slope, ENTROPY_BONUS)
+        tl.store(out_body + base + offsets, round_to(g, out_body.dtype.element_ty), eviction_policy="evict_first")
+
+
+@triton.jit
+def gradient_edge(
+    row, out, V, lead, groups, maximum, constant, slope, transform,
+    LANES: tl.constexpr, VEC: tl.constexpr, ENTROPY_BONUS: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the edge, one element per lane."""
+    edge = V - groups * VEC
+    if edge > 0:
+        columns = edge_columns(lead, groups, LANES, VEC)
+        mask = tl.arange(0, LANES) < edge
+        raw = tl.load(row + columns, mask=mask, other=float("-inf"))
+        g = _gradient(raw, transform, maximum, constant, slope, ENTROPY_BONUS)
+        tl.store(out + columns, round_to(g, out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gradient_body(out, lead, ALIGNED_OUT: tl.constexpr):
+    """Where the gradient of a row's first whole group goes."""
+    out_body = out + lead
+    if ALIGNED_OUT:  # the rows' alignment; otherwise the compiler itself finds narrower, coalesced stores
+        out_body = tl.multiple_of(out_body, 16)
+    return out_body
+
+
+@triton.jit
 def row_gradient(
     row, out, V, y, maximum, constant, slope, target, transform,
     LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
@@ -308,37 +390,19 @@ def row_gradient(
         ALIGNED_OUT: whether ``out`` is as far from a 16-byte boundary as ``row``.
     """
     lead, groups = frame(row, V, VEC)
-    body = tl.multiple_of(row + lead, 16)
-    out_body = out + lead
-    if ALIGNED_OUT:  # the rows' alignment; otherwise the compiler itself finds narrower, coalesced stores
-        out_body = tl.multiple_of(out_body, 16)
-    dtype: tl.constexpr = out.dtype.element_ty
-
+    body, out_body = tl.multiple_of(row + lead, 16), gradient_body(out, lead, ALIGNED_OUT)
     steps = groups // (LANES * UNROLL)
-    if steps * (LANES * UNROLL) < groups:
-        raw = load_step(body, steps, groups, LANES, VEC, UNROLL, True, "evict_first")
-        for i in tl.static_range(UNROLL):
-            if (steps * UNROLL + i) * LANES < groups:
-                base, offsets = tile_offsets(steps, i, LANES, VEC, UNROLL)
-                g = _gradient(raw[i], transform, maximum, constant, slope, ENTROPY_BONUS)
-                mask = group_mask(steps, i, groups, LANES, UNROLL)
-                tl.store(out_body + base + offsets, round_to(g, dtype), mask=mask, eviction_policy="evict_first")
+    gradient_last_step(
+        body, out_body, steps, groups, maximum, constant, slope, transform, LANES, VEC, UNROLL, ENTROPY_BONUS
+    )  # fmt: skip
     for index in range(0, steps):
-        step = steps - 1 - index
-        raw = load_step(body, step, groups, LANES, VEC, UNROLL, False, "evict_first")
-        for i in tl.static_range(UNROLL):
-            base, offsets = tile_offsets(step, i, LANES, VEC, UNROLL)
-            g = _gradient(raw[i], transform, maximum, constant, slope, ENTROPY_BONUS)
-            tl.store(out_body + base + offsets, round_to(g, dtype), eviction_policy="evict_first")
-    edge = V - groups * VEC
-    if edge > 0:
-        columns = edge_columns(lead, groups, LANES, VEC)
-        mask = tl.arange(0, LANES) < edge
-        raw = tl.load(row + columns, mask=mask, other=float("-inf"))
-        g = _gradient(raw, transform, maximum, constant, slope, ENTROPY_BONUS)
-        tl.store(out + columns, round_to(g, dtype), mask=mask)
+        gradient_step(
+            body, out_body, steps - 1 - index, groups, maximum, constant, slope, transform,
+            LANES, VEC, UNROLL, ENTROPY_BONUS,
+        )  # fmt: skip
+    gradient_edge(row, out, V, lead, groups, maximum, constant, slope, transform, LANES, VEC, ENTROPY_BONUS)
     tl.debug_barrier()  # orders the sampled token's store after the sweep's
-    tl.store(out + y, round_to(target, dtype))
+    tl.store(out + y, round_to(target, out.dtype.element_ty))
 
 
 @triton.jit
