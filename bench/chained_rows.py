@@ -1,0 +1,278 @@
+"""Experiment: a row's second sweep and the next row's first in one loop, which no GPU has timed yet.
+
+The shipped kernel does a row's sweeps one after the other, and between them, and between rows, nothing is in flight
+(docs/kernels.md). Here a program writes a row's gradient step by step, read again from the nearest cache, while the
+next row's logits are on their way from memory for their statistics:
+
+    row r       g n-1 | g n-2 | ... | g 0      what was read last is read again first
+    row r + 1   s 0   | s 1   | ... | s n-1    its lines take the place of those used up
+
+Only the lanes' meeting, once a row, is left without loads. Each row's arithmetic is in the shipped kernel's order, so
+that at the same threads and loads the results are the same bits. Timed on a GPU by naming its variants as providers::
+
+    hpo-fused-bench speed --op policy_loss --shape qwen3-8b --shape gemma3-270m --shape gpt2 --provider hpo_fused \\
+        --provider hpo_fused.bench.chained_rows:Chained512x4 --provider hpo_fused.bench.chained_rows:Chained1024x2
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+import triton.language as tl
+
+from hpo_fused.kernels import launch
+from hpo_fused.kernels.numerics import round_to, to_float32
+from hpo_fused.kernels.row_tiles import frame, load_step
+from hpo_fused.kernels.surrogate import token_log_ratio, token_loss
+from hpo_fused.kernels.sweeps import (
+    absorb_last_step,
+    absorb_step,
+    combine_lanes,
+    edge_statistics,
+    from_leader,
+    gradient_body,
+    gradient_constants,
+    gradient_edge,
+    gradient_last_step,
+    gradient_step,
+    lane_statistics,
+    leads,
+    row_gradient,
+    row_offset,
+    row_scale,
+    row_statistics,
+    zero_row,
+)
+from hpo_fused.kernels.token_terms import (
+    ADVANTAGE,
+    ENTROPY_WEIGHT,
+    KL_WEIGHT,
+    MASKED,
+    OLD_LOGPROB,
+    POLICY_WEIGHT,
+    REF_LOGPROB,
+)  # fmt: skip
+
+from .providers.fused import Fused
+
+
+@triton.jit
+def chained_sweeps(
+    row, V, y, transform, done, out, maximum, constant, slope, done_transform,
+    LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr, ENTROPY: tl.constexpr,
+    ENTROPY_BONUS: tl.constexpr, ALIGNED_OUT: tl.constexpr, DEEP: tl.constexpr,
+):  # fmt: skip
+    """``lane_statistics`` of a row, and ``row_gradient`` of the row done before but for its sampled token's."""
+    lead, groups = frame(row, V, VEC)
+    body = tl.multiple_of(row + lead, 16)
+    steps = groups // (LANES * UNROLL)
+    done_lead, done_groups = frame(done, V, VEC)
+    done_body, out_body = tl.multiple_of(done + done_lead, 16), gradient_body(out, done_lead, ALIGNED_OUT)
+    done_steps = done_groups // (LANES * UNROLL)
+    y_element = y - lead
+
+    peak, total, moment = edge_statistics(row, V, y, lead, groups, transform, LANES, VEC, ENTROPY)
+    gradient_last_step(
+        done_body, out_body, done_steps, done_groups, maximum, constant, slope, done_transform,
+        LANES, VEC, UNROLL, ENTROPY_BONUS,
+    )  # fmt: skip
+    # Aligned differently, two rows can differ by a group, and so by a step.
+    if done_steps > steps:
+        gradient_step(
+            done_body, out_body, done_steps - 1, done_groups, maximum, constant, slope, done_transform,
+            LANES, VEC, UNROLL, ENTROPY_BONUS,
+        )  # fmt: skip
+    common = tl.minimum(steps, done_steps)
+    if DEEP:
+        raw = load_step(body, 0, groups, LANES, VEC, UNROLL, True, "evict_last")
+        for step in range(common):
+            ahead = load_step(body, tl.minimum(step + 1, common - 1), groups, LANES, VEC, UNROLL, False, "evict_last")
+            gradient_step(
+                done_body, out_body, common - 1 - step, done_groups, maximum, constant, slope, done_transform,
+                LANES, VEC, UNROLL, ENTROPY_BONUS,
+            )  # fmt: skip
+            peak, total, moment = absorb_step(
+                peak, total, moment, raw, step, y_element, transform, LANES, VEC, UNROLL, ENTROPY
+            )  # fmt: skip
+            raw = ahead
+    else:
+        for step in range(common):
+            raw = load_step(body, step, groups, LANES, VEC, UNROLL, False, "evict_last")
+            gradient_step(
+                done_body, out_body, common - 1 - step, done_groups, maximum, constant, slope, done_transform,
+                LANES, VEC, UNROLL, ENTROPY_BONUS,
+            )  # fmt: skip
+            peak, total, moment = absorb_step(
+                peak, total, moment, raw, step, y_element, transform, LANES, VEC, UNROLL, ENTROPY
+            )  # fmt: skip
+    if steps > done_steps:
+        raw = load_step(body, steps - 1, groups, LANES, VEC, UNROLL, False, "evict_last")
+        peak, total, moment = absorb_step(
+            peak, total, moment, raw, steps - 1, y_element, transform, LANES, VEC, UNROLL, ENTROPY
+        )  # fmt: skip
+    gradient_edge(
+        done, out, V, done_lead, done_groups, maximum, constant, slope, done_transform, LANES, VEC, ENTROPY_BONUS
+    )  # fmt: skip
+    return absorb_last_step(
+        peak, total, moment, body, steps, groups, y_element, transform, LANES, VEC, UNROLL, ENTROPY, "evict_last"
+    )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=[
+        "targets", "values", "results", "temperatures", "N", "T", "V", "stride_b", "stride_t", "out_stride_b",
+        "out_stride_t",
+    ]
+)  # fmt: skip
+def chained_rows_kernel(
+    logits, out, targets, values, results, transform, temperatures, parameters, max_log_ratio, N, T, V, stride_b,
+    stride_t, out_stride_b, out_stride_t, KIND: tl.constexpr, OFF_POLICY: tl.constexpr, KL: tl.constexpr,
+    ENTROPY_BONUS: tl.constexpr, ENTROPY: tl.constexpr, ALIGNED_OUT: tl.constexpr, LANES: tl.constexpr,
+    UNROLL: tl.constexpr, LEADER: tl.constexpr, DEEP: tl.constexpr,
+):  # fmt: skip
+    """The shipped kernel's parameters and results. ``DEEP``: the next row's loads run a step ahead."""
+    VEC: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
+    unknown = tl.full((), float("nan"), tl.float32)
+    zero = tl.full((), 0.0, tl.float32)
+    # The row whose gradient is still to be written, or -1, and what that takes.
+    done, done_y = tl.full((), -1, tl.int32), tl.full((), 0, tl.int32)
+    maximum, constant, slope, target = zero, zero, zero, zero
+    for row in range(tl.program_id(0), N, tl.num_programs(0)):
+        y = tl.load(targets + row)
+        if (y >= 0) & (y < V):
+            start = logits + row_offset(row, T, stride_b, stride_t)
+            scale, inverse = row_scale(transform, temperatures, row)
+            own = (scale, inverse, transform[2])
+            if done >= 0:
+                done_scale, done_inverse = row_scale(transform, temperatures, done)
+                peak, total, moments = chained_sweeps(
+                    start, V, y, own, logits + row_offset(done, T, stride_b, stride_t),
+                    out + row_offset(done, T, out_stride_b, out_stride_t), maximum, constant, slope,
+                    (done_scale, done_inverse, transform[2]), LANES, VEC, UNROLL, ENTROPY, ENTROPY_BONUS, ALIGNED_OUT,
+                    DEEP,
+                )  # fmt: skip
+            else:
+                peak, total, moments = lane_statistics(start, V, y, own, LANES, VEC, UNROLL, ENTROPY, "evict_last")
+            z_y = to_float32(tl.load(start + y))
+            advantage = tl.load(values + ADVANTAGE * N + row)
+            policy_weight = tl.load(values + POLICY_WEIGHT * N + row)
+            kl_weight, entropy_weight, ref_logprob, difference = zero, zero, zero, zero
+            if OFF_POLICY:
+                old_logprob = tl.load(values + OLD_LOGPROB * N + row)
+            if KL != "none":
+                kl_weight = tl.load(values + KL_WEIGHT * N + row)
+                ref_logprob = tl.load(values + REF_LOGPROB * N + row)
+            if ENTROPY_BONUS:
+                entropy_weight = tl.load(values + ENTROPY_WEIGHT * N + row)
+            maximum, others, moment = combine_lanes((peak, total, moments), z_y, own, ENTROPY)
+            if done >= 0:  # ordered after the sweep's stores by the meeting's barriers
+                place = out + row_offset(done, T, out_stride_b, out_stride_t) + done_y
+                tl.store(place, round_to(target, out.dtype.element_ty))
+            constant, slope, target = zero, zero, zero
+            if leads(LEADER):
+                logprob, entropy = row_statistics(maximum, others, moment, z_y, own, ENTROPY)
+                if OFF_POLICY:
+                    difference = logprob - old_logprob
+                log_ratio, inside = token_log_ratio(difference, advantage, parameters, KIND)
+                loss, by_ratio, by_logprob, h = token_loss(
+                    logprob, entropy, advantage, policy_weight, kl_weight, entropy_weight, log_ratio, difference,
+                    ref_logprob, parameters, max_log_ratio, 0, KIND, OFF_POLICY, KL, ENTROPY_BONUS,
+                )  # fmt: skip
+                tl.store(results + row, loss)
+                tl.store(results + N + row, logprob)
+                if ENTROPY:
+                    tl.store(results + 2 * N + row, entropy)
+                c = tl.where(inside != 0, by_ratio, 0.0) + by_logprob
+                if (c != 0) | (h != 0):
+                    constant, slope, target = gradient_constants(
+                        maximum, others, entropy, z_y, c, h, own, ENTROPY_BONUS
+                    )
+            constant = from_leader(constant, LANES, LEADER)
+            if ENTROPY_BONUS:
+                slope = from_leader(slope, LANES, LEADER)
+            done, done_y = row, y
+            if (constant == 0) & (slope == 0):
+                done = tl.full((), -1, tl.int32)
+                zero_row(out + row_offset(row, T, out_stride_b, out_stride_t), V, LANES, VEC, UNROLL)
+        else:
+            tl.store(results + row, tl.where(y < V, zero, unknown))
+            tl.store(results + N + row, tl.where(y == MASKED, zero, unknown))
+            if ENTROPY:
+                tl.store(results + 2 * N + row, tl.where(y == MASKED, zero, unknown))
+            zero_row(out + row_offset(row, T, out_stride_b, out_stride_t), V, LANES, VEC, UNROLL)
+    if done >= 0:
+        scale, inverse = row_scale(transform, temperatures, done)
+        row_gradient(
+            logits + row_offset(done, T, stride_b, stride_t), out + row_offset(done, T, out_stride_b, out_stride_t), V,
+            done_y, maximum, constant, slope, target, (scale, inverse, transform[2]),
+            LANES, VEC, UNROLL, ENTROPY_BONUS, ALIGNED_OUT,
+        )  # fmt: skip
+
+
+class _Chained:
+    """In the place of the shipped kernel, which keeps the calls without a gradient."""
+
+    def __init__(self, shipped: Any, deep: bool) -> None:
+        self.shipped, self.deep = shipped, deep
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]:
+        def run(logits: object, out: object, *others: object, **options: object) -> object:
+            if out is None:
+                return self.shipped[grid](logits, out, *others, **options)
+            return chained_rows_kernel[grid](logits, out, *others, **options, DEEP=self.deep)
+
+        return run
+
+
+@contextmanager
+def chained(deep: bool = False) -> Iterator[None]:
+    """Until the block ends ``policy_loss`` launches :func:`chained_rows_kernel`."""
+    module = importlib.import_module("hpo_fused.kernels.policy_loss")
+    with mock.patch.object(module, "policy_loss_kernel", _Chained(module.policy_loss_kernel, deep)):
+        yield
+
+
+class Chained512x4(Fused):
+    """hpo_fused with a row's second sweep and the next one's first in one loop: 512 threads, 4 loads, a row per SM."""
+
+    threads, loads, deep = 512, 4, False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.summary = "two rows' sweeps in one loop, an experiment"
+
+    @contextmanager
+    def context(self) -> Iterator[None]:
+        rows = torch.cuda.get_device_properties().multi_processor_count
+        with chained(self.deep), launch.override(parameters=launch.LaunchParameters(self.threads, self.loads, rows)):
+            yield
+
+
+class Chained512x4Deep(Chained512x4):
+    """The same with the next row's loads a step ahead."""
+
+    deep = True
+
+
+class Chained512x8(Chained512x4):
+    """With 8 loads."""
+
+    loads = 8
+
+
+class Chained1024x2(Chained512x4):
+    """With 1024 threads and 2 loads."""
+
+    threads, loads = 1024, 2
+
+
+class Chained1024x2Deep(Chained1024x2):
+    """The same with the next row's loads a step ahead."""
+
+    deep = True
