@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, distributed
 
 from .checks import check_positive, check_tensor, described, same_device, values_readable
+from .context_parallel import counts_responses
 from .interface import Count
 from .layout import (
     AdvantageLevel,
@@ -20,7 +21,7 @@ from .layout import (
     counted_layout,
 )
 from .objective import AdaptiveHysteretic, Weighting
-from .process_groups import GroupLike, check_group, counts_responses
+from .process_groups import GroupLike, check_group
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -51,6 +51,14 @@ class LogitTransform(NamedTuple):
     temperatures: Tensor | None = None
 
 
+def surrogate_spreads(kind: str, ratio_level: str) -> bool:
+    """Whether a surrogate has a derivative by a response's ratio, which all of the response's rows are handed.
+
+    Not so where the ratio is a weight that is not differentiated, nor where each row keeps its own derivative.
+    """
+    return ratio_level in ("sequence", "sequence_sum") and kind not in ("truncated_ratio", "gamma_gate")
+
+
 class LossSpec(NamedTuple):
     """The part of a loss that is the same for every token.
 
@@ -79,12 +87,10 @@ class LossSpec(NamedTuple):
 
     @property
     def spreads(self) -> bool:
-        """Whether the losses have a derivative by a response's ratio, which all of its rows are handed."""
-        if self.ratio_level not in ("sequence", "sequence_sum"):
-            return False
-        if self.kl == "k3_ratio" and self.ratio_level == "sequence":
-            return True
-        return self.kind not in ("truncated_ratio", "gamma_gate")
+        """Whether the losses have a derivative by a response's ratio: their surrogate, or a KL estimate's weight."""
+        return surrogate_spreads(self.kind, self.ratio_level) or (
+            self.kl == "k3_ratio" and self.ratio_level == "sequence"
+        )
 
     @property
     def every_advantage(self) -> bool:

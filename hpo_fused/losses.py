@@ -11,12 +11,12 @@ from . import autograd, ops
 from .backend import Backend, backend_for
 from .batch import BatchStatistics
 from .checks import check_floating, check_logits, check_tensor, described
+from .context_parallel import with_other_ranks
 from .interface import Batch, TokenTerms
 from .layout import AdvantageLevel, check_transform
 from .metrics import MetricSums, metric_sums
 from .objective import Objective, ObjectiveLike, resolve_objective
 from .process_groups import GroupLike
-from .surrogate import with_other_ranks
 from .token_terms import check_batch
 from .vocab_parallel import VocabGroup, resolve_shards
 

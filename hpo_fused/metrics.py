@@ -10,15 +10,8 @@ from torch import Tensor
 from .interface import ADVANTAGE, OLD_LOGPROB, REF_LOGPROB, Batch, TokenTerms
 from .layout import Layout
 from .objective import Objective
-from .surrogate import (
-    clamped,
-    clip_bounds,
-    gamma_gate,
-    kl_estimate,
-    log_fidelity_terms,
-    response_ratio,
-    token_log_ratio,
-)
+from .response_ratio import response_ratio
+from .surrogate import clamped, clip_bounds, gamma_gate, kl_estimate, log_fidelity_terms, token_log_ratio
 from .token_terms import hysteretic_weight, totals_of_batch
 
 # What a sum is divided by to become a mean: "ratios" unless it stands here.

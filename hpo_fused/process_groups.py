@@ -1,4 +1,4 @@
-"""Process groups: what an argument may be, who counts the responses of several ranks, gathering."""
+"""Process groups: what an argument may be, and gathering."""
 
 from __future__ import annotations
 
@@ -51,25 +51,3 @@ def all_gathered(value: Tensor, group: ProcessGroup) -> Tensor:
     gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor  # PyTorch < 2.13
     gather(every, value, group=group)
     return every.view(ranks, *value.shape)
-
-
-def counts_responses(process_group: ProcessGroup, context_group: ProcessGroup | None) -> bool:
-    """Whether this rank's responses count in sums over ``process_group``: once for the ranks that share their rows.
-
-    Where all of those are in ``process_group``, their first rank counts; where this one is their only one, it does.
-
-    Raises:
-        ValueError: some of them are in it, but neither all nor this one alone.
-    """
-    if context_group is None:
-        return True
-    added, sharing = (distributed.get_process_group_ranks(group) for group in (process_group, context_group))
-    common = set(added) & set(sharing)
-    if common == set(sharing):
-        return distributed.get_rank(context_group) == 0
-    if len(common) > 1:
-        raise ValueError(
-            f"process_group: expected all ranks {sharing} of context_group, or this one ({distributed.get_rank()}) "
-            f"alone of them, got ranks {added}"
-        )
-    return True

@@ -7,26 +7,17 @@ per token, in the tensors' own dtype.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.nn.functional import softplus
 
-from .checks import values_readable
-from .interface import (
-    ADVANTAGE,
-    ENTROPY_WEIGHT,
-    KL_WEIGHT,
-    OLD_LOGPROB,
-    POLICY_WEIGHT,
-    REF_LOGPROB,
-    ContextParts,
-    LossSpec,
-    TokenTerms,
-)
-from .layout import Layout
+from .interface import ADVANTAGE, ENTROPY_WEIGHT, KL_WEIGHT, OLD_LOGPROB, POLICY_WEIGHT, REF_LOGPROB, LossSpec
+
+if TYPE_CHECKING:
+    from .response_ratio import ResponseRatio
 
 
 class TokenLoss(NamedTuple):
@@ -173,71 +164,6 @@ def surrogate(spec: LossSpec, x: Tensor, advantages: Tensor, logprobs: Tensor) -
     else:
         value, derivative = _soft_gate(x, advantages, *parameters)
     return value, derivative, zero
-
-
-class ResponseRatio(NamedTuple):
-    """How a response's tokens share one ratio: the operators from its tokens' entries to an entry of every token.
-
-    Both are symmetric as matrices, m_t m_u / L_i or m_t m_u, so that ``reduced`` carries log-ratios forward and the
-    derivative back; ``spread`` does the latter unless the gradient stays with its token (GSPO-token). Rows on other
-    ranks take part in ``spread``, which is one all-reduce then; ``reduced`` is given their log-ratios.
-    """
-
-    reduced: Callable[[Tensor], Tensor]
-    spread: Callable[[Tensor], Tensor] | None
-
-
-def response_ratio(terms: TokenTerms, spec: LossSpec) -> ResponseRatio | None:
-    """How the tokens of a response share a ratio; None: each has its own."""
-    if not spec.response_ratio:
-        return None
-    layout, given, context = Layout.of_terms(terms), terms.response_log_ratios, terms.context
-    if given is not None:
-        spread = None
-        if context is not None and spec.spreads:
-            divisor = _divisor(spec, context.lengths)
-
-            def spread(value: Tensor) -> Tensor:
-                sums = layout.response_sum(value)
-                distributed.all_reduce(sums, group=context.group)
-                return layout.unmasked(sums / divisor)
-
-        return ResponseRatio(lambda _: layout.unmasked(given), spread)
-    reduced = layout.response_total if spec.ratio_level == "sequence_sum" else layout.response_mean
-    return ResponseRatio(reduced, reduced if spec.spreads else None)
-
-
-def _divisor(spec: LossSpec, lengths: Tensor) -> Tensor | float:
-    """What a response's sum of log-ratios is divided by to become its log-ratio."""
-    return 1.0 if spec.ratio_level == "sequence_sum" else lengths.clamp(min=1).to(torch.float32)
-
-
-def with_other_ranks(terms: TokenTerms, spec: LossSpec, logprobs: Tensor, context: ContextParts) -> TokenTerms:
-    """The terms with the log-ratios of whole responses, from the rows of all ranks of ``context``; one all-reduce.
-
-    Args:
-        logprobs: floating, as many as ``terms.targets``; anything where masked.
-
-    Raises:
-        ValueError: the ranks' unmasked rows are not as many as the context's lengths (CPU; elsewhere a device-side
-            assert).
-    """
-    layout = Layout.of_terms(terms)
-    with torch.no_grad():
-        difference = torch.zeros_like(terms.values[OLD_LOGPROB])
-        if spec.off_policy:
-            difference = logprobs.detach().to(torch.float32).reshape(difference.shape) - terms.values[OLD_LOGPROB]
-        bounded, _ = token_log_ratio(spec, difference, terms.values[ADVANTAGE])
-        sums = torch.stack([layout.response_sum(bounded), layout.lengths().to(torch.float32)])
-        distributed.all_reduce(sums, group=context.group)
-        log_ratios, counts = sums
-        right = (counts == context.lengths).all()
-        message = "lengths: expected each response's unmasked tokens on all ranks of context_group"
-        if not values_readable(counts):
-            torch._assert_async(right, message)
-        elif not bool(right):
-            raise ValueError(f"{message}, {counts.long().tolist()}, got {context.lengths.tolist()}")
-        return terms._replace(response_log_ratios=log_ratios / _divisor(spec, context.lengths), context=context)
 
 
 def token_loss(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .batch import BatchStatistics, adaptive_alpha, check_lengths, check_statistics
 from .checks import check_factor, check_tensor, check_token_ids, described
+from .context_parallel import context_parts
 from .interface import (
     ADVANTAGE,
     ENTROPY_WEIGHT,
@@ -23,15 +24,14 @@ from .interface import (
     SKIPPED,
     TERMS,
     Batch,
-    ContextParts,
     Count,
     LossSpec,
     TokenTerms,
+    surrogate_spreads,
 )
 from .layout import Layout, as_mask, check_advantage_level, check_boundaries, check_groups, check_level, check_mask
 from .objective import AdaptiveHysteretic, Hysteretic, Objective
-from .process_groups import check_group
-from .shaping import GammaGate, GeometricMean, TruncatedRatio
+from .shaping import GeometricMean
 
 
 def check_batch(
@@ -105,7 +105,7 @@ def check_batch(
             value is None or value.dim() == 0 or (value.dim() == 1 and (len(shape) == 2 or responses != shape[0]))
             for value in (given if advantage_level != "response" else given[1:])
         )
-        context = _context_parts(context_group, lengths, response_mean_log_ratios, alike)
+        context = context_parts(context_group, lengths, response_mean_log_ratios, alike)
     log_ratios = None if context is not None else _given_log_ratios(
         objective, response_mean_log_ratios, lengths, old_logprobs, responses, device,
         constant=advantages.dim() == 1 and (token_weights is None or token_weights.dim() == 1),
@@ -148,19 +148,6 @@ def check_batch(
     )  # fmt: skip
 
 
-def _context_parts(group: object, lengths: Tensor | None, means: object, alike: bool) -> ContextParts:
-    """Where the responses' other rows are; their lengths are checked already, if there are any."""
-    members = check_group("context_group", group)
-    if lengths is None:
-        raise ValueError("lengths: expected those of the whole responses, [B], beside context_group, got None")
-    if means is not None:
-        raise ValueError(
-            "response_mean_log_ratios: expected None beside context_group, whose ranks add them up themselves, got "
-            f"{described(means)}"
-        )
-    return ContextParts(members, lengths, alike)
-
-
 def _given_log_ratios(
     objective: Objective, means: Tensor | None, lengths: Tensor | None, old_logprobs: Tensor | None, responses: int,
     device: torch.device, *, constant: bool,
@@ -189,13 +176,13 @@ def _given_log_ratios(
         raise ValueError(f"{name}: expected None for ratio_level='token', got {described(means)}")
     if lengths is None:
         raise ValueError(f"lengths: expected those of the whole responses, [B], beside {name}, got None")
-    stays = level == "sequence_token" or isinstance(objective.shaping, (TruncatedRatio, GammaGate))
-    if not stays and level == "sequence_sum":  # the sum of L derivatives, not one of them
+    spreads = surrogate_spreads(objective.shaping.lower()[0], level)
+    if spreads and level == "sequence_sum":  # the sum of L derivatives, not one of them
         raise ValueError(
             f"{name}: expected None for {type(objective.shaping).__name__} at ratio_level={level!r}, whose gradient "
             f"needs the responses' other parts, got {described(means)}"
         )
-    if not stays and not constant:
+    if spreads and not constant:
         raise ValueError(
             f"{name}: expected advantages and token_weights [B] for ratio_level={level!r}, got some per token; their "
             "other parts would be needed, see ratio_level='sequence_token'"

@@ -171,7 +171,7 @@ def logprob_loss(logprobs: Tensor, entropy: Tensor | None, terms: TokenTerms, sp
     arguments = (
         logprobs, entropy, terms.targets, terms.values, terms.response_statistics, terms.cu_seqlens,
         terms.response_log_ratios, results, c, h, spec.parameters, spec.max_log_ratio,
-        int(spec.ratio_level == "sequence_sum"), int(spec.ratio_level != "sequence_token"), B * T, T,
+        int(spec.ratio_level == "sequence_sum"), int(spec.spreads), B * T, T,
     )  # fmt: skip
     constants = {
         "KIND": spec.kind, "OFF_POLICY": spec.off_policy, "KL": spec.kl, "ENTROPY_BONUS": spec.entropy_bonus,

@@ -186,7 +186,7 @@ class _NoReading(TorchDispatchMode):
 @contextmanager
 def unreadable() -> Iterator[None]:
     """As on a device: no value is read."""
-    modules = ("batch", "checks", "layout", "ops", "surrogate")
+    modules = ("batch", "checks", "context_parallel", "layout", "ops")
     patches = [mock.patch(f"hpo_fused.{name}.values_readable", return_value=False) for name in modules]
 
     def refused(*_: Any) -> Any:

@@ -13,12 +13,12 @@ from hpo_fused.autograd import logprob_loss
 from hpo_fused.backend import Backend, backend_for
 from hpo_fused.batch import BatchStatistics
 from hpo_fused.checks import check_tensor
+from hpo_fused.context_parallel import with_other_ranks
 from hpo_fused.layout import AdvantageLevel, as_mask, check_mask, check_transform
 from hpo_fused.logprobs import TokenLogprobs
 from hpo_fused.losses import PolicyLossOutput, policy_output
 from hpo_fused.objective import ObjectiveLike, resolve_objective
 from hpo_fused.process_groups import GroupLike
-from hpo_fused.surrogate import with_other_ranks
 from hpo_fused.token_terms import check_batch, token_targets
 from hpo_fused.vocab_parallel import VocabGroup
 

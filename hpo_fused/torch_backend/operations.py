@@ -25,7 +25,8 @@ from hpo_fused.interface import (
     SoftmaxStatistics,
     TokenTerms,
 )
-from hpo_fused.surrogate import response_ratio, token_loss
+from hpo_fused.response_ratio import response_ratio
+from hpo_fused.surrogate import token_loss
 
 from .compiled_sweeps import sweeps_for
 from .selected_rows import SelectedRows, memory_of

@@ -1,0 +1,38 @@
+"""A ratio that the tokens of a response share: log-ratios in, one for the whole response at each of its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .context_parallel import shared_over_ranks
+from .interface import LossSpec, TokenTerms
+from .layout import Layout
+
+
+class ResponseRatio(NamedTuple):
+    """How a response's tokens share one ratio: the operators from its tokens' entries to an entry of every token.
+
+    Both are symmetric as matrices, m_t m_u / L_i or m_t m_u, so that ``reduced`` carries log-ratios forward and the
+    derivative back; ``spread`` does the latter unless the gradient stays with its token (GSPO-token). Rows on other
+    ranks take part in ``spread``, which is one all-reduce then; ``reduced`` is given their log-ratios.
+    """
+
+    reduced: Callable[[Tensor], Tensor]
+    spread: Callable[[Tensor], Tensor] | None
+
+
+def response_ratio(terms: TokenTerms, spec: LossSpec) -> ResponseRatio | None:
+    """How the tokens of a response share a ratio; None: each has its own."""
+    if not spec.response_ratio:
+        return None
+    layout, given, context = Layout.of_terms(terms), terms.response_log_ratios, terms.context
+    shared: Callable[[Tensor], Tensor]
+    shared = layout.response_total if spec.ratio_level == "sequence_sum" else layout.response_mean
+    if context is not None:
+        shared = partial(shared_over_ranks, layout=layout, spec=spec, context=context)
+    reduced = shared if given is None else lambda _: layout.unmasked(given)
+    return ResponseRatio(reduced, shared if spec.spreads else None)
