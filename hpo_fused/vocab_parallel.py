@@ -199,8 +199,9 @@ def token_gradient(
     if shards is None:
         ops.token_gradient(logits, targets, statistics, c, h, transform, out, backend)
     elif logits.shape[-1] > 0:
-        # Before it is written over; in the rows' order, whatever their order in memory.
-        first = logits[..., 0].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        first = None
+        if transform.softcap is not None:  # its slope; before it is written over, in the rows' order and not memory's
+            first = logits[..., 0].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         ops.token_gradient(logits, shards.local(targets), statistics, c, h, transform, out, backend)
         implementation(backend).column_gradient(first, targets, shards.own[0], statistics, c, h, transform, out)
 

@@ -150,7 +150,7 @@ def combine_statistics(
 )  # fmt: skip
 def column_gradient_kernel(
     out,  # [B, T, columns]
-    first,  # float32 [B, T]: the logits of column 0
+    first,  # float32 [B, T]: the logits of column 0; None without softcap
     targets,  # int32 [B, T]
     logprobs,  # float32 [B, T]: of column 0
     entropies,  # float32 [B, T], with entropy coefficients
@@ -178,7 +178,9 @@ def column_gradient_kernel(
         slope -= h * (tl.load(entropies + row) + logprob)
         live = live | (h != 0)
     _, inverse = row_scale(transform, temperatures, row)
-    _, derivative = softcapped(tl.load(first + row), transform)
+    derivative = 1.0
+    if first is not None:
+        _, derivative = softcapped(tl.load(first + row), transform)
     g = tl.where(live & (logprob != float("-inf")), tl.exp(logprob) * slope * derivative * inverse, 0.0)
     elsewhere = (y >= 0) & ((y < start) | (y >= stop))
     place = out + row_offset(row, T, stride_b, stride_t)
@@ -186,13 +188,13 @@ def column_gradient_kernel(
 
 
 def column_gradient(
-    first: Tensor, targets: Tensor, start: int, statistics: SoftmaxStatistics, logprob_coefficients: Tensor,
+    first: Tensor | None, targets: Tensor, start: int, statistics: SoftmaxStatistics, logprob_coefficients: Tensor,
     entropy_coefficients: Tensor | None, transform: LogitTransform, out: Tensor,
 ) -> None:  # fmt: skip
     """Write column 0 of a shard's gradient where the row's token is another rank's: the second sweep took it for that.
 
     Args:
-        first: float32 [B, T], the logits of column 0.
+        first: float32 [B, T], the logits of column 0; None without softcap.
         targets: int32 [B, T], ids of the whole vocabulary or codes.
         start: id of column 0.
         statistics: of :func:`combine_statistics`.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hpo_fused.interface import LogitTransform, SoftmaxStatistics
 
-from .softmax import wide_dtype
+from .softmax import through_softcap, wide_dtype
 
 # So far below the row's maximum nothing is left; and a shard of masked logits has no exact maximum in float32.
 _VANISHING = -1e4
@@ -63,7 +63,7 @@ def combine_statistics(
 
 
 def column_gradient(
-    first: Tensor, targets: Tensor, start: int, statistics: SoftmaxStatistics, logprob_coefficients: Tensor,
+    first: Tensor | None, targets: Tensor, start: int, statistics: SoftmaxStatistics, logprob_coefficients: Tensor,
     entropy_coefficients: Tensor | None, transform: LogitTransform, out: Tensor,
 ) -> None:  # fmt: skip
     """Write column 0 of a shard's gradient where the row's token is another rank's: the second sweep took it for that.
@@ -71,7 +71,7 @@ def column_gradient(
     dloss/dz of a column that is not the token's is p (h (E[z'] - z') - c) dz'/dz, and E[z'] - z' = -H - log p.
 
     Args:
-        first: float32 [B, T], the logits of column 0.
+        first: float32 [B, T], the logits of column 0; None without softcap.
         targets: int32 [B, T], ids of the whole vocabulary or codes.
         start: id of column 0.
         statistics: of :func:`combine_statistics`.
@@ -81,14 +81,12 @@ def column_gradient(
         out: [B, T, columns], which the second sweep has written.
     """
     with torch.no_grad():
-        c, h, dtype = logprob_coefficients, entropy_coefficients, wide_dtype(first)
+        c, h, dtype = logprob_coefficients, entropy_coefficients, wide_dtype(out)
         logprob, slope, live = statistics.logprobs.to(dtype), -c.to(dtype), c != 0
         if h is not None:
             assert statistics.entropy is not None
             slope, live = slope - h * (statistics.entropy + logprob), live | (h != 0)
-        if transform.softcap is not None:
-            w = (first.to(dtype).abs() * (-2 / transform.softcap)).exp()
-            slope = slope * 4 * w / (1 + w).square()
+        slope = through_softcap(slope, None if first is None else first.to(dtype), transform.softcap)
         slope = slope / (transform.temperature if transform.temperatures is None else transform.temperatures)
         gradient = torch.where(live & (logprob != -torch.inf), logprob.exp() * slope, 0.0).to(out.dtype)
         elsewhere = (targets >= 0) & ((targets < start) | (targets >= start + out.shape[-1]))

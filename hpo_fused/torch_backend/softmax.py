@@ -24,6 +24,15 @@ def _scale(softcap: float | None, temperature: Tensor) -> Tensor:
     return torch.full_like(temperature, softcap or 1.0) / temperature
 
 
+def through_softcap(gradient: Tensor, logits: Tensor | None, softcap: float | None) -> Tensor:
+    """A gradient by softcapped logits as one by the ``logits`` themselves, which are not looked at without softcap."""
+    if softcap is None:
+        return gradient
+    assert logits is not None
+    # 1 - tanh^2 as sech^2, which keeps its digits where the cap saturates.
+    return gradient / torch.cosh(logits / softcap) ** 2
+
+
 class _TargetSoftmax:
     """The sampled token's part in its row's softmax.
 
@@ -92,9 +101,7 @@ def write_gradient(
         factor, slope = density * (h * (mean - gap) - c), density * h
         pull = h * softmax.exponential / softmax.sum * (mean - softmax.difference)
         target = target + torch.where(softmax.exponential > 0, pull, 0.0)
-    if softcap is not None:
-        target = target / torch.cosh(target_logits / softcap) ** 2
-    target = target / temperature
+    target = through_softcap(target, target_logits, softcap) / temperature
     out_rows = SelectedRows(out, rows.positions)
     sweeps.gradient(rows, out_rows, shift, *(entry.to(torch.float32) for entry in (factor, slope, scale)))
     out_rows.put(columns, target[: len(rows)])
