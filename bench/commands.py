@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, cast, get_type_hints
+from typing import Annotated
 
 import torch
 import typer
@@ -19,22 +15,26 @@ from rich.table import Table as RichTable
 from . import compare as comparison
 from . import parallel, pictures, plan, report, wire
 from . import providers as known
-from .cases import (
-    CUSTOM,
-    DEFAULT_SHAPES,
-    DTYPES,
-    MODES,
-    OPERATIONS,
-    SHAPES,
-    Case,
-    Operation,
-    cases_of,
-    labels,
-    parse_shape,
-)
+from .cases import CUSTOM, SHAPES, Case, labels, parse_shape
 from .environment import environment
 from .machine_code.calls import TARGETS
 from .machine_code.report import ReportFailed, call_table, kernel_table, run_report
+from .options import (
+    CaseOptions,
+    DeviceName,
+    Names,
+    Output,
+    Quick,
+    Seed,
+    check_writable,
+    default_tokens,
+    device_of,
+    launch_of,
+    option,
+    refusing,
+    repeated,
+    takes_cases,
+)
 from .providers import Provider, Unavailable
 from .providers.fused import Fused
 from .results import Result
@@ -46,127 +46,6 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False,
     help="Time the fused policy losses against what people use today, on this machine.",
 )  # fmt: skip
-Names = list[str] | None
-
-
-def _option(name: str, text: str) -> Any:
-    return typer.Option(f"--{name}", help=f"{text}; repeatable.")
-
-
-def _flag(name: str, text: str) -> Any:
-    return typer.Option(f"--{name}", help=text)
-
-
-DeviceName = Annotated[str, _flag("device", "cpu, cuda or cuda:N; auto is a GPU if there is one.")]
-Quick = Annotated[bool, _flag("quick", "Few rows and rounds: about a minute on two CPU cores.")]
-Seed = Annotated[int, _flag("seed", "Of the random inputs.")]
-Output = Annotated[Path | None, _flag("output", "Write the result to this JSON file.")]
-
-
-@dataclass
-class CaseOptions:
-    """Options of every command that measures cases; a command's parameter of this type is replaced by them."""
-
-    op: Annotated[Names, _option("op", f"Of {', '.join(OPERATIONS)} (the losses of logits or hidden states)")] = None
-    shape: Annotated[Names, _option("shape", f"Named shape (see `shapes`) or {CUSTOM} (two, by device)")] = None
-    tokens: Annotated[list[int] | None, _option("tokens", "Rows (by operation and device)")] = None
-    dtype: Annotated[Names, _option("dtype", f"Of {', '.join(DTYPES)} (bf16; accuracy: and fp32)")] = None
-    objective: Annotated[Names, _option("objective", "A preset of hpo_fused.Objective (mhpo_ahpo)")] = None
-    inactive: Annotated[list[float] | None, _option("inactive", "Share of responses with zero advantage (0)")] = None
-    mode: Annotated[Names, _option("mode", f"Of {', '.join(MODES)} (both); backward: its forward is not timed")] = None
-    ragged: Annotated[bool, _flag("ragged", "Responses of different lengths, padded and masked.")] = False
-    inplace: Annotated[bool, _flag("inplace", "Write the gradient over the logits, where the provider can.")] = False
-    chunk_mib: Annotated[float | None, _flag("chunk-mib", "Linear operations: memory for a chunk's logits.")] = None
-    provider: Annotated[Names, _option("provider", "See `providers`, or module:Class (all that run unasked)")] = None
-
-    def cases(
-        self, device: torch.device, tokens: Callable[[Operation], Sequence[int]], *,
-        op: Sequence[str] = ("policy_loss",), dtype: Sequence[str] = ("bf16",), cuda_graph: bool = False,
-    ) -> list[Case]:  # fmt: skip
-        """Every combination; BadParameter for values that there are not. The arguments stand in for missing options."""
-        axes: dict[str, Sequence[Any]] = {
-            "dtype": self.dtype or dtype, "objective": self.objective or ["mhpo_ahpo"],
-            "inactive": self.inactive or [0.0], "mode": self.mode or ["both"],
-        }  # fmt: skip
-        if cuda_graph and (device.type != "cuda" or "backward" in axes["mode"]):
-            raise typer.BadParameter("--cuda-graph: expected a GPU, and mode forward or both: the forward is captured")
-        fields = {name: getattr(self, name) for name in ("ragged", "inplace", "chunk_mib")}
-        with refusing():
-            shapes = [parse_shape(name) for name in self.shape or DEFAULT_SHAPES[device.type]]
-            rows = {one: self.tokens or tokens(one) for one in cast(Sequence[Operation], self.op or op)}
-            return cases_of(rows, shapes, axes, cuda_graph=cuda_graph, **fields)
-
-    def providers(self, device: torch.device) -> list[Provider]:
-        """Providers by name; none named: the device's defaults."""
-        with refusing():
-            return [known.create(name) for name in dict.fromkeys(self.provider or known.defaults(device))]
-
-
-def takes_cases(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with its parameter ``options`` replaced by one for each field of :class:`CaseOptions`."""
-    hints = get_type_hints(CaseOptions, include_extras=True)
-
-    @functools.wraps(command)
-    def replaced(**values: Any) -> None:
-        command(CaseOptions(**{name: values.pop(name) for name in hints}), **values)
-
-    fields = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=getattr(CaseOptions, name), annotation=hint)
-        for name, hint in hints.items()
-    ]
-    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
-    parameters = [*fields, *(one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own)]
-    replaced.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    replaced.__annotations__ = {one.name: one.annotation for one in parameters}
-    return replaced
-
-
-def device_of(name: str) -> torch.device:
-    """The device of that name, made the current one; auto is a GPU if there is one."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto":
-        name = "cuda" if count else "cpu"
-    kind, _, index = name.partition(":")
-    if name != "cpu" and (kind != "cuda" or not (index or "0").isdecimal() or int(index or 0) >= count):
-        raise typer.BadParameter(f"--device: expected cpu or one of {count} GPUs (cuda, cuda:N), got {name!r}")
-    if name == "cpu":
-        return torch.device("cpu")
-    torch.cuda.set_device(int(index or 0))
-    return torch.device("cuda", int(index or 0))
-
-
-@contextmanager
-def refusing() -> Iterator[None]:
-    """Turns errors about values and files into those of the command line."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from None
-
-
-def check_writable(output: Path | None) -> None:
-    """Refuse a file that cannot be written now, not after minutes of work."""
-    if output is not None:
-        with refusing():
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.open("a", encoding="utf-8").close()
-
-
-def default_tokens(operation: Operation, device: torch.device, quick: bool) -> int:
-    """Rows where none were asked for: on a CPU few enough that a round of everything takes seconds."""
-    if operation == "logprob_policy_loss":
-        return 65536
-    full = 8192 if device.type == "cuda" else 256 if operation.startswith("linear_") else 1024
-    return full // 4 if quick else full
-
-
-def launch_of(text: str) -> tuple[int, int, int]:
-    """THREADS,LOADS,ROWS as numbers."""
-    parts = text.split(",")
-    if len(parts) != 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise typer.BadParameter(f"--launch: expected THREADS,LOADS,ROWS, positive integers, got {text!r}")
-    threads, loads, rows = map(int, parts)
-    return threads, loads, rows
 
 
 def measure(
@@ -206,11 +85,11 @@ def finish(result: Result, output: Path | None) -> None:
 @takes_cases
 def speed(
     options: CaseOptions,
-    cuda_graph: Annotated[bool, _flag("cuda-graph", "Time replays of a CUDA graph: no host work.")] = False,
-    launch: Annotated[Names, _option("launch", "THREADS,LOADS,ROWS: hpo_fused launched with these, too")] = None,
+    cuda_graph: Annotated[bool, option("cuda-graph", "Time replays of a CUDA graph: no host work.")] = False,
+    launch: Annotated[Names, repeated("launch", "THREADS,LOADS,ROWS: hpo_fused launched with these, too")] = None,
     device: DeviceName = "auto",
     repeats: Annotated[int | None, typer.Option(min=1, help="Rounds at most (100 on a GPU, 20 on a CPU).")] = None,
-    budget: Annotated[float, _flag("budget", "Seconds of timing per case, though three rounds at least.")] = 30.0,
+    budget: Annotated[float, option("budget", "Seconds of timing per case, though three rounds at least.")] = 30.0,
     world_size: Annotated[
         int | None, typer.Option(min=2, help="Ranks that share the vocabulary; hpo_fused alone.")
     ] = None,
@@ -284,9 +163,9 @@ def run_all(
 
 @app.command("all")
 def all_(
-    output: Annotated[Path, _flag("output", "Folder for result.json, report.md and pictures.")],
-    budget: Annotated[float, _flag("budget", "Seconds after which nothing more is begun.")] = 480.0,
-    quick: Annotated[bool, _flag("quick", "The short plan.")] = False,
+    output: Annotated[Path, option("output", "Folder for result.json, report.md and pictures.")],
+    budget: Annotated[float, option("budget", "Seconds after which nothing more is begun.")] = 480.0,
+    quick: Annotated[bool, option("quick", "The short plan.")] = False,
     device: DeviceName = "auto",
     seed: Seed = 0,
 ) -> None:
@@ -337,7 +216,9 @@ def write_report(result: Result, folder: Path) -> list[str]:
 @app.command("report")
 def report_(
     file: Annotated[Path, typer.Argument(help="A result of any command, written with --output.")],
-    folder: Annotated[Path | None, _flag("output", "Write result.json, report.md and pictures to this folder.")] = None,
+    folder: Annotated[
+        Path | None, option("output", "Write result.json, report.md and pictures to this folder.")
+    ] = None,
 ) -> None:
     """Print a result as markdown, or write it with pictures."""
     with refusing():
@@ -380,10 +261,10 @@ def compare(
 
 @app.command("compile")
 def compile_(
-    target: Annotated[Names, _option("target", f"Of {', '.join(TARGETS)} (all)")] = None,
-    only: Annotated[str, _flag("only", "Only calls whose name contains this, on each target.")] = "",
-    every: Annotated[bool, _flag("every", "Every call on each target, not the core set.")] = False,
-    check: Annotated[bool, _flag("check", "Exit with 1 if a limit is broken.")] = False,
+    target: Annotated[Names, repeated("target", f"Of {', '.join(TARGETS)} (all)")] = None,
+    only: Annotated[str, option("only", "Only calls whose name contains this, on each target.")] = "",
+    every: Annotated[bool, option("every", "Every call on each target, not the core set.")] = False,
+    check: Annotated[bool, option("check", "Exit with 1 if a limit is broken.")] = False,
     output: Output = None,
 ) -> None:
     """Compile the kernels that public calls launch, without a GPU: registers, spills, accesses, instructions.
@@ -453,9 +334,9 @@ def shapes() -> None:
 
 @app.command("wire")
 def wire_(
-    shape: Annotated[str, _flag("shape", "Named shape or custom.")] = "qwen3-8b",
+    shape: Annotated[str, option("shape", "Named shape or custom.")] = "qwen3-8b",
     tokens: Annotated[int, typer.Option(min=1, help="Rows of a call.")] = 16384,
-    markdown: Annotated[bool, _flag("markdown", "As docs/distributed.md has it.")] = False,
+    markdown: Annotated[bool, option("markdown", "As docs/distributed.md has it.")] = False,
 ) -> None:
     """Bytes that each form sends when its work is split over ranks, and their time on 8 to 4,096 GPUs: computed."""
     with refusing():

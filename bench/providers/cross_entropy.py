@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpo_fused.bench import plain
 from hpo_fused.bench.cases import Case
 from hpo_fused.bench.inputs import Inputs
 
 from .base import Output, Provider, Unavailable
-from .peers import Peer
+from .peers import Peer, eager_loss
 
 IGNORED = -100
 CPU_ROWS = 1024  # of a chunk, on a CPU
@@ -45,10 +44,7 @@ class CutCrossEntropy(Peer):
         return Output(None, -losses, None)
 
     def linear_policy_loss(self, inputs: Inputs) -> Output:
-        logprobs = self.linear_token_logprobs(inputs).logprobs
-        assert logprobs is not None
-        loss = plain.logprob_policy_loss(inputs.objective, logprobs, *inputs.batch)
-        return Output(loss, logprobs.detach(), None)
+        return eager_loss(inputs, self.linear_token_logprobs(inputs))
 
 
 class TorchCrossEntropy(Provider):

@@ -1,4 +1,4 @@
-"""Requirements of other projects' adapters: is the distribution installed, can it run here, which objectives it has."""
+"""What other projects' adapters share: is the distribution installed, can it run here, which objectives it has."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from importlib import metadata
 import torch
 
 from hpo_fused import Clip, Objective, SoftGate, TruncatedRatio
+from hpo_fused.bench import plain
+from hpo_fused.bench.inputs import Inputs
 
-from .base import NEEDS_GPU, Provider, Unavailable
+from .base import NEEDS_GPU, Output, Provider, Unavailable
 
 LIGER_OBJECTIVES = "grpo, dapo, dr_grpo, gspo, luspo, sapo, cispo, hpo, ahpo"  # the last two by weighted advantages
 
@@ -43,6 +45,13 @@ class Peer(Provider):
         if self.needs_gpu and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             raise Unavailable(NEEDS_GPU)
         return f"{self.distribution} {installed}"
+
+
+def eager_loss(inputs: Inputs, values: Output) -> Output:
+    """The loss in eager PyTorch of log-probabilities that another implementation gave."""
+    assert values.logprobs is not None
+    loss = plain.logprob_policy_loss(inputs.objective, values.logprobs, *inputs.batch)
+    return Output(loss, values.logprobs.detach(), values.entropy)
 
 
 def liger_shaping(objective: Objective) -> dict[str, object]:

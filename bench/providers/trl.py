@@ -13,7 +13,7 @@ from hpo_fused.bench import plain
 from hpo_fused.bench.inputs import Inputs
 
 from .base import Output
-from .peers import Peer
+from .peers import Peer, eager_loss
 
 COLUMNS = 32768  # of the vocabulary in one tile, as TRL's trainers choose
 
@@ -23,11 +23,6 @@ class _Trl(Peer):
 
     distribution = "trl"
     version = "1.16"
-
-    def _loss(self, inputs: Inputs, values: Output) -> Output:
-        assert values.logprobs is not None
-        loss = plain.logprob_policy_loss(inputs.objective, values.logprobs, *inputs.batch)
-        return Output(loss, values.logprobs.detach(), values.entropy)
 
 
 class TrlEager(_Trl):
@@ -55,7 +50,7 @@ class TrlEager(_Trl):
         return Output(None, logprobs, entropy)
 
     def policy_loss(self, inputs: Inputs) -> Output:
-        return self._loss(inputs, self.token_logprobs(inputs))
+        return eager_loss(inputs, self.token_logprobs(inputs))
 
 
 class TrlTriton(_Trl):
@@ -74,7 +69,7 @@ class TrlTriton(_Trl):
         return Output(None, logprobs, entropy.detach())
 
     def policy_loss(self, inputs: Inputs) -> Output:
-        return self._loss(inputs, self.token_logprobs(inputs))
+        return eager_loss(inputs, self.token_logprobs(inputs))
 
 
 class TrlChunked(_Trl):
@@ -100,4 +95,4 @@ class TrlChunked(_Trl):
         return Output(None, logprobs, entropy.detach())
 
     def linear_policy_loss(self, inputs: Inputs) -> Output:
-        return self._loss(inputs, self.linear_token_logprobs(inputs))
+        return eager_loss(inputs, self.linear_token_logprobs(inputs))

@@ -10,7 +10,7 @@ import torch
 import typer
 
 from hpo_fused.bench.cases import DTYPES, MODES, OPERATIONS, Case
-from hpo_fused.bench.commands import CaseOptions, device_of
+from hpo_fused.bench.options import CaseOptions, device_of
 from hpo_fused.bench.providers import LIMITS, create, defaults
 
 DEVICE = pytest.StashKey[torch.device]()
