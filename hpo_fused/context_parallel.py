@@ -38,16 +38,19 @@ def context_parts(group: object, lengths: Tensor | None, means: object, alike: b
     return ContextParts(members, lengths, alike)
 
 
-def with_other_ranks(terms: TokenTerms, spec: LossSpec, logprobs: Tensor, context: ContextParts) -> TokenTerms:
+def with_other_ranks(terms: TokenTerms, spec: LossSpec, logprobs: Tensor, context: ContextParts | None) -> TokenTerms:
     """The terms with the log-ratios of whole responses, from the rows of all ranks of ``context``; one all-reduce.
 
     Args:
         logprobs: floating, as many as ``terms.targets``; anything where masked.
+        context: None, or no ratio that responses share: the terms as they are, and no collective.
 
     Raises:
         ValueError: the ranks' unmasked rows are not as many as the context's lengths (CPU; elsewhere a device-side
             assert).
     """
+    if context is None or not spec.shared_ratio:
+        return terms
     layout = Layout.of_terms(terms)
     with torch.no_grad():
         difference = torch.zeros_like(terms.values[OLD_LOGPROB])

@@ -81,7 +81,7 @@ class LossSpec(NamedTuple):
     ratio_level: str  # "token"; one ratio for each response: "sequence", "sequence_token", "sequence_sum"
 
     @property
-    def response_ratio(self) -> bool:
+    def shared_ratio(self) -> bool:
         """Whether a response's tokens share one ratio."""
         return self.ratio_level != "token"
 

@@ -239,12 +239,11 @@ def policy_loss(
     terms = ops.token_terms(batch, spec, vocabulary, skip_inactive, name)
     entropy = entropy or spec.entropy_bonus
     rows = logits if logits.dim() == 3 else logits.unsqueeze(0)
-    if spec.response_ratio or logits.dtype == torch.float16 or shards is not None:
+    if spec.shared_ratio or logits.dtype == torch.float16 or shards is not None:
         logprobs, entropies = autograd.token_statistics(
             rows, terms.targets, transform, entropy=entropy, inplace=inplace, backend=name, shards=shards
         )
-        if spec.response_ratio and batch.context is not None:
-            terms = with_other_ranks(terms, spec, logprobs, batch.context)
+        terms = with_other_ranks(terms, spec, logprobs, batch.context)
         loss, results = autograd.logprob_loss(logprobs, entropies, terms, spec, name)
     else:
         loss, results = autograd.policy_loss(
@@ -323,7 +322,6 @@ def logprob_policy_loss(
         raise ValueError(f"entropy: expected each token's entropy for {source}, got None")
     spec = resolved.lower(batch)
     terms = ops.token_terms(batch, spec, None, skip_inactive, name)
-    if spec.response_ratio and batch.context is not None:
-        terms = with_other_ranks(terms, spec, logprobs, batch.context)
+    terms = with_other_ranks(terms, spec, logprobs, batch.context)
     loss, results = autograd.logprob_loss(logprobs, entropy, terms, spec, name)
     return policy_output(loss, results, resolved, batch, terms, shape)

@@ -28,7 +28,7 @@ def token_terms(batch: Batch, spec: LossSpec, vocabulary: int | None, skip_inact
     Raises:
         ValueError: such an id, on the CPU; elsewhere it is a device-side assert.
     """
-    if traced(batch.advantages) or (batch.context is not None and spec.response_ratio):
+    if traced(batch.advantages) or (batch.context is not None and spec.shared_ratio):
         backend = "torch"
     # The torch twin checks on its way, and so do the kernels on a GPU; in the interpreter an assertion would not do.
     if backend != "torch" and batch.tokens is not None and vocabulary is not None and values_readable(batch.tokens):

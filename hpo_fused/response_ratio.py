@@ -27,7 +27,7 @@ class ResponseRatio(NamedTuple):
 
 def response_ratio(terms: TokenTerms, spec: LossSpec) -> ResponseRatio | None:
     """How the tokens of a response share a ratio; None: each has its own."""
-    if not spec.response_ratio:
+    if not spec.shared_ratio:
         return None
     layout, given, context = Layout.of_terms(terms), terms.response_log_ratios, terms.context
     shared: Callable[[Tensor], Tensor]

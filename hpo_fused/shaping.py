@@ -72,8 +72,9 @@ class Clip:
 
 @dataclass(frozen=True)
 class Hazard:
-    """Cumulative Weibull hazards of MHPO (arXiv 2603.16929): (softplus(psi)/lambda_pos)^k_pos for upward shifts
-    plus (softplus(-psi)/lambda_neg)^k_neg for downward ones.
+    """Cumulative Weibull hazards of MHPO (arXiv 2603.16929), one for each direction of a shift.
+
+    (softplus(psi)/lambda_pos)^k_pos for upward shifts plus (softplus(-psi)/lambda_neg)^k_neg for downward ones.
 
     Args:
         k_pos, k_neg: Weibull shapes, > 0.

@@ -266,9 +266,9 @@ def token_terms(batch: Batch, spec: LossSpec, vocabulary: int | None, skip_inact
         caller = layout.rows(batch.token_weights.detach().to(torch.float32))
         policy = torch.where(mask & (policy != 0), policy * caller, 0.0)
     live = policy != 0 if spec.every_advantage else (policy != 0) & (advantages != 0)
-    if spec.response_ratio and batch.context is not None and not batch.context.alike:
+    if spec.shared_ratio and batch.context is not None and not batch.context.alike:
         live = mask  # for a row on another rank may be live
-    elif spec.response_ratio:  # one live token moves the whole response's ratio
+    elif spec.shared_ratio:  # one live token moves the whole response's ratio
         live = mask & layout.of_each_row(layout.response_sum(live.to(torch.int64)) > 0)
 
     values = torch.zeros(TERMS, *mask.shape, dtype=torch.float32, device=device)

@@ -295,7 +295,7 @@ class _Replicated(torch.autograd.Function):
         return gradient, None
 
 
-class _Gathered(torch.autograd.Function):
+class _GatheredSequence(torch.autograd.Function):
     """All ranks' parts [B, T / W, H] of a sequence as [B, T, H]; the gradient's parts are summed and handed back."""
 
     @staticmethod
@@ -321,5 +321,5 @@ def hidden_before_shards(hidden: Tensor, shards: Shards, sequence_parallel: bool
 
     The gradient that the head's shards give is a sum over ranks, made in backward in the hidden states' dtype.
     """
-    function = _Gathered if sequence_parallel else _Replicated
+    function = _GatheredSequence if sequence_parallel else _Replicated
     return function.apply(hidden, shards.group)  # type: ignore[no-untyped-call, no-any-return]

@@ -73,7 +73,7 @@ class Machine(NamedTuple):
 
     @property
     def known(self) -> bool:
-        """Whether the kernels' machine code for it was looked at; other machines get what is safe."""
+        """Whether the kernels' machine code was looked at for this architecture; others get what is safe."""
         return self.architecture in _LOADS
 
 

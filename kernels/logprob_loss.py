@@ -175,7 +175,7 @@ def logprob_loss(logprobs: Tensor, entropy: Tensor | None, terms: TokenTerms, sp
     )  # fmt: skip
     constants = {
         "KIND": spec.kind, "OFF_POLICY": spec.off_policy, "KL": spec.kl, "ENTROPY_BONUS": spec.entropy_bonus,
-        "SEQUENCE": spec.response_ratio,
+        "SEQUENCE": spec.shared_ratio,
     }  # fmt: skip
     launch_programs(logprob_loss_kernel, responses, arguments, constants, response_launch())
     return LogprobLoss(results, c, h)

@@ -191,7 +191,7 @@ def column_gradient(
     first: Tensor | None, targets: Tensor, start: int, statistics: SoftmaxStatistics, logprob_coefficients: Tensor,
     entropy_coefficients: Tensor | None, transform: LogitTransform, out: Tensor,
 ) -> None:  # fmt: skip
-    """Write column 0 of a shard's gradient where the row's token is another rank's: the second sweep took it for that.
+    """Write column 0 of a shard's gradient in rows whose token is another rank's, which the sweep took for the token's.
 
     Args:
         first: float32 [B, T], the logits of column 0; None without softcap.

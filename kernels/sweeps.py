@@ -267,8 +267,8 @@ def row_statistics(maximum, others, moment, z_y, transform, ENTROPY: tl.constexp
         # H = log S - ln2 (moment + e u) / S. On a peaked row log S and u are the same rounding residue and cancel:
         # with log S = u ln2 - logp, H = -logp + ln2 (u others - moment) / S keeps its relative precision.
         reciprocal = LN2 / (others + e)
-        spread = log_total - (moment + e * tl.maximum(u, LOWEST)) * reciprocal
-        entropy = tl.where(peaked, (u * others - moment) * reciprocal - logprob, spread)
+        flat = log_total - (moment + e * tl.maximum(u, LOWEST)) * reciprocal
+        entropy = tl.where(peaked, (u * others - moment) * reciprocal - logprob, flat)
     return logprob, entropy
 
 

@@ -328,7 +328,7 @@ def token_terms(batch: Batch, spec: LossSpec, vocabulary: int | None, skip_inact
     )  # fmt: skip
     constants = {
         "NORMALIZATION": batch.normalization, "WEIGHTING": batch.weighting, "GIVEN_TOTALS": batch.totals is not None,
-        "KL": spec.kl != "none", "ENTROPY_BONUS": spec.entropy_bonus, "SEQUENCE": spec.response_ratio,
+        "KL": spec.kl != "none", "ENTROPY_BONUS": spec.entropy_bonus, "SEQUENCE": spec.shared_ratio,
         "SKIP": skip_inactive,
     }  # fmt: skip
     launch_programs(token_terms_kernel, responses, arguments, constants, launch)

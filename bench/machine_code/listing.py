@@ -70,7 +70,7 @@ def read_cubin(asm: Any, tools: Path) -> tuple[list[Instruction], int, int]:
 
 
 def parse_sass(text: str) -> tuple[list[Instruction], int, int]:
-    """The same of cuobjdump's output."""
+    """Instructions, registers of a thread, and bytes it spills, from cuobjdump's output."""
     code = []
     for address, body in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", text, re.MULTILINE):
         jump = re.search(r"\bBRA(?:\.\S+)?\s.*?\b0x([0-9a-f]+)(?:\s|$)", body)

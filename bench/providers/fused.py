@@ -1,4 +1,4 @@
-"""This package."""
+"""The provider that is this package."""
 
 from __future__ import annotations
 

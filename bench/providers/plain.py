@@ -1,4 +1,4 @@
-"""Plain PyTorch: the same functions eager and compiled."""
+"""Plain PyTorch, eager and compiled."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def compiler_missing() -> Iterator[None]:
 
 
 class Compiled(Eager):
-    """The same under torch.compile, for exactly the case's shapes, as a tuned trainer would have it."""
+    """The functions of ``bench/plain.py`` under torch.compile, for exactly the case's shapes, as tuned trainers do."""
 
     name = "compile"
     summary = "torch.compile(dynamic=False) of the eager function"

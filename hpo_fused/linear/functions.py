@@ -142,11 +142,10 @@ def linear_policy_loss(
     entropy = entropy or spec.entropy_bonus
     # A loss scaler's factor must enter before a gradient is rounded to float16.
     narrow = torch.float16 in (dtypes.operands, *(value.dtype for value in inputs if value is not None))
-    if spec.response_ratio or narrow or into is not None or shards is not None:
+    if spec.shared_ratio or narrow or into is not None or shards is not None:
         inputs = before_shards(inputs, shards, sequence_parallel)
         logprobs, entropies = autograd.token_statistics(inputs, [rows, *idle], settings, entropy=entropy, into=into)
-        if spec.response_ratio and batch.context is not None:
-            terms = with_other_ranks(terms, spec, logprobs, batch.context)
+        terms = with_other_ranks(terms, spec, logprobs, batch.context)
         loss, results = logprob_loss(logprobs, entropies, terms, spec, settings.backend)
     else:
         loss, results = autograd.policy_loss(inputs, rows, idle, terms, spec, settings, entropy=entropy)

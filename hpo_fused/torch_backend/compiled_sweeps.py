@@ -51,8 +51,11 @@ _STAGING_BYTES = 16_000_000
 
 
 def _differences(rows: Tensor, shift: Tensor, scale: Tensor, softcap: Tensor, capped: bool) -> Tensor:
-    """z' - scale * shift, as scale * (u - shift): rounding ``scale`` then matters only as far as a logit lies below
-    the maximum, where it would otherwise shift log-probabilities in proportion to the logits themselves."""
+    """z' - scale * shift, as scale * (u - shift).
+
+    Rounding ``scale`` then matters only as far as a logit lies below the maximum, where it would otherwise shift
+    log-probabilities in proportion to the logits themselves.
+    """
     z = rows.to(torch.float32)
     u = _tanh(z, softcap) if capped else torch.clamp_min(z, LOWEST)
     return (u - shift) * scale
@@ -164,8 +167,10 @@ class CompiledSweeps(Sweeps):
             yield first, tuple(selection.part(piece) for selection in selections)
 
     def _staged(self, rows: SelectedRows, name: str) -> tuple[Tensor, bool]:
-        """A contiguous [n, V] tensor for ``rows``, n >= 2 (torch.compile would make another program for one row), and
-        whether it is the named buffer and not the rows in place."""
+        """A contiguous [n, V] tensor for ``rows``, and whether it is the named buffer and not the rows in place.
+
+        n >= 2: torch.compile would make another program for one row.
+        """
         in_place = rows.contiguous() if len(rows) > 1 else None
         if in_place is not None:
             return in_place, False
@@ -202,7 +207,7 @@ _compiled: dict[tuple[torch.dtype, bool, int], _CompiledFunctions | None] = {}  
 
 
 def sweeps_for(logits: Tensor, transform: LogitTransform) -> Sweeps:
-    """Compiled sweeps over ``logits`` [B, T, V] where they can serve (see above), else plain ones.
+    """Compiled sweeps over ``logits`` [B, T, V] where they can serve, else plain ones.
 
     Raises:
         Exception: what torch.compile raised, where the environment variable is "1".

@@ -66,7 +66,7 @@ def column_gradient(
     first: Tensor | None, targets: Tensor, start: int, statistics: SoftmaxStatistics, logprob_coefficients: Tensor,
     entropy_coefficients: Tensor | None, transform: LogitTransform, out: Tensor,
 ) -> None:  # fmt: skip
-    """Write column 0 of a shard's gradient where the row's token is another rank's: the second sweep took it for that.
+    """Write column 0 of a shard's gradient in rows whose token is another rank's, which the sweep took for the token's.
 
     dloss/dz of a column that is not the token's is p (h (E[z'] - z') - c) dz'/dz, and E[z'] - z' = -H - log p.
 

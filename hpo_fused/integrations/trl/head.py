@@ -102,8 +102,10 @@ def add_head(model: Any, temperature: float, cast_to_fp32: bool) -> None:
 
 
 def _transform(config: Any, temperature: float) -> dict[str, float | None]:
-    """Temperature and softcap of the logits; a scale s comes before the cap: cap tanh(s z / cap) / T is
-    (cap / s) tanh(z / (cap / s)) / (T / s)."""
+    """Temperature and softcap of the logits, with the model's scale of them in both.
+
+    A scale s comes before the cap: cap tanh(s z / cap) / T is (cap / s) tanh(z / (cap / s)) / (T / s).
+    """
     names = ("logit_scale", "output_multiplier", "lm_head_multiplier")
     scale = next((value for value in (getattr(config, name, None) for name in names) if value is not None), None)
     divisor = getattr(config, "logits_scaling", None)
