@@ -4,25 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 from torch import Tensor
 
 from .context_parallel import shared_over_ranks
 from .interface import LossSpec, TokenTerms
 from .layout import Layout
-
-
-class ResponseRatio(NamedTuple):
-    """How a response's tokens share one ratio: the operators from its tokens' entries to an entry of every token.
-
-    Both are symmetric as matrices, m_t m_u / L_i or m_t m_u, so that ``reduced`` carries log-ratios forward and the
-    derivative back; ``spread`` does the latter unless the gradient stays with its token (GSPO-token). Rows on other
-    ranks take part in ``spread``, which is one all-reduce then; ``reduced`` is given their log-ratios.
-    """
-
-    reduced: Callable[[Tensor], Tensor]
-    spread: Callable[[Tensor], Tensor] | None
+from .surrogate import ResponseRatio
 
 
 def response_ratio(terms: TokenTerms, spec: LossSpec) -> ResponseRatio | None:

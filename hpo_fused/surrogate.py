@@ -7,17 +7,14 @@ per token, in the tensors' own dtype.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from .interface import ADVANTAGE, ENTROPY_WEIGHT, KL_WEIGHT, OLD_LOGPROB, POLICY_WEIGHT, REF_LOGPROB, LossSpec
-
-if TYPE_CHECKING:
-    from .response_ratio import ResponseRatio
 
 
 class TokenLoss(NamedTuple):
@@ -164,6 +161,18 @@ def surrogate(spec: LossSpec, x: Tensor, advantages: Tensor, logprobs: Tensor) -
     else:
         value, derivative = _soft_gate(x, advantages, *parameters)
     return value, derivative, zero
+
+
+class ResponseRatio(NamedTuple):
+    """How a response's tokens share one ratio: the operators from its tokens' entries to an entry of every token.
+
+    Both are symmetric as matrices, m_t m_u / L_i or m_t m_u, so that ``reduced`` carries log-ratios forward and the
+    derivative back; ``spread`` does the latter unless the gradient stays with its token (GSPO-token). Rows on other
+    ranks take part in ``spread``, which is one all-reduce then; ``reduced`` is given their log-ratios.
+    """
+
+    reduced: Callable[[Tensor], Tensor]
+    spread: Callable[[Tensor], Tensor] | None
 
 
 def token_loss(
