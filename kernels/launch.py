@@ -315,6 +315,6 @@ def transform_constants(temperature: float, softcap: float | None) -> tuple[floa
     Rounded to float32 here as a launch on a GPU would; the interpreter would otherwise mix both precisions.
     """
     log2e = LOG2E.value
-    scale = log2e if softcap is None else log2e * softcap
+    scale = log2e if softcap is None else 2.0 * log2e * softcap
     rate = None if softcap is None else c_float(2.0 * log2e / softcap).value
     return c_float(scale / temperature).value, c_float(1.0 / temperature).value, rate

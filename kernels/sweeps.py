@@ -1,7 +1,7 @@
 """The two sweeps over one row of V logits: its softmax statistics, and its gradient. Neither knows the objective.
 
-Everything runs in the scaled domain of base-2 exponentials: with v = z, or tanh(z / softcap) under a softcap, and
-``scale`` = log2(e) / temperature (times softcap), the transformed logit is z' = ln2 * scale * v and
+Everything runs in the scaled domain of base-2 exponentials: with v = z, or tanh(z / softcap) / 2 under a softcap,
+and ``scale`` = log2(e) / temperature (times 2 softcap), the transformed logit is z' = ln2 * scale * v and
 exp(z' - max) = exp2(u) with u = scale * v - peak: one FFMA and one MUFU.EX2 per element.
 
 Each lane keeps a running maximum, sum and first moment of its own, rescaled once per UNROLL * VEC elements; lanes meet
@@ -25,8 +25,8 @@ LOWEST = tl.constexpr(-1e30)
 # Start of the running maximum, in powers of two: what lies below, such as a mask's -1e10, vanishes beside it. Relative
 # to a maximum of its own it would not: rounded, that is off by up to 2^-24 of itself, beyond 2^31 more than exp2 takes.
 FLOOR = tl.constexpr(-1e9)
-# Times a logit it is below half a unit of 1 up to 2^100 (beyond, at most 4), and -inf of -inf.
-TINY = tl.constexpr(2.0**-126)
+# Twice times a finite logit it is below half a unit of 1, and -inf of -inf. Its square is no float32.
+TINY = tl.constexpr(2.0**-100)
 
 
 @triton.jit
@@ -76,17 +76,17 @@ def row_scale(transform, temperatures, row):
 
 @triton.jit
 def softcapped(z, transform):
-    """v of raw logits, and dv'/dz up to the constant 1 / temperature: 1, or 1 - tanh^2 under a softcap.
+    """v of raw logits, and dz'/dz up to the constant 1 / temperature: 1, or 1 - tanh^2 under a softcap.
 
-    With q = 1 / (1 + exp2(2 log2(e) z / softcap)): tanh = 1 - 2q, absolute error one ulp of 1; 1 - tanh^2 = 4q(1 - q).
-    q as the square of rsqrt: one MUFU.RSQ, where a division costs range checks as well. Of -inf v is -1 and the slope
-    0: enough for a gradient of 0, not for the sums, see :func:`_summand`.
+    With q = 1 / (1 + exp2(2 log2(e) z / softcap)): tanh / 2 = 1/2 - q, one FFMA, its error half a unit of 1/2 and what
+    the root has; 1 - tanh^2 = 4q(1 - q). q as the square of rsqrt: one MUFU.RSQ, where a division costs range checks as
+    well. Of -inf v is -1/2 and the slope 0: enough for a gradient of 0, not for the sums, see :func:`_summand`.
     """
     z = to_float32(z)
     if transform[2] is not None:
         root = tl.rsqrt(1.0 + tl.exp2(z * transform[2]))
         q = root * root
-        return 1.0 - 2.0 * q, 4.0 * q * (1.0 - q)
+        return 0.5 - root * root, 4.0 * q * (1.0 - q)
     else:
         return z, 1.0
 
@@ -95,11 +95,12 @@ def softcapped(z, transform):
 def _summand(z, transform):
     """v of raw logits as the sums take it: a token whose logit is -inf is impossible under a softcap, too.
 
-    One instruction. (A comparison takes registers that AMD has to spill.)
+    Finite logits, a mask's lowest number too, are what tanh makes of them. Two instructions. (A comparison takes
+    registers that AMD has to spill.)
     """
     v, _ = softcapped(z, transform)
     if transform[2] is not None:
-        v += to_float32(z) * TINY
+        v += to_float32(z) * TINY * TINY
     return v
 
 
