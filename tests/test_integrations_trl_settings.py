@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("trl", minversion="1.15", reason="needs the trl extra")
 
@@ -53,7 +54,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "sapo": ({"objective": "sapo", "sapo_temperature_neg": 2.0}, f"sapo_temperature_neg: {GIVEN}"),
     "vespo": ({"objective": "vespo", "vespo_k_pos": 1.0}, f"vespo_k_pos: {GIVEN}"),
     "level": ({"objective": "gspo", **SEQUENCE}, f"importance_sampling_level: {GIVEN}"),
-    "beta": ({"objective": {"preset": "ahpo", "kl_coef": 0.1}, "beta": 0.1}, f"beta: {GIVEN} .*objective.kl_coef"),
+    "beta": ({"objective": {"preset": "ahpo", "kl_coef": 0.1}, "beta": 0.2}, f"beta: {GIVEN} .*objective.kl_coef"),
     "kl": (
         {"objective": {"kl": "k2"}, "beta": 0.1, "use_bias_correction_kl": False},
         f"use_bias_correction_kl: {GIVEN} .*objective.kl",
@@ -64,6 +65,10 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "adaptive": ({"objective": {"entropy_coef": 0.1}, "use_adaptive_entropy": True}, f"use_adaptive_entropy: {GIVEN}"),
     "gmpo": ({"objective": "gmpo", "beta": 0.1}, "kl: expected another kind than 'k3_ratio' for GeometricMean"),
+    "steps": (
+        {"generation_batch_size": 24, "steps_per_generation": 2},
+        "generation_batch_size: expected 16 for steps_per_generation=2 on 1 processes, .*got 24",
+    ),
     "unknown loss": ({"loss_type": "ppo"}, "loss_type: expected one of .*got 'ppo'"),
     "skip head": ({"skip_inactive": True, "head": "two_step"}, "skip_inactive: expected False beside head='two_step'"),
     "skip": ({"skip_inactive": True, "use_adaptive_entropy": True}, "skip_inactive: expected False beside use_adapt"),
@@ -167,9 +172,33 @@ def test_objectives_take_what_trl_says_elsewhere(path: str) -> None:
         assert objective(objective=hf.Objective.preset("ahpo"), **beta) == objective(objective="ahpo", **beta)
     assert objective(objective=hf.Objective.preset("ahpo", kl="k2"), beta=0.1).kl == "k2"
     assert objective(objective={"preset": "ahpo", "kl": "k2"}, beta=0.1).kl == "k2"
+
+
+def test_configs_survive_their_round_trips(path: str, tmp_path: Any) -> None:
+    """What a trainer saves with a checkpoint, too, whose args have the objective's KL coefficient as ``beta``."""
+    import yaml
+
+    common: dict[str, Any] = {"output_dir": "out", "use_cpu": True, "bf16": False}
     ours = make_trainer(path, objective={"preset": "ahpo", "kl_coef": 0.1})
     assert ours.ref_model is not None
-    assert ours.beta == 0.1
+    assert (ours.beta, ours.args.beta) == (0.1, 0.1)
+    torch.save(ours.args, tmp_path / "training_args.bin")
+    saved = torch.load(tmp_path / "training_args.bin", weights_only=False)
+    assert make_trainer(path, **saved.to_dict()).objective == ours.objective
+    for config in (
+        ours.args,
+        saved,
+        HPOConfig(**common),
+        HPOConfig(**common, objective=hf.Objective.preset("gspo", entropy_coef=0.1), beta=0.1),
+        HPOConfig(**common, loss_type="grpo", epsilon_high=0.28, beta=0.1, steps_per_generation=4),
+    ):
+        plain = config.to_dict()
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(json.loads(config.to_json_string())))
+        (read,) = trl.TrlParser(HPOConfig).parse_args_and_config(["--config", str(tmp_path / "run.yaml")])
+        again = (HPOConfig(**plain), HPOConfig(**json.loads(config.to_json_string())), read)
+        for found in again:
+            assert found.to_dict() == plain
+            assert trainer_module.objective_of(found) == trainer_module.objective_of(config)
 
 
 def test_two_lines_of_a_script_change(path: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:

@@ -52,7 +52,7 @@ class HPOConfig(GRPOConfig):  # type: ignore[misc]  # Any: TRL's types are not f
 
     Raises:
         TypeError, ValueError: an objective or key that does not exist, or a setting given twice, in the objective and
-            in a field of TRL's.
+            in a field of TRL's. What a config or a trainer's ``args`` saves is read back unchanged.
     """
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "objective"]  # noqa: RUF012
@@ -71,7 +71,15 @@ class HPOConfig(GRPOConfig):  # type: ignore[misc]  # Any: TRL's types are not f
     )
 
     def __post_init__(self) -> None:
+        given_size = self.generation_batch_size
+        if self.steps_per_generation is not None:  # a saved config has both, which GRPOConfig refuses
+            self.generation_batch_size = None
         super().__post_init__()
+        if given_size not in (None, self.generation_batch_size):
+            raise ValueError(
+                f"generation_batch_size: expected {self.generation_batch_size} for steps_per_generation="
+                f"{self.steps_per_generation} on {self.world_size} processes, or only one of the two, got {given_size}"
+            )
         if self.head not in HEADS:
             raise ValueError(f"head: expected one of {', '.join(HEADS)}, got {self.head!r}")
         if self.skip_inactive and self.head != "linear":
@@ -107,7 +115,7 @@ def objective_of(args: HPOConfig) -> Objective:
         if given(name):
             refuse(f"objective={args.objective!r}", name)
     objective = Objective.from_mapping(args.objective)
-    if objective.kl_coef != 0 and args.beta != 0:
+    if objective.kl_coef != 0 and args.beta not in (0, objective.kl_coef):  # a trainer's own args have both
         refuse("objective.kl_coef", "beta")
     says_kl = objective.kl_coef != 0 or (isinstance(args.objective, Mapping) and "kl" in args.objective)
     if says_kl and given("use_bias_correction_kl"):
