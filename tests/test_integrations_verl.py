@@ -85,8 +85,9 @@ class Batch:
 def test_loss_aggregation(mode: str, totals: str) -> None:
     """Ours is verl's own function of the same name in float64, whatever it divides by."""
     batch = Batch()
-    for (ours, theirs), weighted in product({"grpo": "vanilla", "gspo_token": "gspo"}.items(), (False, True)):
-        config = actor(None, TOTALS[totals], clip_ratio_high=0.28, clip_ratio_c=1.5)
+    pairs, one_side = {"grpo": "vanilla", "gspo_token": "gspo"}, {False: "clip_ratio_high", True: "clip_ratio_low"}
+    for (ours, theirs), weighted in product(pairs.items(), (False, True)):
+        config = actor(None, TOTALS[totals], clip_ratio_c=1.5, **{one_side[weighted]: 0.28})
         want, want_gradient, _ = batch.loss(theirs, mode, config, torch.float64, weighted)
         got, gradient, _ = batch.loss(ours, mode, config, weighted=weighted)
         scale = want_gradient.abs()
@@ -128,6 +129,8 @@ SETTINGS: list[tuple[str, dict[str, Any], dict[str, Any], Any]] = [
     ("ahpo", {"clip_ratio_low": 0.1, "clip_ratio_high": 0.3, "clip_ratio_c": 10.0}, {}, hf.Clip(0.1, 0.3, dual=10.0)),
     ("dapo", {}, {}, hf.Clip(0.2, 0.28, dual=3.0)),
     ("dapo", {"clip_ratio": 0.1, "clip_ratio_low": None, "clip_ratio_high": None}, {}, hf.Clip(0.1, 0.1, dual=3.0)),
+    ("dapo", {"clip_ratio_low": 0.1}, {}, hf.Clip(0.1, 0.2, dual=3.0)),
+    ("grpo", {"clip_ratio": 0.1, "clip_ratio_low": None, "clip_ratio_high": 0.3}, {}, hf.Clip(0.1, 0.3, dual=3.0)),
     ("gspo", {}, {}, hf.Clip(3e-4, 4e-4)),
     ("luspo", {"clip_ratio_high": 1e-3}, {}, hf.Clip(0.2, 1e-3)),
     ("sapo", {"tau_neg": 1.2}, {}, hf.SoftGate(1.0, 1.2)),

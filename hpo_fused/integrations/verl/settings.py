@@ -53,7 +53,8 @@ def objective_of(preset: str, config: Any, normalization: Normalization = "mean_
     """The objective of a preset's policy loss under verl's ActorConfig.
 
     Token-level clipping has verl's range and its ``clip_ratio_c``, as "vanilla" has; a response's ratio has verl's
-    range. Where that is verl's default, 0.2 on either side, it is the preset's. SAPO's gate has verl's temperatures.
+    range. Where that is verl's default, 0.2 on both sides, it is the preset's; one side set alone leaves the other at
+    0.2, as in verl. SAPO's gate has verl's temperatures.
 
     Raises:
         TypeError, ValueError: as :func:`overrides_of`; a field that :meth:`Objective.from_mapping` refuses; a shaping
