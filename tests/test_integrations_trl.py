@@ -225,3 +225,28 @@ def test_group_mean_length_counts_prompts(generated: tuple[Any, dict[str, Any], 
     lengths = inputs["completion_mask"].sum(-1)
     assert len(lengths.unique()) > 3
     check_against_logits(trainer, inputs, logits, objective, groups=torch.arange(4).repeat_interleave(4))
+
+
+@pytest.mark.parametrize(("normalization", "of_micro_batch"), [
+    ("response", 1), ("response_sum", 1), ("group_mean_length", 1), ("mean_length", 1 / 2),
+])  # fmt: skip
+def test_policy_loss_is_logged_as_trl_does(
+    generated: tuple[Any, dict[str, Any], Tensor], normalization: Any, of_micro_batch: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A micro-batch's own mean, whatever the window; of a mean over the window's tokens, its part."""
+    trainer, inputs, logits = generated
+    objective = hf.Objective.preset("ahpo", kl_coef=0.05, normalization=normalization)
+    expected = hf.policy_loss(
+        logits, inputs["completion_ids"], inputs["advantages"], old_logprobs=inputs["old_per_token_logps"],
+        ref_logprobs=inputs["ref_per_token_logps"], mask=inputs["completion_mask"], objective=objective,
+        temperature=trainer.temperature, groups=torch.arange(4).repeat_interleave(4),
+    ).loss  # fmt: skip
+    monkeypatch.setattr(trainer.args, "objective", "ahpo")
+    for name, value in {"objective": objective, "entropy_coef": 0.1, "_entropy_bonus_enabled": True}.items():
+        monkeypatch.setattr(trainer, name, value)
+    monkeypatch.setattr(trainer, "current_gradient_accumulation_steps", 2)
+    trainer._take("train")
+    trainer.compute_loss(trainer.model, dict(inputs))
+    trainer._take("train")
+    assert trainer._metrics["train"]["policy_loss"][-1] == pytest.approx(of_micro_batch * expected.item(), rel=1e-5)

@@ -129,8 +129,7 @@ class HPOTrainer(GRPOTrainer):  # type: ignore[misc]  # Any: TRL's types are not
 
     def _averages_window(self) -> bool:
         """Whether the normaliser is a whole window's, and not a micro-batch's times their number."""
-        means = ("mean_length", "group_mean_length")
-        return self.objective.normalization in means and not self._is_bnpo()
+        return self.objective.normalization == "mean_length" and not self._is_bnpo()
 
     def _is_bnpo(self) -> bool:
         """Whether each micro-batch is divided by its own tokens."""
