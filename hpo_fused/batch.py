@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, distributed
 
-from .checks import check_positive, check_tensor, described, same_device, values_readable
+from .checks import (
+    check_integer,
+    check_positive,
+    check_tensor,
+    described,
+    is_number,
+    plain_numbers,
+    same_device,
+    values_readable,
+)
 from .context_parallel import counts_responses
 from .interface import Count
 from .layout import (
@@ -75,9 +84,10 @@ class BatchStatistics:
     lengths: Tensor | None = None
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         for name in _TOTALS:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
+            if not isinstance(value, Tensor) and not is_number(value):
                 raise TypeError(f"{name}: expected a number or a 0-d tensor, got {described(value)}")
             if isinstance(value, Tensor) and value.dim() != 0:
                 raise ValueError(f"{name}: expected a number or a 0-d tensor, got {described(value)}")
@@ -336,8 +346,7 @@ def _check_known(groups: Tensor, known: Tensor, expected: str) -> None:
 
 def _tokens_of_groups(groups: Tensor | None, count: object, lengths: Tensor) -> Tensor:
     """Tokens of the groups 0 to ``count`` - 1, int64 [G]."""
-    if isinstance(count, bool) or not isinstance(count, int):
-        raise TypeError(f"group_count: expected a positive int or None, got {described(count)}")
+    count = check_integer("group_count", count, "a positive int or None")
     if count < 1:
         raise ValueError(f"group_count: expected a positive int or None, got {count}")
     if groups is None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -103,13 +105,54 @@ def check_logits(name: str, value: object, *, sharded: bool = False) -> Tensor:
     return value
 
 
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether ``value`` is a real number, NumPy's scalars included; bools, strings and tensors are none."""
+    # int and float by name: while torch.compile traces, a symbolic float is one of them but no registered Real.
+    return isinstance(value, (int, float, Real)) and not isinstance(value, bool)
+
+
+def check_integer(name: str, value: object, expected: str = "an int") -> int:
+    """``value`` as an int, if it is one or NumPy's; TypeError otherwise, also for a bool, a tensor or 2.0."""
+    if isinstance(value, bool) or not isinstance(value, (int, Integral)):
+        raise TypeError(f"{name}: expected {expected}, got {described(value)}")
+    return value if isinstance(value, int) else int(value)
+
+
+def plain_numbers(whole: Any) -> None:
+    """Turns NumPy's numbers in a frozen dataclass into Python's, which print, serialise and compute as expected."""
+    for field in dataclasses.fields(whole):
+        value = getattr(whole, field.name)
+        kind = int if isinstance(value, (int, Integral)) else float
+        if is_number(value) and type(value) is not kind:
+            object.__setattr__(whole, field.name, kind(value))
+
+
+def check_number(
+    name: str,
+    value: object,
+    expected: str,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    open_low: bool = False,
+    open_high: bool = True,
+) -> None:
+    """Raise unless ``value`` is a real number in the interval; ``expected`` words the interval for the message."""
+    if not is_number(value):
+        raise TypeError(f"{name}: expected {expected}, got {value!r} of type {type(value).__name__}")
+    number = float(value)
+    above = number > low if open_low else number >= low
+    below = number < high if open_high else number <= high
+    if not (above and below):
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
 def check_positive(name: str, value: object, otherwise: str = "") -> float:
     """``value`` as a float, if it is a finite number above zero; TypeError or ValueError otherwise.
 
     ``otherwise``: what else the caller would have taken, for the message.
     """
-    # int and float by name: while torch.compile traces, a symbolic float is one of them but no registered Real.
-    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
+    if not is_number(value):
         raise TypeError(f"{name}: expected a finite number > 0{otherwise}, got {described(value)}")
     number = float(value)
     if not 0 < number < math.inf:
@@ -129,7 +172,7 @@ def check_factor(name: str, value: object, device: torch.device) -> tuple[float,
         if values_readable(value) and not math.isfinite(float(value)):
             raise ValueError(f"{name}: expected a finite number, got {value.item()}")
         return 1.0, value
-    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
+    if not is_number(value):
         raise TypeError(f"{name}: expected a finite number or a 0-d tensor, got {described(value)}")
     number = float(value)
     if not -math.inf < number < math.inf:  # torch.compile cannot trace math.isfinite of a symbolic float

@@ -91,7 +91,7 @@ def _fields(whole: type) -> dict[str, tuple[type, ...]]:
 def _plain(value: Any, tagged: bool) -> Any:
     if dataclasses.is_dataclass(value):
         return {**({"kind": kind_of(type(value))} if tagged else {}), **as_mapping(value)}
-    return value if value is None or isinstance(value, (str, int)) else float(value)
+    return value
 
 
 def _is_number(text: str) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
+from .checks import check_integer, check_number, plain_numbers
 from .interface import Batch, LossSpec
 from .mapping import arguments_of, as_mapping
 from .shaping import (
@@ -23,7 +24,6 @@ from .shaping import (
     Shaping,
     SoftGate,
     TruncatedRatio,
-    check_number,
 )
 
 RatioLevel: TypeAlias = Literal["token", "sequence", "sequence_token", "sequence_sum"]
@@ -45,6 +45,7 @@ class Hysteretic:
     alpha: float = 0.6
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_number("Hysteretic.alpha", self.alpha, "a number in [0, 1]", low=0.0, high=1.0, open_high=False)
 
 
@@ -67,6 +68,7 @@ class AdaptiveHysteretic:
     alpha_min: float = 0.1
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_number(
             "AdaptiveHysteretic.alpha_min",
             self.alpha_min,
@@ -128,6 +130,7 @@ class Objective:
     kl: KL = "k3"
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if self.ratio_level not in get_args(RatioLevel):
             raise ValueError(f"ratio_level: expected one of {get_args(RatioLevel)}, got {self.ratio_level!r}")
         if not isinstance(self.shaping, SHAPINGS):
@@ -137,11 +140,8 @@ class Objective:
             raise TypeError(f"weighting: expected a Hysteretic, AdaptiveHysteretic or None, got {self.weighting!r}")
         if self.normalization not in get_args(Normalization):
             raise ValueError(f"normalization: expected one of {get_args(Normalization)}, got {self.normalization!r}")
-        if self.max_length is not None:
-            if isinstance(self.max_length, bool) or not isinstance(self.max_length, int):
-                raise TypeError(f"max_length: expected a positive int or None, got {self.max_length!r}")
-            if self.max_length < 1:
-                raise ValueError(f"max_length: expected a positive int or None, got {self.max_length}")
+        if self.max_length is not None and check_integer("max_length", self.max_length, "a positive int or None") < 1:
+            raise ValueError(f"max_length: expected a positive int or None, got {self.max_length}")
         # exp(88.7) is the largest finite float32, and r * A and k3 have to stay finite as well.
         check_number(
             "max_log_ratio",

@@ -8,28 +8,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Literal, TypeAlias, get_args
 
-
-def check_number(
-    name: str,
-    value: object,
-    expected: str,
-    *,
-    low: float = -math.inf,
-    high: float = math.inf,
-    open_low: bool = False,
-    open_high: bool = True,
-) -> None:
-    """Raise unless ``value`` is a real number in the interval; ``expected`` words the interval for the message."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: expected {expected}, got {value!r} of type {type(value).__name__}")
-    number = float(value)
-    above = number > low if open_low else number >= low
-    below = number < high if open_high else number <= high
-    if not (above and below):
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+from .checks import check_number, plain_numbers
 
 
 @dataclass(frozen=True)
@@ -56,6 +37,7 @@ class Clip:
     dual: float | None = None
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_number("Clip.low", self.low, "a number in [0, 1]", low=0.0, high=1.0, open_high=False)
         check_number("Clip.high", self.high, "a finite number >= 0", low=0.0)
         if self.delta is not None:
@@ -90,6 +72,7 @@ class Hazard:
     lambda_neg: float = 0.8
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         for name in ("k_pos", "lambda_pos", "k_neg", "lambda_neg"):
             check_number(f"Hazard.{name}", getattr(self, name), "a finite number > 0", low=0.0, open_low=True)
 
@@ -114,6 +97,7 @@ class LogFidelity:
     hazard: Hazard | None = field(default_factory=Hazard)
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_number("LogFidelity.c", self.c, "a finite number > 0", low=0.0, open_low=True)
         if self.hazard is not None and not isinstance(self.hazard, Hazard):
             raise TypeError(f"LogFidelity.hazard: expected a Hazard or None, got {self.hazard!r}")
@@ -149,6 +133,7 @@ class SoftGate:
     tau_neg: float = 1.05
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         for name in ("tau_pos", "tau_neg"):
             check_number(f"SoftGate.{name}", getattr(self, name), "a finite number > 0", low=0.0, open_low=True)
 
@@ -181,6 +166,7 @@ class TruncatedRatio:
     low_neg: float | None = None
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         for suffix in ("", "_neg"):
             low, high = f"low{suffix}", f"high{suffix}"
             if getattr(self, high) is not None or not suffix:
@@ -234,6 +220,7 @@ class GammaGate:
     lambda_neg: float = 2.0
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         for name in ("k_pos", "k_neg"):
             check_number(f"GammaGate.{name}", getattr(self, name), "a finite number >= 0", low=0.0)
         for name in ("lambda_pos", "lambda_neg"):
@@ -268,6 +255,7 @@ class GeometricMean:
     high: float = 0.4
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         for name in ("low", "high"):
             check_number(f"GeometricMean.{name}", getattr(self, name), "a finite number >= 0", low=0.0)
 
@@ -295,6 +283,7 @@ class DRO:
     beta: float
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_number("DRO.beta", self.beta, "a finite number > 0", low=0.0, open_low=True)
 
     def lower(self) -> tuple[str, tuple[float, ...]]:

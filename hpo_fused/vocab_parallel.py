@@ -27,7 +27,7 @@ from torch import Tensor, distributed
 
 from . import ops
 from .backend import implementation
-from .checks import described, is_dtensor
+from .checks import check_integer, described, is_dtensor, plain_numbers
 from .interface import LogitTransform, SoftmaxStatistics
 from .process_groups import GroupLike, all_gathered, check_group
 
@@ -69,10 +69,9 @@ class VocabShard:
 
     def __post_init__(self) -> None:
         check_group("group", self.group)
+        plain_numbers(self)
         for name in ("start", "vocabulary"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}: expected an int, got {described(value)}")
+            check_integer(name, getattr(self, name))
         if self.vocabulary < 1:
             raise ValueError(f"vocabulary: expected a size >= 1, got {self.vocabulary}")
         if not 0 <= self.start <= self.vocabulary:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from .wrong_calls import (
     ADVANTAGES,
     BIAS,
     HEAD,
+    IDS,
     LOGITS,
     LOGITS_PATH,
     LOSSES,
@@ -122,17 +124,42 @@ def test_masked_positions_may_hold_anything(backend: str, device: torch.device) 
 
 
 def test_numbers_of_other_kinds() -> None:
-    """What NumPy made is a number."""
+    """What NumPy made is a number, and gives what Python's own gives; its bools are none."""
     numpy = pytest.importorskip("numpy")
-    ours, plain = (
-        call("policy_loss", objective=hf.Objective.preset("grpo", kl_coef=coefficient), ref_logprobs=ONES - 2,
-             temperature=temperature).loss
-        for coefficient, temperature in ((numpy.float32(0.125), numpy.float32(0.5)), (0.125, 0.5))
-    )  # fmt: skip
-    assert ours.item() == plain.item()
-    for function in HEAD:
-        for count in (6, numpy.int64(6)):
-            call(function, active_count=count)
+    logprobs = {"old_logprobs": ONES - 3, "ref_logprobs": ONES - 2}
+
+    def made(real: Any, integer: Any) -> list[Any]:
+        clip = hf.Clip(real(0.125), real(0.25), delta=real(4), dual=integer(3))
+        fade = hf.LogFidelity(real(1.5), hf.Hazard(real(1.5), integer(1), integer(2), real(0.75)))
+        objectives = [
+            hf.Objective("token", clip, hf.Hysteretic(real(0.5)), "constant", integer(3), real(20), real(0.125)),
+            hf.Objective("token", fade, hf.AdaptiveHysteretic(real(0.25)), entropy_coef=real(-0.5)),
+        ]
+        counts = hf.BatchStatistics(integer(4), real(12.5), integer(1), integer(3), gradient_average=integer(2))
+        given = {"temperature": real(0.5), "softcap": real(30), "loss_scale": real(0.25), "statistics": counts}
+        numbered = hf.BatchStatistics.from_batch(ADVANTAGES, ONES, groups=IDS[:2] % 2, group_count=integer(2))
+        return [
+            *(call("policy_loss", objective=objective, **logprobs, **given).loss.item() for objective in objectives),
+            *(call(f, active_count=integer(6), chunk_bytes=integer(88)) is not None for f in HEAD),
+            *(repr(objective) + json.dumps(objective.to_mapping()) for objective in objectives),
+            hf.linear_memory(integer(8), integer(4), integer(11), tokens=integer(9), chunk_bytes=integer(88)),
+            repr((counts, numbered.group_lengths)),
+        ]
+
+    assert made(numpy.float32, numpy.int64) == made(float, int)
+    wrong: dict[str, Any] = {
+        "kl_coef": lambda value: hf.Objective(kl_coef=value),
+        "max_length": lambda value: hf.Objective(max_length=value),
+        "tokens": lambda value: hf.BatchStatistics(1, value, 1, 0),
+        "softcap": lambda value: call("policy_loss", softcap=value),
+        "loss_scale": lambda value: call("policy_loss", loss_scale=value),
+        "chunk_bytes": lambda value: call(HEAD[0], chunk_bytes=value),
+        "active_count": lambda value: call(HEAD[0], active_count=value),
+    }
+    for name, function in wrong.items():
+        for value in (True, numpy.True_, "88", numpy.array([88, 88])):
+            with pytest.raises(TypeError, match=f"^{name}: expected .* got "):
+                function(value)
 
 
 @pytest.mark.parametrize("chunk_bytes", [None, 100])

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from hpo_fused.checks import LOGIT_DTYPES, described
+from hpo_fused.checks import LOGIT_DTYPES, check_integer, described
 
 from .head import TILE_BYTES, GemmDtypes
 
@@ -71,15 +71,13 @@ class ChunkPlan(NamedTuple):
             largest = min(largest, _DEFAULT_ROWS.get(device.type, _DEFAULT_ROWS_ELSEWHERE))
             if device.type != "cpu" and total * logits <= accumulator:
                 largest = max(largest, total)
-        elif isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int):
-            raise TypeError(f"chunk_bytes: expected an int or None, got {described(chunk_bytes)}")
-        elif chunk_bytes < logits:
+        elif check_integer("chunk_bytes", chunk_bytes, "an int or None") < logits:
             raise ValueError(
                 f"chunk_bytes: expected at least one row of logits, {logits} bytes at V = {vocabulary}, got "
                 f"{chunk_bytes}"
             )
         else:
-            largest = chunk_bytes // logits
+            largest = int(chunk_bytes) // logits
         count = max(-(-total // largest), 1)
         even = -(-total // count)
         rows = min(-(-even // _ROW_MULTIPLE) * _ROW_MULTIPLE, largest) if count > 1 else even
@@ -150,11 +148,10 @@ def linear_memory(
     """
     tokens = rows if tokens is None else tokens
     for name, value in (("rows", rows), ("hidden_size", hidden_size), ("vocabulary", vocabulary), ("tokens", tokens)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: expected an int, got {described(value)}")
         least = 1 if name in ("hidden_size", "vocabulary") else 0
-        if value < least:
+        if check_integer(name, value) < least:
             raise ValueError(f"{name}: expected a count >= {least}, got {value}")
+    rows, hidden_size, vocabulary, tokens = int(rows), int(hidden_size), int(vocabulary), int(tokens)
     operands = dtype if autocast is None else autocast
     logits = operands if logits_dtype is None else logits_dtype
     for name, kind in (("dtype", dtype), ("autocast", operands), ("logits_dtype", logits)):

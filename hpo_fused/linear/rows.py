@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
-from typing import SupportsIndex
 
 import torch
 from torch import Tensor
 
-from hpo_fused.checks import described, values_readable
+from hpo_fused.checks import check_integer, values_readable
 from hpo_fused.interface import SKIPPED
 
 
@@ -87,9 +85,7 @@ def _first(chosen: Tensor, count: int) -> Tensor:
 
 
 def _check_active_count(active_count: object, active: Tensor) -> int:
-    if isinstance(active_count, (bool, Tensor)) or not isinstance(active_count, SupportsIndex):
-        raise TypeError(f"active_count: expected an int or None, got {described(active_count)}")
-    bound = operator.index(active_count)
+    bound = check_integer("active_count", active_count, "an int or None")
     if not 0 <= bound <= active.numel():
         raise ValueError(f"active_count: expected between 0 and {active.numel()} rows, got {bound}")
     number = active.sum()

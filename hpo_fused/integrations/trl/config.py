@@ -73,7 +73,7 @@ class HPOConfig(GRPOConfig):  # type: ignore[misc]  # Any: TRL's types are not f
     def __post_init__(self) -> None:
         given_size = self.generation_batch_size
         if self.steps_per_generation is not None:  # a saved config has both, which GRPOConfig refuses
-            self.generation_batch_size = None
+            self.generation_batch_size: int | None = None
         super().__post_init__()
         if given_size not in (None, self.generation_batch_size):
             raise ValueError(
