@@ -33,6 +33,10 @@ class MetricSums:
     Calls with the same objective and the same kinds of arguments have the same names, so that one collective,
     ``torch.distributed.all_reduce(sums.values)``, adds up ranks.
 
+    Ranks of a ``context_group``, which have parts of the same responses, add up to whole ones, but for two things that
+    no rank knows alone: the sign of a response whose advantages differ by token is that of the rank's part, and the
+    extremes of ratios of tokens are shares in parts, so that they enclose those of whole responses.
+
     Attributes:
         values: float32 [k].
         names: of the values: numerators under their metric's name, then rows (tokens that the means are over), ratios
@@ -113,7 +117,9 @@ def metric_sums(
         for name, value in rows.items()
     }
 
-    positive, negative = ((terms.signs * sign > 0).sum() for sign in (1, -1))
+    # Of a response in parts each rank counts its share of the rows, for together they are one response.
+    shares = 1.0 if batch.context is None else terms.lengths / batch.context.lengths.clamp(min=1)
+    positive, negative = ((shares * (terms.signs * sign > 0)).sum() for sign in (1, -1))
     sums |= {"active_fraction": terms.active.sum(), "positive_fraction": positive}
     calls = torch.ones((), device=logprobs.device)
     if objective.weighting is not None:

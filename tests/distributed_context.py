@@ -139,24 +139,28 @@ def context_of_two(rank: int, world: int) -> dict[str, float]:
 
 
 def context_metrics(rank: int, world: int) -> dict[str, float]:
-    """Sums of rows add up over ranks; asking for them is no collective."""
+    """Sums add up over ranks to those of whole responses, as far as a rank knows; asking for them is no collective."""
     batch, ranks, mine = Batch(), mesh(), share(rank)
     statistics = batch.counted(*mine, process_group=distributed.group.WORLD, context_group=ranks["context"])
     options = {"statistics": statistics, "lengths": statistics.lengths, "context_group": ranks["context"]}
-    for objective in (PRESETS["gspo"], PRESETS["gmpo"], PRESETS["ahpo"], hf.Objective("sequence", kl_coef=0.1)):
+    narrow = hf.Objective.preset("ahpo", shaping=hf.Clip(0.05, 0.05))
+    for objective in (PRESETS["gspo"], PRESETS["gmpo"], narrow, hf.Objective("sequence", kl_coef=0.1)):
         with collectives() as made:
             _, out = batch.gradient(*mine, objective, **options)
             before = len(made)
             sums = out.metric_sums()
             assert len(made) == before
-        expected = batch.gradient(*ALL, objective)[1].metrics()
+        whole = batch.gradient(*ALL, objective)[1].metric_sums()
         distributed.all_reduce(sums.values)
         distributed.all_reduce(sums.extremes, distributed.ReduceOp.MAX)
-        ours = sums.metrics()
+        ours, expected = sums.metrics(), whole.metrics()
         assert ours.keys() == expected.keys()
-        # Shares and signs are those of a response's part, which counts on each rank that has one.
-        for key in expected.keys() - {"positive_fraction", "clip_low_min", "clip_high_max"}:
+        for key in expected.keys() - ({"clip_high_max"} if objective is narrow else set()):
             torch.testing.assert_close(ours[key], expected[key], msg=lambda text, key=key: f"{key}: {text}")
+        for name, value, right in zip(sums.names, sums.values, whole.values, strict=True):
+            assert name in ("calls", "hysteretic_weight") or abs(value - right) < 1e-5, name
+        if objective is narrow:  # one of the three tokens that a rank has of a response
+            assert (ours["clip_high_max"], expected["clip_high_max"]) == (pytest.approx(1 / 3), 1 / 4)
     return {}
 
 
