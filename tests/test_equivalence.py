@@ -175,6 +175,7 @@ def difficult_rows() -> list[Case]:
         Case("minus_inf-transform", bonus, rows="minus_inf", options={"temperature": 0.7, "softcap": 6.0}),
         Case("masked", bonus, rows="masked", options={"temperature": 0.7}),
         Case("masked-bfloat16", bonus, torch.bfloat16, rows="masked"),
+        Case("masked-softcap", bonus, rows="masked", options={"softcap": 2.0}),  # -2 each, and together most of the sum
     ]
 
 
