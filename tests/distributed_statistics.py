@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import operator
+import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hpo_fused as hf
 
-from .ranks import Part, worst
+from .ranks import COLLECTIVE_SECONDS, Part, worst
 
 LIMIT = 2e-6  # rows are computed alike; weights and sums of responses are rounded in another order
 ADVANTAGES = torch.tensor([1.0, -0.5, -0.6, 0.3, -2.0, 0.8, 0.0, 0.0])
@@ -259,8 +261,25 @@ def missing_rank(rank: int, world: int) -> dict[str, float]:
     return {}
 
 
+def dying_rank(rank: int, world: int) -> dict[str, float]:
+    """Who waits for a rank that dies gets torch.distributed's error at once, long before the group's timeout."""
+    distributed.barrier()
+    if rank == 1:
+        threading.Timer(0.3, os._exit, (1,)).start()  # its result is sent by then
+        return {}
+    started = time.monotonic()
+    with pytest.raises(RuntimeError):
+        hf.logprob_policy_loss(
+            torch.zeros(2, 3), torch.ones(2), objective="gspo", lengths=torch.tensor([6, 6]),
+            statistics=hf.BatchStatistics(2, 12, 2, 0), context_group=distributed.group.WORLD,
+        )  # fmt: skip
+    assert 0.1 < time.monotonic() - started < COLLECTIVE_SECONDS / 3
+    return {}
+
+
 PARTS: dict[str, Part] = {
     "micro_batches": (4, micro_batches),
     "collectives_of_a_step": (2, collectives_of_a_step),
     "missing_rank": (2, missing_rank),
+    "dying_rank": (2, dying_rank),
 }

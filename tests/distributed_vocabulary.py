@@ -13,8 +13,9 @@ from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
 import hpo_fused as hf
+from hpo_fused.vocab_parallel import resolve_shards
 
-from .distributed_statistics import ALL, Batch
+from .distributed_statistics import ALL, Batch, collectives
 from .equivalence import Case, build, check
 from .linear_equivalence import LinearCase, build_linear, options_of
 from .ranks import Part, worst
@@ -307,6 +308,27 @@ def colwise(rank: int, world: int) -> dict[str, float]:
     return {"head as ColwiseParallel leaves it": found}
 
 
+def order_of_asking(rank: int, world: int) -> dict[str, float]:
+    """A vocabulary is asked for once on every rank, where all ask for the same; later calls ask in any order."""
+    group, sizes = distributed.new_group(), (31, 17)
+
+    def asked(size: int) -> Any:
+        half = size // 2
+        shard = hf.VocabShard(group, rank * half, size)
+        columns = torch.zeros(1, size - half if rank else half)
+        return resolve_shards("logits", columns, -1, shard)[1]
+
+    with pytest.raises(ValueError, match=r"got \[0, 15\) of 31, \[8, 17\) of 17$"):  # on both, and nothing is known
+        asked(sizes[rank])
+    with collectives() as made:
+        found = [asked(size) for size in sizes]
+        assert len(made) == 2
+        assert [asked(size) for size in sizes[:: 1 - 2 * rank]] == found[:: 1 - 2 * rank]
+        assert len(made) == 2
+    assert [shards.ranges for shards in found] == [((0, 15), (15, 31)), ((0, 8), (8, 17))]
+    return {}
+
+
 PARTS: dict[str, Part] = {
     "vocabulary_presets": (2, presets),
     "vocabulary_rows": (4, rows),
@@ -314,4 +336,5 @@ PARTS: dict[str, Part] = {
     "vocabulary_dtensor": (2, dtensor),
     "vocabulary_heads": (2, heads),
     "vocabulary_colwise": (2, colwise),
+    "vocabulary_order_of_asking": (2, order_of_asking),
 }

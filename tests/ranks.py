@@ -7,8 +7,9 @@ A *part* is a function ``part(rank, world) -> {row of the table: worst gradient 
 It finds a gloo group initialised, asserts its own limits, and may skip. One with nothing for the table returns {}.
 
 A process imports everything once, then forks the ranks, which wait for parts: importing takes seconds, forking not. A
-part that fails takes its ranks down, and those of the next part are new. It is this script and not a function that
-multiprocessing spawns: tests are imported by path, and a child process could not find this module again.
+part that fails, or one of whose ranks ends, takes its ranks down, and those of the next part are new. It is this script
+and not a function that multiprocessing spawns: tests are imported by path, and a child process could not find this
+module again.
 """
 
 from __future__ import annotations
@@ -139,6 +140,8 @@ class _Group:
             self.kill()
             missing = "".join(f"rank {rank}: not ended\n" for rank in range(self._world) if rank not in results)
             return {"failed": "".join(f"rank {rank}: {text}\n" for rank, text in failures.items()) + missing}
+        if not all(process.is_alive() for process in self._processes):
+            self.kill()
         merged: Result = {}
         for result in results.values():
             for row, value in result.items():
