@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias, get_args
 from torch import Tensor
 
 from . import torch_backend
+from .checks import described
 
 Backend: TypeAlias = Literal["triton", "torch", "auto"]
 
@@ -31,6 +32,7 @@ def backend_for(tensor: Tensor, backend: Backend = "auto") -> Literal["triton", 
             or "auto".
 
     Raises:
+        TypeError: not a tensor.
         ValueError: unknown backend, or "triton" where Triton is not installed or cannot serve the device.
 
     Examples:
@@ -40,6 +42,8 @@ def backend_for(tensor: Tensor, backend: Backend = "auto") -> Literal["triton", 
     """
     if backend not in get_args(Backend):
         raise ValueError(f"backend: expected one of {get_args(Backend)}, got {backend!r}")
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"tensor: expected a tensor, got {described(tensor)}")
     if backend == "auto":
         return "triton" if kernels is not None and tensor.is_cuda else "torch"
     if backend == "triton":

@@ -30,10 +30,13 @@ _ARTICLE = {
 
 
 def described(value: object) -> str:
-    """A value in words: dtype, shape and device of a tensor, a module's type, type and value of anything else."""
+    """A value in words: dtype, shape and device of a tensor, a module's type, type and (shortened) value of others."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
-    return type(value).__name__ if isinstance(value, torch.nn.Module) else f"{type(value).__name__} {value!r}"
+    if isinstance(value, torch.nn.Module):
+        return type(value).__name__
+    text = f"{type(value).__name__} {value!r}"
+    return text if len(text) <= 200 else f"{text[:200]}..."  # a list or an array may be a whole batch's
 
 
 def _listed(shapes: Sequence[tuple[int, ...]]) -> str:

@@ -53,6 +53,8 @@ class MetricSums:
 
     def __add__(self, other: MetricSums) -> MetricSums:
         """The sums of both calls together; ValueError unless they have the same names."""
+        if not isinstance(other, MetricSums):
+            return NotImplemented
         names, others = self.names + self.extreme_names, other.names + other.extreme_names
         if names != others:
             raise ValueError(f"metric sums: expected the names {names}, got {others}")

@@ -54,6 +54,8 @@ def test_wrong_call(function: str, options: dict[str, Any], error: type[Exceptio
 def test_wrong_backend_of_a_tensor() -> None:
     with pytest.raises(ValueError, match=r"backend: .*'gpu'"):
         hf.backend_for(LOGITS, "gpu")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="tensor: expected a tensor, got str 'cuda'"):
+        hf.backend_for("cuda")  # type: ignore[arg-type]
 
 
 def test_a_device_without_an_index_is_any_of_its_type() -> None:

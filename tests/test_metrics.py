@@ -119,6 +119,8 @@ def test_micro_batches_add_up() -> None:
     other = hf.logprob_policy_loss(torch.zeros(1, 1), torch.ones(1), objective="mhpo").metric_sums()
     with pytest.raises(ValueError, match=r"names .*clip_fraction.*psi_mean"):
         _ = sums[0] + other
+    with pytest.raises(TypeError, match="unsupported operand"):
+        _ = sums[0] + 1
 
 
 UP, DOWN = 1.0, -1.0

@@ -68,6 +68,7 @@ ROWS: dict[str, Wrong] = {
     "mask-shape": ({"mask": torch.ones(2, 4)}, ValueError, r"mask: .*\[2, 3\].*\[2, 4\]"),
     "mask-dims": ({"mask": torch.ones(2)}, ValueError, r"mask: .*\[2, 3\].*\[2\]"),
     "mask-type": ({"mask": [1]}, TypeError, "mask: .*list"),
+    "mask-list": ({"mask": [[1] * 999] * 2}, TypeError, r"mask: .* got list \[\[1, 1.{150,199}\.\.\.$"),
     "mask-fractional": ({"mask": ONES / 2}, ValueError, "mask: .*0 and 1.*token_weights"),
     "mask-complex": ({"mask": ONES + 0j}, TypeError, "mask: .*complex"),
     "temperature-zero": ({"temperature": 0.0}, ValueError, "temperature: .*> 0.*0.0"),
@@ -360,6 +361,7 @@ OF_HEAD: dict[str, Wrong] = {
 OF_SIZES: dict[str, Wrong] = {
     "rows-float": ({"rows": 8.0}, TypeError, "rows: expected an int, got float 8.0"),
     "rows-bool": ({"rows": True}, TypeError, "rows: .*bool True"),
+    "device": ({"device": "gpu"}, ValueError, "device: expected one of PyTorch's, .* got 'gpu'"),
     "rows-negative": ({"rows": -1}, ValueError, "rows: expected a count >= 0, got -1"),
     "hidden-size": ({"hidden_size": None}, TypeError, "hidden_size: .*NoneType"),
     "hidden-size-negative": ({"hidden_size": -4}, ValueError, "hidden_size: .*-4"),

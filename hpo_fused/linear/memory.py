@@ -139,7 +139,7 @@ def linear_memory(
         device: where it will run; the default budget depends on its type. A CPU is taken to be this machine's.
 
     Raises:
-        TypeError, ValueError: a dtype or chunk_bytes that the call would refuse, or a size that cannot be.
+        TypeError, ValueError: a dtype or chunk_bytes that the call would refuse, or a size or device that cannot be.
 
     Examples:
         >>> memory = linear_memory(16384, 3584, 152064)  # a 7B model's head, bfloat16, on a GPU
@@ -159,7 +159,10 @@ def linear_memory(
             raise TypeError(f"{name}: expected float16, bfloat16 or float32, got {described(kind)}")
     if logits not in (torch.float32, operands):
         raise TypeError(f"logits_dtype: expected None, torch.float32 or the GEMMs' own {operands}, got {logits}")
-    place = torch.device(device)
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:  # whose message names no argument
+        raise ValueError(f"device: expected one of PyTorch's, such as 'cpu' or 'cuda', got {device!r}") from error
     dtypes = GemmDtypes.of(operands, logits, place)
     size, head = dtype.itemsize, hidden_size * vocabulary
     accumulator = accumulator_bytes(head, dtype, dtypes) if weight_requires_grad else 0
