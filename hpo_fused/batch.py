@@ -259,11 +259,14 @@ class BatchStatistics:
             process_group, context_group: as in :meth:`all_reduced`; without process_group this rank is everything.
 
         Raises:
-            TypeError: no parts.
+            TypeError: no parts, or something else.
             ValueError: a total that differs.
         """
         if not parts:
             raise TypeError("parts: expected the statistics of at least one micro-batch, got none")
+        given: tuple[object, ...] = parts
+        if wrong := [part for part in given if not isinstance(part, BatchStatistics)]:
+            raise TypeError(f"parts: expected BatchStatistics, got {described(wrong[0])}")
         counted = functools.reduce(operator.add, parts)
         if process_group is not None:
             counted = counted.all_reduced(process_group, context_group)

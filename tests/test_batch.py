@@ -363,6 +363,7 @@ def test_padded_levels_are_told_by_their_shape() -> None:
         ),
         (lambda: hf.BatchStatistics(1, 1, 1, 0) + 1, TypeError, "unsupported operand"),
         (lambda: hf.BatchStatistics(1, 1, 1, 0).check(), TypeError, "parts: expected .*at least one"),
+        (lambda: numbered(100).check([numbered(100)]), TypeError, r"parts: expected BatchStatistics, got list \[Batch"),
         (
             lambda: hf.BatchStatistics(6, 15, 2, 3).check(hf.BatchStatistics.from_batch(ADVANTAGES, MASK)),
             ValueError,

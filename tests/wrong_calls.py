@@ -295,7 +295,7 @@ OF_HEAD: dict[str, Wrong] = {
     "context-number": ({"weight_context": 3}, TypeError, "weight_context: expected a callable that makes.*int 3"),
     "context-made": ({"weight_context": nullcontext()}, TypeError, "weight_context: expected a callable.*nullcontext"),
     "context-none": ({"weight_context": lambda: 3}, TypeError, "weight_context: .*context manager, got one that .*int"),
-    "logits-dtype": ({"logits_dtype": torch.bfloat16}, TypeError, "logits_dtype: expected None, torch.float32, got "),
+    "logits-dtype": ({"logits_dtype": torch.bfloat16}, TypeError, "logits_dtype: expected None or torch.float32, got "),
     "logits-dtype-half": (
         {**HALF, "logits_dtype": torch.float16},
         TypeError, "logits_dtype: expected None, torch.float32 or torch.bfloat16, got torch.float16",

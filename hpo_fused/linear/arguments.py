@@ -140,8 +140,8 @@ def check_head(
     if logits_dtype is None:
         logits_dtype = operands
     elif logits_dtype not in (torch.float32, operands):
-        own = "" if operands == torch.float32 else f" or {operands}"
-        raise TypeError(f"logits_dtype: expected None, torch.float32{own}, got {logits_dtype!r}")
+        kinds = "None or torch.float32" if operands == torch.float32 else f"None, torch.float32 or {operands}"
+        raise TypeError(f"logits_dtype: expected {kinds}, got {logits_dtype!r}")
     assert isinstance(logits_dtype, torch.dtype)
     dtypes = GemmDtypes.of(operands, logits_dtype, hidden.device)
     rows = hidden if hidden.dim() == 3 else hidden.unsqueeze(0)
