@@ -209,8 +209,8 @@ def slightly_off(f: Any, gradients: HeadGradients) -> Any:
 @mutant(OF_LINEAR, (Rows, "at"))
 def tokens_not_gathered(f: Any, positions: Tensor, targets: Tensor, **options: Any) -> Rows:
     rows = f(positions, targets, **options)
-    everywhere = targets.view(-1).clone()
-    everywhere[rows.positions] = everywhere[: len(rows)].clamp(min=0)
+    everywhere, flat = targets.clone(), targets.view(-1)
+    everywhere.view(-1)[rows.positions] = flat[: len(rows)].clamp(min=0)
     return dataclasses.replace(rows, everywhere=everywhere)
 
 

@@ -19,7 +19,7 @@ class Rows:
     """Rows of [B, T, ...] tensors, as many as the host knows of.
 
     ``positions``: flat b * T + t, int64 [n], ascending among the rows with a target; a slice where they are all the
-    rows there are, or a chunk of those. ``everywhere``: targets of all rows, int32 [B * T]. Unless ``exact``, some of
+    rows there are, or a chunk of those. ``everywhere``: targets of all rows, int32 [B, T]. Unless ``exact``, some of
     these may be negative: rows that only fill up to a bound the caller gave, and contribute nothing.
     """
 
@@ -39,19 +39,19 @@ class Rows:
     @cached_property
     def targets(self) -> Tensor:
         """int32 [n]; gathered when first asked for, since the first GEMM does not wait for them."""
-        return self._select(self.everywhere, 0)
+        return self._select(self.everywhere.view(-1), 0)
 
     @classmethod
     def at(cls, positions: Tensor, targets: Tensor, *, exact: bool = True) -> Rows:
         """The rows at ``positions`` of ``targets``, contiguous int32 [B, T]."""
         if exact and positions.numel() == targets.numel():
             return cls.all(targets)
-        return cls(positions, targets.view(-1), exact)
+        return cls(positions, targets, exact)
 
     @classmethod
     def all(cls, targets: Tensor) -> Rows:
         """Every row of ``targets``, contiguous int32 [B, T], none of which is negative."""
-        return cls(slice(0, targets.numel()), targets.view(-1), True)
+        return cls(slice(0, targets.numel()), targets, True)
 
     def part(self, part: slice) -> Rows:
         """The chunk of them in ``part``."""
@@ -70,6 +70,14 @@ class Rows:
         if isinstance(positions, slice):
             return whole.narrow(dimension, positions.start, len(self))
         return whole.index_select(dimension, positions)
+
+    @cached_property
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """The rows' indices b and t."""
+        positions, steps = self.positions, max(self.everywhere.shape[1], 1)
+        if isinstance(positions, slice):
+            positions = torch.arange(positions.start, positions.stop, device=self.everywhere.device)
+        return positions.div(steps, rounding_mode="floor"), positions % steps
 
     def write(self, entries: Tensor, whole: Tensor, dimension: int) -> None:
         """Writes the rows' ``entries`` to their places along a dimension of B * T."""
@@ -90,22 +98,19 @@ class Rows:
         """The rows [n, k] of ``whole`` [B, T, k], not copied where they lie side by side."""
         if whole.is_contiguous():
             return self._select(whole.view(-1, whole.shape[-1]), 0)
-        positions, steps = self.positions, max(whole.shape[1], 1)
-        if isinstance(positions, slice):
-            positions = torch.arange(positions.start, positions.stop, device=whole.device)
-        return whole[positions.div(steps, rounding_mode="floor"), positions % steps]
+        return whole[self._places]
 
     def hidden(self, hidden: Tensor) -> Tensor:
         """The rows' hidden states [n, H]; zeros in rows that only fill up."""
         rows = self.of(hidden)
         if not self.exact:  # a NaN times their gradient of 0 would still be a NaN in dweight
-            rows = torch.where((self.targets >= 0).unsqueeze(-1), rows, 0)
+            rows = rows.masked_fill_((self.targets < 0).unsqueeze(-1), 0)
         return rows
 
 
 def _first(chosen: Tensor, count: int) -> Tensor:
     """Positions of ``count`` rows, first of those where ``chosen`` (bool [B, T]) holds; waits for nothing."""
-    return chosen.view(-1).logical_not().to(torch.int8).argsort(stable=True)[:count]
+    return chosen.view(-1).view(torch.int8).argsort(stable=True, descending=True)[:count]
 
 
 def _check_active_count(active_count: object, active: Tensor) -> int:
