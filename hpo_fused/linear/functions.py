@@ -85,7 +85,7 @@ def linear_policy_loss(
             sampler that does so, which takes more of the chunk and, on a CPU, time.
         active_count: number of active rows, or an upper bound, if the caller knows it: the call then does not
             synchronise host and device (Triton backend, ``skip_inactive=True``), and can be captured in a CUDA graph.
-            Rows up to the bound cost as much as active ones.
+            Rows up to the bound cost as much as active ones. With ``vocab_group`` the same on every rank.
         weight_grad: float32 [V, H] that backward adds weight's gradient to (Megatron's ``main_grad``), in the GEMM
             itself; weight then gets no gradient from autograd, and no accumulator is needed. Every backward adds to
             it, also one that was asked for hidden's gradient only.
