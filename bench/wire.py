@@ -82,10 +82,14 @@ def vocabulary_shards(rows: int, ranks: int, *, entropy: bool = True) -> list[Co
 
 
 def head_shards(
-    rows: int, hidden: int, itemsize: int, ranks: int, *, entropy: bool = True, sequence_parallel: bool = False
-) -> list[Collective]:
-    """Hidden states times a head sharded over the vocabulary, forward and backward, rows without a signal included."""
-    statistics, size = vocabulary_shards(rows, ranks, entropy=entropy), rows * hidden * itemsize
+    rows: int, hidden: int, itemsize: int, ranks: int, *, computed: int | None = None, entropy: bool = True,
+    sequence_parallel: bool = False,
+) -> list[Collective]:  # fmt: skip
+    """Hidden states times a head sharded over the vocabulary, forward and backward; ``computed``: None, or fewer rows.
+
+    Those of which statistics are gathered; hidden states and their gradient are those of all rows.
+    """
+    statistics, size = vocabulary_shards(computed or rows, ranks, entropy=entropy), rows * hidden * itemsize
     if not sequence_parallel:
         return [*statistics, Collective("all_reduce", size, ranks, "s n H")]
     gathered = Collective("all_gather", size // ranks, ranks, "s n H ÷ W")

@@ -196,7 +196,7 @@ def check_token_ids(tokens: Tensor, mask: Tensor | None, vocabulary: int) -> Ten
             nothing is checked while torch.compile traces CPU tensors.
     """
     tokens = tokens.to(torch.int64)  # V may lie outside a narrower type
-    inside = (tokens >= 0) & (tokens < vocabulary)
+    inside = tokens == tokens.clamp(0, vocabulary - 1)
     valid = inside if mask is None else inside | (mask == 0)
     message = f"tokens: expected ids in [0, {vocabulary}) at unmasked positions"
     if values_readable(tokens):

@@ -58,6 +58,7 @@ def batch() -> dict[str, Any]:
 def vocabulary(rank: int, world: int) -> dict[str, float]:
     """Logits, and hidden states before a sharded head: the same for every objective, dtype and split of the columns."""
     start, stop = ((0, 17), (17, VOCABULARY))[rank]
+    computed = int(batch()["mask"].sum())
     shard = hf.VocabShard(distributed.group.WORLD, start, VOCABULARY)
     hf.token_logprobs(torch.zeros(1, 1, stop - start), torch.zeros(1, 1).long(), vocab_group=shard)  # asks who has what
     for objective, entropy in (("mhpo_ahpo", True), ("mhpo_ahpo", False), ("gspo", True)):
@@ -81,7 +82,9 @@ def vocabulary(rank: int, world: int) -> dict[str, float]:
                 ).loss.backward()  # fmt: skip
 
             assert seen(of_hidden) == said(
-                wire.head_shards(ROWS, HIDDEN, dtype.itemsize, world, entropy=entropy, sequence_parallel=parallel)
+                wire.head_shards(
+                    ROWS, HIDDEN, dtype.itemsize, world, computed=computed, entropy=entropy, sequence_parallel=parallel
+                )
             )
     return {}
 

@@ -14,6 +14,25 @@ import hpo_fused as hf
 BATCH, STEPS, WIDTH, VOCABULARY = 6, 5, 16, 101
 ACTIVE, UNMASKED = 12, 19
 
+# What calls launch with the Triton backend in one chunk, by objective, and ``linear_token_logprobs`` under no_grad.
+_TERMS, _ROWS = ["response_statistics_kernel", "token_terms_kernel"], ["index_select", "mm"]
+_GRADIENTS = ["mm", "mm", "index_copy_"]  # dhidden, dweight, and the former's rows
+LAUNCHES = {
+    "grpo": [
+        *_TERMS, "new_zeros", "eq", "masked_fill_", "nonzero", *_ROWS, "zeros", "index_select", "index_select",
+        "policy_loss_kernel", "index_copy_", *_GRADIENTS, "sum", "ones_like", *["scale_gradient_kernel"] * 2,
+    ],
+    "gspo": [
+        *_TERMS, "nonzero", *_ROWS, "index_select", "token_statistics_kernel", "new_full", "index_copy_",
+        "logprob_loss_kernel", "sum", "ones_like", "mul", "index_select", "zeros", *_ROWS, "token_gradient_kernel",
+        *_GRADIENTS,
+    ],
+    "logprobs": [
+        "clamp", "eq", "eq", "bitwise_or", *["scalar_tensor", "where"] * 2, "_to_copy", "nonzero", *_ROWS,
+        "index_select", "token_statistics_kernel", "new_full", "index_copy_",
+    ],
+}  # fmt: skip
+
 aten = torch.ops.aten
 
 

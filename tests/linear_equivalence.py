@@ -70,14 +70,14 @@ def recorded(device: torch.device) -> Iterator[list[list[Chunk]]]:
     passes: list[list[Chunk]] = []
     original = _Chunks.__iter__
 
-    def spy(self: _Chunks) -> Iterator[tuple[Rows, Tensor, Tensor]]:
+    def spy(self: _Chunks) -> Iterator[tuple[slice, Rows, Tensor, Tensor]]:
         chunks: list[Chunk] = []
         passes.append(chunks)
-        for rows, x, logits in original(self):
+        for part, rows, x, logits in original(self):
             positions = torch.arange(self.hidden.shape[:2].numel(), device=device)[rows.positions]
             chosen = slice(None) if rows.exact else rows.targets >= 0
             chunks.append(Chunk(positions[chosen], logits[0][chosen].double()))
-            yield rows, x, logits
+            yield part, rows, x, logits
 
     settings = torch.backends.cuda.matmul
     names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")

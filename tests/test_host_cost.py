@@ -32,6 +32,7 @@ import hpo_fused as hf
 from hpo_fused.backend import kernels
 from hpo_fused.kernels import launch
 
+from .linear_counters import LAUNCHES, arguments
 from .test_equivalence import PRESETS
 
 pytestmark = pytest.mark.skipif(kernels is None, reason="needs Triton")
@@ -41,8 +42,8 @@ MODULES = ("logprob_loss", "policy_loss", "scale_gradient", "token_gradient", "t
 
 # Operators of PyTorch that start nothing on a device.
 FREE = {
-    "alias", "as_strided", "detach", "empty", "empty_like", "new_empty", "select", "slice", "unbind", "unsqueeze",
-    "view", "_reshape_alias",
+    "alias", "as_strided", "detach", "empty", "empty_like", "new_empty", "select", "slice", "split_with_sizes",
+    "squeeze", "t", "unbind", "unsafe_split", "unsqueeze", "view", "_reshape_alias",
 }  # fmt: skip
 TERMS = ["response_statistics_kernel", "token_terms_kernel"]
 ONE_KERNEL = [*TERMS, "policy_loss_kernel", "sum"]
@@ -230,6 +231,27 @@ def test_backward_of_two_sweeps(entropy_coef: float, dtype: torch.dtype, launche
     # The seed of ones; its product with the tokens' coefficients; the second sweep.
     products = ["mul"] * (2 if entropy_coef else 1)
     assert backward_of(out, launches) == ["ones_like", *products, "token_gradient_kernel"]
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_launches_from_hidden_states(name: str, launches: list[Launch], monkeypatch: pytest.MonkeyPatch) -> None:
+    """``nonzero`` waits: what needs no rows is before it, a GEMM soon after, and behind that what it does not need."""
+    values = arguments(torch.device("cpu"))
+    inputs = values["base"][:, 1:].clone().requires_grad_(), values["weight"].requires_grad_()
+    batch, mask, old = (*inputs, values["tokens"], values["advantages"]), values["mask"], values["old_logprobs"]
+    assert kernels is not None
+    terms, targets = kernels.token_terms, mask.int() - 1
+    monkeypatch.setattr(kernels, "token_terms", lambda *given: terms(*given)._replace(active=mask, targets=targets))
+
+    def step() -> None:
+        if name == "logprobs":
+            hf.linear_token_logprobs(*batch[:3], mask=mask, backend="triton")
+        else:
+            out = hf.linear_policy_loss(*batch, old_logprobs=old, mask=mask, objective=name, backend="triton")
+            torch.autograd.grad(out.loss, inputs)
+
+    with torch.set_grad_enabled(name != "logprobs"):
+        assert counted(step, launches) == LAUNCHES[name]
 
 
 def test_metrics_cost_nothing_until_asked_for(launches: list[Launch]) -> None:

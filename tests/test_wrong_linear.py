@@ -209,14 +209,16 @@ def slightly_off(f: Any, gradients: HeadGradients) -> Any:
 @mutant(OF_LINEAR, (Rows, "at"))
 def tokens_not_gathered(f: Any, positions: Tensor, targets: Tensor, **options: Any) -> Rows:
     rows = f(positions, targets, **options)
-    return dataclasses.replace(rows, targets=targets.view(-1)[: len(rows)].clamp(min=0))
+    everywhere, flat = targets.clone(), targets.view(-1)
+    everywhere.view(-1)[rows.positions] = flat[: len(rows)].clamp(min=0)
+    return dataclasses.replace(rows, everywhere=everywhere)
 
 
 @mutant(LINEAR_LOSS, (Rows, "at"))
 def filling_rows_computed(f: Any, positions: Tensor, targets: Tensor, **options: Any) -> Rows:
     """As if they had a target: their terms and hidden states are what a mask hides."""
     rows = f(positions, targets, **options)
-    return dataclasses.replace(rows, targets=rows.targets.clamp(min=0))
+    return dataclasses.replace(rows, everywhere=rows.everywhere.clamp(min=0))
 
 
 @mutant(OF_LINEAR, (Rows, "scatter"))

@@ -9,9 +9,9 @@ chunk's logits again (four GEMMs).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, TypeAlias
 from weakref import ref
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from hpo_fused import ops, vocab_parallel
 from hpo_fused.autograd import consume, first_order
 from hpo_fused.backend import implementation
-from hpo_fused.interface import LOGPROB, LOSS, MASKED, SKIPPED, LogitTransform, LossSpec, SoftmaxStatistics, TokenTerms
+from hpo_fused.interface import LOGPROB, LOSS, SKIPPED, LogitTransform, LossSpec, SoftmaxStatistics, TokenTerms
 from hpo_fused.vocab_parallel import Shards
 
 from .arguments import check_still_held
@@ -29,6 +29,10 @@ from .keep import Keep
 from .memory import ChunkPlan, accumulator_bytes
 from .rows import Rows
 from .weight_context import WeightContext, until_accumulated
+
+# The rows of a call: those with a gradient, then those whose statistics alone are wanted. Asked for as late as can be,
+# since the answer waits for the device.
+Choice: TypeAlias = Callable[[], Sequence[Rows]]
 
 
 class Settings(NamedTuple):
@@ -45,15 +49,17 @@ class Settings(NamedTuple):
     def transform_of(self, chunk: Rows) -> LogitTransform:
         """The chunk's transform: with its rows' temperatures, [1, r]."""
         given = self.transform.temperatures
-        return self.transform._replace(temperatures=None if given is None else chunk.gather(given.unsqueeze(0))[0])
+        if given is None:
+            return self.transform
+        return self.transform._replace(temperatures=chunk.gather(given.unsqueeze(0))[0])
 
 
 class _Chunks:
     """The chunks of a call's rows, and the logits of each from a GEMM; ``summed``: dweight is summed over them."""
 
-    def __init__(self, inputs: Inputs, rows: Rows, settings: Settings, *, summed: bool = False) -> None:
-        self.inputs = self.hidden, weight, bias = inputs
-        self.rows, self.head, self.keep = rows, Head(weight, bias, settings.dtypes), settings.keep
+    def __init__(self, inputs: Inputs, head: Head, rows: Rows, settings: Settings, *, summed: bool = False) -> None:
+        self.inputs = self.hidden, weight, _ = inputs
+        self.rows, self.head, self.keep = rows, head, settings.keep
         self.first = 0 if settings.shards is None else settings.shards.own[0]
         vocabulary, width = weight.shape
         accumulator = accumulator_bytes(weight.numel(), weight.dtype, settings.dtypes) if summed else 0
@@ -61,8 +67,8 @@ class _Chunks:
             len(rows), vocabulary, width, settings.dtypes, weight.device, settings.chunk_bytes, accumulator
         )
 
-    def __iter__(self) -> Iterator[tuple[Rows, Tensor, Tensor]]:
-        """(rows, x [r, H], logits [1, r, V]) of each chunk; the logits share one buffer."""
+    def __iter__(self) -> Iterator[tuple[slice, Rows, Tensor, Tensor]]:
+        """(part of the rows, that as rows, x [r, H], logits [1, r, V]) of each chunk; the logits share one buffer."""
         buffer = self.head.new_logits(self.plan.rows)
         for part in self.plan.slices(len(self.rows)):
             rows = self.rows.part(part)
@@ -71,7 +77,7 @@ class _Chunks:
             self.head.logits(x, logits)
             if self.keep is not None:
                 self.keep.restrict(logits, rows, self.first)
-            yield rows, x, logits.unsqueeze(0)
+            yield part, rows, x, logits.unsqueeze(0)
             del x, logits  # before the next are made
 
     def gradients(self, needed: Sequence[bool], into: Tensor | None = None) -> HeadGradients:
@@ -80,11 +86,10 @@ class _Chunks:
         return HeadGradients((hidden, weight, bias), self.head, self.rows, self.plan.chunks, into)
 
 
-@contextmanager
-def _plain(tensor: Tensor) -> Iterator[None]:
-    """Neither autograd nor autocast: dtypes were settled from it before."""
-    with torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
-        yield
+def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Dtypes were settled from it before. Entering it costs more than asking."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _requiring(inputs: Inputs) -> tuple[bool, ...]:
@@ -98,19 +103,15 @@ def _named(statistics: Tensor) -> SoftmaxStatistics:
     return SoftmaxStatistics(logprobs, maximum, others, entropies[0] if entropies else None)
 
 
-def _sweep(inputs: Inputs, rows: Rows, settings: Settings, whole: Tensor, *, entropy: bool) -> None:
-    """One GEMM and the first sweep: writes the rows' stacked statistics to ``whole`` [k, B, T], the first k of them.
-
-    Of a shard they are its own.
-    """
-    for chunk, _, logits in _Chunks(inputs, rows, settings):
-        statistics = whole.new_empty((3 + entropy, 1, len(chunk)))
-        named, targets, transform = _named(statistics), chunk.targets.unsqueeze(0), settings.transform_of(chunk)
+def _sweep(inputs: Inputs, head: Head, rows: Rows, settings: Settings, statistics: Tensor) -> None:
+    """One GEMM and the first sweep: writes the rows' stacked statistics [3 or 4, 1, n], of a shard its own."""
+    for part, chunk, _, logits in _Chunks(inputs, head, rows, settings):
+        named, targets = _named(statistics[..., part]), chunk.targets.unsqueeze(0)
+        transform = settings.transform_of(chunk)
         if settings.shards is None:
             ops.token_statistics(logits, targets, transform, named, settings.backend)
         else:
             vocab_parallel.local_statistics(settings.shards, logits, targets, transform, named, settings.backend)
-        chunk.scatter(statistics[: len(whole)], whole)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -152,21 +153,20 @@ class _PolicyLoss(torch.autograd.Function):
 
 
 def policy_loss(
-    inputs: Inputs, rows: Rows, idle: Sequence[Rows], terms: TokenTerms, spec: LossSpec, settings: Settings, *,
-    entropy: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Loss (differentiable once) of a token-level objective and its per-token results [2 or 3, B, T].
-
-    ``rows`` are those with a gradient, ``idle`` those whose statistics alone are wanted.
-    """
+    inputs: Inputs, choose: Choice, terms: TokenTerms, spec: LossSpec, settings: Settings, *, entropy: bool
+) -> tuple[Tensor, Tensor]:
+    """Loss (differentiable once) of a token-level objective and its per-token results [2 or 3, B, T]."""
     needed = _requiring(inputs)
-    results = terms.values.new_zeros((3 if entropy else 2, *terms.targets.shape))
-    results[LOGPROB:].masked_fill_(terms.targets == SKIPPED, torch.nan)
-    with _plain(inputs[0]):
-        chunks = _Chunks(inputs, rows, settings, summed=needed[1])
-        gradients = chunks.gradients(needed)
-        for chunk, x, logits in chunks:
-            entries = results.new_empty((len(results), 1, len(chunk)))
+    with torch.no_grad(), _no_autocast(inputs[0]):
+        head = Head(*inputs[1:], settings.dtypes)
+        results = terms.values.new_zeros((3 if entropy else 2, *terms.targets.shape))
+        results[LOGPROB:].masked_fill_(terms.targets == SKIPPED, torch.nan)
+        rows, *idle = choose()
+        chunks = _Chunks(inputs, head, rows, settings, summed=needed[1])
+        gradients: HeadGradients | None = None
+        for _, chunk, x, logits in chunks:
+            gradients = gradients or chunks.gradients(needed)  # behind the first GEMM
+            entries = results.new_empty((results.shape[0], 1, len(chunk)))
             ops.policy_loss(
                 logits, chunk.targets.unsqueeze(0), chunk.gather(terms.values), spec, settings.transform_of(chunk),
                 entries, logits if any(needed) else None, settings.backend,
@@ -175,10 +175,11 @@ def policy_loss(
             if any(needed):
                 gradients.add(chunk, x, logits[0])
             del x, logits
-        sums = gradients.finish()
+        sums = (gradients or chunks.gradients(needed)).finish()
         for selection in idle:
-            if len(selection):
-                _sweep(inputs, selection, settings, results[LOGPROB:], entropy=entropy)
+            statistics = results.new_empty((3 + entropy, 1, len(selection)))
+            _sweep(inputs, head, selection, settings, statistics)
+            selection.scatter(statistics[: 1 + entropy], results[LOGPROB:])
     if not any(needed):
         return results[LOSS].sum(), results
     loss = _PolicyLoss.apply(  # type: ignore[no-untyped-call]
@@ -196,25 +197,25 @@ class _TokenStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, selections: Sequence[Rows], settings: Settings,
-        entropy: bool, into: Tensor | None,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, choose: Choice, settings: Settings,
+        entropy: bool, into: Tensor | None, other: float,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        logprobs, statistics = _all_statistics((hidden, weight, bias), selections, settings, entropy)
+        outputs, ctx.rows, statistics = _all_statistics((hidden, weight, bias), choose, settings, entropy, other)
         # All watched for changes until backward.
         ctx.save_for_backward(hidden, weight, bias, statistics, *(settings.keep or ()))
-        ctx.rows, ctx.settings, ctx.into = selections[0], settings, into
+        ctx.settings, ctx.into = settings, into
         ctx.shapes = weight.shape, None if bias is None else bias.shape
         ctx.set_materialize_grads(False)
-        return tuple(entries.clone() for entries in (logprobs, *statistics[1 : 1 + entropy]))
+        return outputs
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(gradient is None for gradient in upstream):
-            return (None,) * 7
+            return (None,) * 8
         saved = ctx.saved_tensors  # once: a checkpoint makes them anew each time
         with until_accumulated(ctx.settings.weight_context, saved[1], needed=any(ctx.needs_input_grad[1:3])):
-            return *_TokenStatistics.gradients(ctx, saved, upstream), *(None,) * 4
+            return *_TokenStatistics.gradients(ctx, saved, upstream), *(None,) * 5
 
     @staticmethod
     def gradients(ctx: Any, saved: Sequence[Tensor], upstream: Sequence[Tensor | None]) -> Gradients:
@@ -222,18 +223,20 @@ class _TokenStatistics(torch.autograd.Function):
         hidden, weight, bias, statistics, *_ = saved
         for name, value, shape in zip(("weight", "bias"), (weight, bias), ctx.shapes, strict=True):
             check_still_held(name, value, shape)
-        c, *h = upstream
-        with _plain(statistics):
+        rows, settings = ctx.rows, ctx.settings
+        with _no_autocast(statistics):
+            c, h = (
+                None if value is None else rows.gather(value.to(torch.float32).unsqueeze(0))[0]
+                for value in (*upstream, None)[:2]
+            )
             c = torch.zeros_like(statistics[0]) if c is None else c
-            coefficients = torch.stack([value.to(torch.float32) for value in (c, *h) if value is not None])
             summed = ctx.needs_input_grad[1] and ctx.into is None
-            chunks = _Chunks((hidden, weight, bias), ctx.rows, ctx.settings, summed=summed)
+            chunks = _Chunks((hidden, weight, bias), Head(weight, bias, settings.dtypes), rows, settings, summed=summed)
             gradients = chunks.gradients(ctx.needs_input_grad[:3], ctx.into)
-            for chunk, x, logits in chunks:
-                c, *h = chunk.gather(coefficients)
+            for part, chunk, x, logits in chunks:
                 vocab_parallel.token_gradient(
-                    ctx.settings.shards, logits, chunk.targets.unsqueeze(0), _named(chunk.gather(statistics)), c,
-                    h[0] if h else None, ctx.settings.transform_of(chunk), logits, ctx.settings.backend,
+                    settings.shards, logits, chunk.targets.unsqueeze(0), _named(statistics[..., part]), c[:, part],
+                    None if h is None else h[:, part], settings.transform_of(chunk), logits, settings.backend,
                 )  # fmt: skip
                 gradients.add(chunk, x, logits[0])
                 del x, logits
@@ -241,37 +244,44 @@ class _TokenStatistics(torch.autograd.Function):
 
 
 def _all_statistics(
-    inputs: Inputs, selections: Sequence[Rows], settings: Settings, entropy: bool
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [B, T] of the rows in ``selections``, NaN elsewhere, and stacked statistics; no autograd.
+    inputs: Inputs, choose: Choice, settings: Settings, entropy: bool, other: float
+) -> tuple[tuple[Tensor, ...], Rows, Tensor]:
+    """Log-probabilities (and entropies) [B, T], ``other`` where no row is chosen; the rows with a gradient, and theirs.
 
-    The statistics [3 or 4, B, T] are what the second sweep wants, a shard's as ``Shards.combined`` returns them.
+    The latter, stacked [3 or 4, 1, n], are what the second sweep wants, a shard's as ``Shards.combined`` returns them.
     """
-    shape, device = (3 + entropy, *inputs[0].shape[:2]), inputs[0].device
-    whole = torch.full(shape, torch.nan, dtype=torch.float32, device=device)
-    with _plain(inputs[0]):
-        for rows in selections:
-            _sweep(inputs, rows, settings, whole, entropy=entropy)
-        if settings.shards is None:
-            return whole[0], whole
-        targets = torch.full((1, *shape[1:]), MASKED, dtype=torch.int32, device=device)
-        for rows in selections:
-            rows.scatter(rows.targets.view(1, 1, -1), targets)
-        logprobs, met = settings.shards.combined(_named(whole), targets[0], settings.backend)
-    return logprobs, torch.stack([entry for entry in (met.logprobs, met.entropy, *met[1:3]) if entry is not None])
+    with torch.no_grad(), _no_autocast(inputs[0]):
+        head = Head(*inputs[1:], settings.dtypes)
+        selections = choose()
+        lengths = [len(rows) for rows in selections]
+        statistics = inputs[0].new_empty((3 + entropy, 1, sum(lengths)), dtype=torch.float32)
+        for rows, entries in zip(selections, statistics.split(lengths, 2), strict=True):
+            _sweep(inputs, head, rows, settings, entries)
+        found = statistics
+        if settings.shards is not None:
+            targets = torch.cat([rows.targets for rows in selections]).unsqueeze(0)
+            logprobs, met = settings.shards.combined(_named(statistics), targets, settings.backend)
+            found = torch.stack([entry for entry in (logprobs, met.entropy) if entry is not None])
+            statistics = torch.stack([entry for entry in (met.logprobs, met.entropy, *met[1:3]) if entry is not None])
+        B, T, _ = inputs[0].shape
+        whole = statistics.new_full(((1 + entropy) * B, T), other)
+        for rows, entries in zip(selections, found[: 1 + entropy].split(lengths, 2), strict=True):
+            rows.scatter(entries, whole.view(1 + entropy, B, T))
+        # Not views of each other: the caller may write to them.
+        return whole.unsafe_chunk(1 + entropy), selections[0], statistics[..., : lengths[0]]
 
 
 def token_statistics(
-    inputs: Inputs, selections: Sequence[Rows], settings: Settings, *, entropy: bool, into: Tensor | None
+    inputs: Inputs, choose: Choice, settings: Settings, *, entropy: bool, into: Tensor | None, other: float = torch.nan
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities and entropies [B, T] of the rows in ``selections``, NaN elsewhere; the first's differentiable.
+    """Log-probabilities and entropies [B, T], ``other`` where no row is chosen; the first selection's differentiable.
 
     ``into``: float32 [V, H] that backward adds dweight to, instead of returning it.
     """
     if any(_requiring(inputs)):
         outputs = _TokenStatistics.apply(  # type: ignore[no-untyped-call]
-            *inputs, selections, settings, entropy, into
+            *inputs, choose, settings, entropy, into, other
         )
-        return outputs[0], outputs[1] if entropy else None
-    logprobs, statistics = _all_statistics(inputs, selections, settings, entropy)
-    return logprobs, statistics[1] if entropy else None
+    else:
+        outputs, *_ = _all_statistics(inputs, choose, settings, entropy, other)
+    return outputs[0], outputs[1] if entropy else None

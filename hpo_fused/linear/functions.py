@@ -5,6 +5,8 @@ torch.compile does not trace these: the number of rows is not known before the b
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -83,7 +85,7 @@ def linear_policy_loss(
             sampler that does so, which takes more of the chunk and, on a CPU, time.
         active_count: number of active rows, or an upper bound, if the caller knows it: the call then does not
             synchronise host and device (Triton backend, ``skip_inactive=True``), and can be captured in a CUDA graph.
-            Rows up to the bound cost as much as active ones.
+            Rows up to the bound cost as much as active ones. With ``vocab_group`` the same on every rank.
         weight_grad: float32 [V, H] that backward adds weight's gradient to (Megatron's ``main_grad``), in the GEMM
             itself; weight then gets no gradient from autograd, and no accumulator is needed. Every backward adds to
             it, also one that was asked for hidden's gradient only.
@@ -138,17 +140,17 @@ def linear_policy_loss(
     terms = ops.token_terms(batch, spec, vocabulary, skip_inactive, served_by)
     kept = check_keep(keep, tokens, mask, vocabulary)
     settings = Settings(dtypes, transform, chunk_bytes, served_by, kept, shards, weight_context)
-    rows, *idle = choose_rows(terms.targets, terms.active, active_count, idle=not skip_inactive)
+    choose = partial(choose_rows, terms.targets, terms.active, active_count, idle=not skip_inactive)
     entropy = entropy or spec.entropy_bonus
     # A loss scaler's factor must enter before a gradient is rounded to float16.
     narrow = torch.float16 in (dtypes.operands, *(value.dtype for value in inputs if value is not None))
     if spec.shared_ratio or narrow or into is not None or shards is not None:
         inputs = before_shards(inputs, shards, sequence_parallel)
-        logprobs, entropies = autograd.token_statistics(inputs, [rows, *idle], settings, entropy=entropy, into=into)
+        logprobs, entropies = autograd.token_statistics(inputs, choose, settings, entropy=entropy, into=into)
         terms = with_other_ranks(terms, spec, logprobs, batch.context)
         loss, results = logprob_loss(logprobs, entropies, terms, spec, settings.backend)
     else:
-        loss, results = autograd.policy_loss(inputs, rows, idle, terms, spec, settings, entropy=entropy)
+        loss, results = autograd.policy_loss(inputs, choose, terms, spec, settings, entropy=entropy)
     return policy_output(loss, results, resolved, batch, terms, shape)
 
 
@@ -201,14 +203,16 @@ def linear_token_logprobs(
     targets = token_targets(tokens, row_mask, vocabulary)
     kept = check_keep(keep, tokens, mask, vocabulary)
     settings = Settings(dtypes, transform, chunk_bytes, backend_for(hidden, backend), kept, shards, weight_context)
-    if mask is None and active_count is None:
-        selections = [Rows.all(targets)]
-    else:
-        selections = choose_rows(targets, row_mask, active_count, idle=False)
     inputs = before_shards(inputs, shards, sequence_parallel)
-    logprobs, entropies = autograd.token_statistics(inputs, selections, settings, entropy=entropy, into=into)
 
-    def shaped(value: Tensor) -> Tensor:
-        return torch.where(row_mask, value, 0.0).reshape(shape)
+    def choose() -> list[Rows]:
+        if mask is None and active_count is None:
+            return [Rows.all(targets)]
+        return choose_rows(targets, row_mask, active_count, idle=False)
+
+    logprobs, entropies = autograd.token_statistics(inputs, choose, settings, entropy=entropy, into=into, other=0.0)
+
+    def shaped(value: Tensor) -> Tensor:  # rows that only fill up to a bound hold NaN
+        return (value if active_count is None else torch.where(row_mask, value, 0.0)).reshape(shape)
 
     return TokenLogprobs(shaped(logprobs), None if entropies is None else shaped(entropies))

@@ -129,7 +129,8 @@ class Head:
 
     def operand(self, matrix: Tensor) -> Tensor:
         """A matrix as the GEMMs take it: rounded to the operands' dtype, in that of the arithmetic."""
-        return matrix.to(self.dtypes.operands).to(self.dtypes.arithmetic)
+        operands, arithmetic, _ = self.dtypes
+        return matrix if matrix.dtype == operands == arithmetic else matrix.to(operands).to(arithmetic)
 
     def parts(self, rows: int, *, widened: bool) -> Iterator[slice]:
         """The vocabulary, in parts of which float32 [part, H] and [rows, part] can be made aside where ``widened``."""
@@ -138,14 +139,16 @@ class Head:
 
     def logits(self, x: Tensor, out: Tensor) -> None:
         """out [r, V] = x [r, H] weight^T + bias, rounded once to its dtype; ``x`` is an operand."""
-        widened = self.dtypes.widened or not (out.dtype == x.dtype or float32_gemms(x.device, x.dtype).write)
-        if out.dtype != x.dtype and not widened:
+        if out.dtype == x.dtype and not self.dtypes.widened:
+            _product(self.bias, x, self.weight.t(), out=out)
+            return
+        if not self.dtypes.widened and float32_gemms(x.device, x.dtype).write:
             torch.mm(x, self.weight.t(), out_dtype=out.dtype, out=out)
             if self.bias is not None:
                 out.add_(self.bias)
             return
-        x = x.to(torch.float32) if widened else x
-        for part in self.parts(len(x), widened=widened):
+        x = x.to(torch.float32)
+        for part in self.parts(len(x), widened=True):
             weight = self.weight[part].to(self.dtypes.operands).to(x.dtype).t()
             bias = None if self.bias is None else self.bias[part].to(x.dtype)
             if out.dtype == x.dtype:
@@ -201,7 +204,7 @@ class HeadGradients:
             if weight_sum is not None:
                 _accumulate(weight_sum[part], g, x, fresh=self.fresh)
         if flat is not None and dhidden is not None and not direct:
-            flat[rows.positions] = dhidden.to(flat.dtype)
+            rows.write(dhidden.to(flat.dtype), flat, 0)
         self.fresh = False
 
     def finish(self) -> Gradients:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,72 +17,98 @@ class Rows:
     """Rows of [B, T, ...] tensors, as many as the host knows of.
 
     ``positions``: flat b * T + t, int64 [n], ascending among the rows with a target; a slice where they are all the
-    rows there are, or a chunk of those. ``targets``: int32 [n]. Unless ``exact``, some may be negative: rows that only
-    fill up to a bound the caller gave, and contribute nothing.
+    rows there are, or a chunk of those. ``everywhere``: targets of all rows, int32 [B, T]. Unless ``exact``, some of
+    these may be negative: rows that only fill up to a bound the caller gave, and contribute nothing.
     """
 
     positions: Tensor | slice
-    targets: Tensor
+    everywhere: Tensor
     exact: bool
 
     def __len__(self) -> int:
-        return self.targets.numel()
+        positions = self.positions
+        return positions.stop - positions.start if isinstance(positions, slice) else positions.numel()
 
     @property
     def everything(self) -> bool:
         """Whether no row is left out."""
         return isinstance(self.positions, slice)
 
+    @cached_property
+    def targets(self) -> Tensor:
+        """int32 [n]; gathered when first asked for, since the first GEMM does not wait for them."""
+        return self._select(self.everywhere.view(-1), 0)
+
     @classmethod
     def at(cls, positions: Tensor, targets: Tensor, *, exact: bool = True) -> Rows:
         """The rows at ``positions`` of ``targets``, contiguous int32 [B, T]."""
-        flat = targets.view(-1)
-        if exact and len(positions) == len(flat):
+        if exact and positions.numel() == targets.numel():
             return cls.all(targets)
-        return cls(positions, flat[positions], exact)
+        return cls(positions, targets, exact)
 
     @classmethod
     def all(cls, targets: Tensor) -> Rows:
         """Every row of ``targets``, contiguous int32 [B, T], none of which is negative."""
-        return cls(slice(0, targets.numel()), targets.view(-1), True)
+        return cls(slice(0, targets.numel()), targets, True)
 
     def part(self, part: slice) -> Rows:
         """The chunk of them in ``part``."""
         positions = self.positions
+        if part.stop - part.start == len(self):
+            return self
         if isinstance(positions, slice):
             positions = slice(positions.start + part.start, positions.start + part.stop)
         else:
             positions = positions[part]
-        return Rows(positions, self.targets[part], self.exact)
+        return Rows(positions, self.everywhere, self.exact)
+
+    def _select(self, whole: Tensor, dimension: int) -> Tensor:
+        """The rows' entries along a dimension of B * T."""
+        positions = self.positions  # in half the time of indexing
+        if isinstance(positions, slice):
+            return whole.narrow(dimension, positions.start, len(self))
+        return whole.index_select(dimension, positions)
+
+    @cached_property
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """The rows' indices b and t."""
+        positions, steps = self.positions, max(self.everywhere.shape[1], 1)
+        if isinstance(positions, slice):
+            positions = torch.arange(positions.start, positions.stop, device=self.everywhere.device)
+        return positions.div(steps, rounding_mode="floor"), positions % steps
+
+    def write(self, entries: Tensor, whole: Tensor, dimension: int) -> None:
+        """Writes the rows' ``entries`` to their places along a dimension of B * T."""
+        if isinstance(self.positions, slice):
+            self._select(whole, dimension).copy_(entries)
+        else:
+            whole.index_copy_(dimension, self.positions, entries)
 
     def gather(self, entries: Tensor) -> Tensor:
-        """The rows' entries [k, 1, n], contiguous, of contiguous per-token ``entries`` [k, B, T]."""
-        return entries.view(len(entries), -1)[:, self.positions].contiguous().unsqueeze(1)
+        """The rows' entries [k, 1, n], contiguous, of per-token ``entries`` [k, B, T]."""
+        return self._select(entries.reshape(entries.shape[0], 1, -1), 2).contiguous()
 
     def scatter(self, entries: Tensor, whole: Tensor) -> None:
         """Writes the rows' ``entries`` [k, 1, n] to their places in ``whole``, contiguous [k, B, T]."""
-        whole.view(len(whole), -1)[:, self.positions] = entries.squeeze(1)
+        self.write(entries, whole.view(whole.shape[0], 1, -1), 2)
 
     def of(self, whole: Tensor) -> Tensor:
         """The rows [n, k] of ``whole`` [B, T, k], not copied where they lie side by side."""
         if whole.is_contiguous():
-            return whole.view(-1, whole.shape[-1])[self.positions]
-        positions, steps = self.positions, max(whole.shape[1], 1)
-        if isinstance(positions, slice):
-            positions = torch.arange(positions.start, positions.stop, device=whole.device)
-        return whole[positions.div(steps, rounding_mode="floor"), positions % steps]
+            return self._select(whole.view(-1, whole.shape[-1]), 0)
+        return whole[self._places]
 
     def hidden(self, hidden: Tensor) -> Tensor:
         """The rows' hidden states [n, H]; zeros in rows that only fill up."""
         rows = self.of(hidden)
         if not self.exact:  # a NaN times their gradient of 0 would still be a NaN in dweight
-            rows = torch.where((self.targets >= 0).unsqueeze(-1), rows, 0)
+            rows = rows.masked_fill_((self.targets < 0).unsqueeze(-1), 0)
         return rows
 
 
 def _first(chosen: Tensor, count: int) -> Tensor:
     """Positions of ``count`` rows, first of those where ``chosen`` (bool [B, T]) holds; waits for nothing."""
-    return chosen.view(-1).logical_not().to(torch.int8).argsort(stable=True)[:count]
+    return chosen.view(-1).view(torch.int8).argsort(stable=True, descending=True)[:count]
 
 
 def _check_active_count(active_count: object, active: Tensor) -> int:
