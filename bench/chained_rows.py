@@ -47,6 +47,7 @@ from hpo_fused.kernels.sweeps import (
     row_offset,
     row_scale,
     row_statistics,
+    store_gradient,
     zero_row,
 )
 from hpo_fused.kernels.token_terms import (
@@ -124,6 +125,27 @@ def chained_sweeps(
     )  # fmt: skip
 
 
+@triton.jit
+def deferred_sweep(
+    row, out, V, maximum, constant, slope, transform,
+    LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
+    ENTROPY_BONUS: tl.constexpr, ALIGNED_OUT: tl.constexpr,
+):  # fmt: skip
+    """``row_gradient`` but for the first whole step's, read longest ago, and the sampled token's."""
+    lead, groups = frame(row, V, VEC)
+    body, out_body = tl.multiple_of(row + lead, 16), gradient_body(out, lead, ALIGNED_OUT)
+    steps = groups // (LANES * UNROLL)
+    gradient_last_step(
+        body, out_body, steps, groups, maximum, constant, slope, transform, LANES, VEC, UNROLL, ENTROPY_BONUS
+    )  # fmt: skip
+    for index in range(steps - 1):
+        gradient_step(
+            body, out_body, steps - 1 - index, groups, maximum, constant, slope, transform,
+            LANES, VEC, UNROLL, ENTROPY_BONUS,
+        )  # fmt: skip
+    gradient_edge(row, out, V, lead, groups, maximum, constant, slope, transform, LANES, VEC, ENTROPY_BONUS)
+
+
 @triton.jit(
     do_not_specialize=[
         "targets", "values", "results", "temperatures", "N", "T", "V", "stride_b", "stride_t", "out_stride_b",
@@ -134,31 +156,46 @@ def chained_rows_kernel(
     logits, out, targets, values, results, transform, temperatures, parameters, max_log_ratio, N, T, V, stride_b,
     stride_t, out_stride_b, out_stride_t, KIND: tl.constexpr, OFF_POLICY: tl.constexpr, KL: tl.constexpr,
     ENTROPY_BONUS: tl.constexpr, ENTROPY: tl.constexpr, ALIGNED_OUT: tl.constexpr, LANES: tl.constexpr,
-    UNROLL: tl.constexpr, LEADER: tl.constexpr, DEEP: tl.constexpr,
+    UNROLL: tl.constexpr, LEADER: tl.constexpr, PART: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
-    """The shipped kernel's parameters and results. ``DEEP``: the next row's loads run a step ahead."""
+    """The shipped kernel's parameters and results.
+
+    ``PART``: what of a row's gradient waits for the next row: "all", written during its first sweep, or "step", the
+    first step's, read before the next row's lanes meet and written after. ``DEEP``: with "all", the next row's loads
+    run a step ahead.
+    """
     VEC: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
     unknown = tl.full((), float("nan"), tl.float32)
     zero = tl.full((), 0.0, tl.float32)
     # The row whose gradient is still to be written, or -1, and what that takes.
     done, done_y = tl.full((), -1, tl.int32), tl.full((), 0, tl.int32)
-    maximum, constant, slope, target = zero, zero, zero, zero
+    done_maximum, done_constant, done_slope, done_target = zero, zero, zero, zero
     for row in range(tl.program_id(0), N, tl.num_programs(0)):
         y = tl.load(targets + row)
         if (y >= 0) & (y < V):
             start = logits + row_offset(row, T, stride_b, stride_t)
+            before = tl.maximum(done, 0)
+            done_start = logits + row_offset(before, T, stride_b, stride_t)
+            destination = out + row_offset(before, T, out_stride_b, out_stride_t)
+            done_lead, done_groups = frame(done_start, V, VEC)
             scale, inverse = row_scale(transform, temperatures, row)
             own = (scale, inverse, transform[2])
-            if done >= 0:
+            if PART == "step":
+                peak, total, moments = lane_statistics(start, V, y, own, LANES, VEC, UNROLL, ENTROPY, "evict_last")
+            elif done >= 0:
                 done_scale, done_inverse = row_scale(transform, temperatures, done)
                 peak, total, moments = chained_sweeps(
-                    start, V, y, own, logits + row_offset(done, T, stride_b, stride_t),
-                    out + row_offset(done, T, out_stride_b, out_stride_t), maximum, constant, slope,
+                    start, V, y, own, done_start, destination, done_maximum, done_constant, done_slope,
                     (done_scale, done_inverse, transform[2]), LANES, VEC, UNROLL, ENTROPY, ENTROPY_BONUS, ALIGNED_OUT,
                     DEEP,
                 )  # fmt: skip
             else:
                 peak, total, moments = lane_statistics(start, V, y, own, LANES, VEC, UNROLL, ENTROPY, "evict_last")
+            # Of step 0 all groups or, where there is none, nothing.
+            held_groups = tl.where((done >= 0) & (done_groups >= LANES * UNROLL), LANES * UNROLL, 0)
+            if PART == "step":
+                body = tl.multiple_of(done_start + done_lead, 16)
+                held = load_step(body, 0, held_groups, LANES, VEC, UNROLL, True, "evict_first")
             z_y = to_float32(tl.load(start + y))
             advantage = tl.load(values + ADVANTAGE * N + row)
             policy_weight = tl.load(values + POLICY_WEIGHT * N + row)
@@ -171,9 +208,6 @@ def chained_rows_kernel(
             if ENTROPY_BONUS:
                 entropy_weight = tl.load(values + ENTROPY_WEIGHT * N + row)
             maximum, others, moment = combine_lanes((peak, total, moments), z_y, own, ENTROPY)
-            if done >= 0:  # ordered after the sweep's stores by the meeting's barriers
-                place = out + row_offset(done, T, out_stride_b, out_stride_t) + done_y
-                tl.store(place, round_to(target, out.dtype.element_ty))
             constant, slope, target = zero, zero, zero
             if leads(LEADER):
                 logprob, entropy = row_statistics(maximum, others, moment, z_y, own, ENTROPY)
@@ -193,13 +227,31 @@ def chained_rows_kernel(
                     constant, slope, target = gradient_constants(
                         maximum, others, entropy, z_y, c, h, own, ENTROPY_BONUS
                     )
+            if PART == "step":  # noqa: SIM102  (settled while compiling, the other at run time)
+                if held_groups > 0:  # by the other warps while the leader computes
+                    done_scale, done_inverse = row_scale(transform, temperatures, done)
+                    store_gradient(
+                        held, gradient_body(destination, done_lead, ALIGNED_OUT), 0, done_maximum, done_constant,
+                        done_slope, (done_scale, done_inverse, transform[2]), LANES, VEC, UNROLL, ENTROPY_BONUS,
+                    )  # fmt: skip
             constant = from_leader(constant, LANES, LEADER)
             if ENTROPY_BONUS:
                 slope = from_leader(slope, LANES, LEADER)
+            if done >= 0:
+                tl.debug_barrier()
+                tl.store(destination + done_y, round_to(done_target, out.dtype.element_ty))
             done, done_y = row, y
+            done_maximum, done_constant, done_slope, done_target = maximum, constant, slope, target
+            destination = out + row_offset(row, T, out_stride_b, out_stride_t)
             if (constant == 0) & (slope == 0):
                 done = tl.full((), -1, tl.int32)
-                zero_row(out + row_offset(row, T, out_stride_b, out_stride_t), V, LANES, VEC, UNROLL)
+                zero_row(destination, V, LANES, VEC, UNROLL)
+            elif PART == "step":
+                scale, inverse = row_scale(transform, temperatures, row)
+                deferred_sweep(
+                    start, destination, V, maximum, constant, slope, (scale, inverse, transform[2]),
+                    LANES, VEC, UNROLL, ENTROPY_BONUS, ALIGNED_OUT,
+                )  # fmt: skip
         else:
             tl.store(results + row, tl.where(y < V, zero, unknown))
             tl.store(results + N + row, tl.where(y == MASKED, zero, unknown))
@@ -208,71 +260,84 @@ def chained_rows_kernel(
             zero_row(out + row_offset(row, T, out_stride_b, out_stride_t), V, LANES, VEC, UNROLL)
     if done >= 0:
         scale, inverse = row_scale(transform, temperatures, done)
-        row_gradient(
-            logits + row_offset(done, T, stride_b, stride_t), out + row_offset(done, T, out_stride_b, out_stride_t), V,
-            done_y, maximum, constant, slope, target, (scale, inverse, transform[2]),
-            LANES, VEC, UNROLL, ENTROPY_BONUS, ALIGNED_OUT,
-        )  # fmt: skip
+        own = (scale, inverse, transform[2])
+        start = logits + row_offset(done, T, stride_b, stride_t)
+        destination = out + row_offset(done, T, out_stride_b, out_stride_t)
+        if PART == "all":
+            row_gradient(
+                start, destination, V, done_y, done_maximum, done_constant, done_slope, done_target, own,
+                LANES, VEC, UNROLL, ENTROPY_BONUS, ALIGNED_OUT,
+            )  # fmt: skip
+        else:
+            lead, groups = frame(start, V, VEC)
+            if groups >= LANES * UNROLL:
+                gradient_step(
+                    tl.multiple_of(start + lead, 16), gradient_body(destination, lead, ALIGNED_OUT), 0, groups,
+                    done_maximum, done_constant, done_slope, own, LANES, VEC, UNROLL, ENTROPY_BONUS,
+                )  # fmt: skip
+            tl.debug_barrier()
+            tl.store(destination + done_y, round_to(done_target, out.dtype.element_ty))
 
 
 class _Chained:
     """In the place of the shipped kernel, which keeps the calls without a gradient."""
 
-    def __init__(self, shipped: Any, deep: bool) -> None:
-        self.shipped, self.deep = shipped, deep
+    def __init__(self, shipped: Any, part: str, deep: bool) -> None:
+        self.shipped, self.constants = shipped, {"PART": part, "DEEP": deep}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]:
         def run(logits: object, out: object, *others: object, **options: object) -> object:
             if out is None:
                 return self.shipped[grid](logits, out, *others, **options)
-            return chained_rows_kernel[grid](logits, out, *others, **options, DEEP=self.deep)
+            return chained_rows_kernel[grid](logits, out, *others, **options, **self.constants)
 
         return run
 
 
 @contextmanager
-def chained(deep: bool = False) -> Iterator[None]:
+def chained(part: str, deep: bool = False) -> Iterator[None]:
     """Until the block ends ``policy_loss`` launches :func:`chained_rows_kernel`."""
     module = importlib.import_module("hpo_fused.kernels.policy_loss")
-    with mock.patch.object(module, "policy_loss_kernel", _Chained(module.policy_loss_kernel, deep)):
+    with mock.patch.object(module, "policy_loss_kernel", _Chained(module.policy_loss_kernel, part, deep)):
         yield
 
 
-class Chained512x4(Fused):
-    """hpo_fused with a row's second sweep and the next one's first in one loop: 512 threads, 4 loads, a row per SM."""
+class Deferred(Fused):
+    """hpo_fused with a row's first step left to the next row's meeting of the lanes: 1024 threads, 4 loads."""
 
-    threads, loads, deep = 512, 4, False
+    threads, loads, part, deep = 1024, 4, "step", False
 
     def __init__(self) -> None:
         super().__init__()
-        self.summary = "two rows' sweeps in one loop, an experiment"
+        self.summary = "an experiment: a row's gradient overlaps the next row"
 
     @contextmanager
     def context(self) -> Iterator[None]:
         rows = torch.cuda.get_device_properties().multi_processor_count
-        with chained(self.deep), launch.override(parameters=launch.LaunchParameters(self.threads, self.loads, rows)):
+        parameters = launch.LaunchParameters(self.threads, self.loads, rows)
+        with chained(self.part, self.deep), launch.override(parameters=parameters):
             yield
 
 
-class Chained512x4Deep(Chained512x4):
+class Deferred512x8(Deferred):
+    """The same with 512 threads of 128 registers, and 8 loads."""
+
+    threads, loads = 512, 8
+
+
+class Chained(Deferred):
+    """hpo_fused with a row's second sweep and the next one's first in one loop: 512 threads, 4 loads, a row per SM."""
+
+    threads, loads, part = 512, 4, "all"
+
+
+class ChainedDeep(Chained):
     """The same with the next row's loads a step ahead."""
 
     deep = True
 
 
-class Chained512x8(Chained512x4):
-    """With 8 loads."""
-
-    loads = 8
-
-
-class Chained1024x2(Chained512x4):
+class Chained1024(Chained):
     """With 1024 threads and 2 loads."""
 
     threads, loads = 1024, 2
-
-
-class Chained1024x2Deep(Chained1024x2):
-    """The same with the next row's loads a step ahead."""
-
-    deep = True

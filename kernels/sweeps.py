@@ -340,6 +340,15 @@ def gradient_step(
 ):  # fmt: skip
     """The gradient of a whole step."""
     raw = load_step(body, step, groups, LANES, VEC, UNROLL, False, "evict_first")
+    store_gradient(raw, out_body, step, maximum, constant, slope, transform, LANES, VEC, UNROLL, ENTROPY_BONUS)
+
+
+@triton.jit
+def store_gradient(
+    raw, out_body, step, maximum, constant, slope, transform,
+    LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr, ENTROPY_BONUS: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a whole step's raw tiles."""
     for i in tl.static_range(UNROLL):
         base, offsets = tile_offsets(step, i, LANES, VEC, UNROLL)
         g = _gradient(raw[i], transform, maximum, constant, slope, ENTROPY_BONUS)

@@ -20,17 +20,20 @@ BONUS = Objective.preset("mhpo_ahpo", entropy_coef=0.1)
 
 
 @pytest.mark.parametrize(
-    ("V", "dtype", "deep", "options"),
+    ("V", "dtype", "variant", "options"),
     [
-        (1100, torch.bfloat16, False, {"objective": BONUS}),
-        (1027, torch.bfloat16, False, {"softcap": 20.0}),  # rows of one step and of two, by their alignment
-        (1539, torch.bfloat16, True, {}),
-        (515, torch.float32, True, {"inplace": True, "temperature": 0.7}),
+        (1100, torch.bfloat16, ("all",), {"objective": BONUS}),
+        (1027, torch.bfloat16, ("all",), {"softcap": 20.0}),  # rows of one step and of two, by their alignment
+        (1539, torch.bfloat16, ("all", True), {}),
+        (515, torch.float32, ("all", True), {"inplace": True, "temperature": 0.7}),
+        (1100, torch.bfloat16, ("step",), {"softcap": 20.0}),
+        (515, torch.float32, ("step",), {"objective": BONUS, "inplace": True}),
+        (400, torch.bfloat16, ("step",), {}),  # no whole step
     ],
-    ids=["even", "odd", "odd-deep", "inplace"],
+    ids=["even", "odd", "odd-deep", "inplace", "step", "step-inplace", "no-step"],
 )
 def test_same_bits(
-    V: int, dtype: torch.dtype, deep: bool, options: dict[str, Any], device: torch.device,
+    V: int, dtype: torch.dtype, variant: tuple[Any, ...], options: dict[str, Any], device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """A program's rows have a gradient, none, or are masked, in turn."""
@@ -50,7 +53,7 @@ def test_same_bits(
         return [out.loss.detach(), out.logprobs, out.entropy, leaf.grad]
 
     shipped = results()
-    with chained(deep):
+    with chained(*variant):
         ours = results()
     assert int(shipped[3].any(-1).sum()) == (17 if "objective" in options else 14)
     for one, other in zip(shipped, ours, strict=True):
