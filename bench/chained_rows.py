@@ -27,29 +27,29 @@ import triton
 import triton.language as tl
 
 from hpo_fused.kernels import launch
-from hpo_fused.kernels.numerics import round_to, to_float32
-from hpo_fused.kernels.row_tiles import frame, load_step
-from hpo_fused.kernels.surrogate import token_log_ratio, token_loss
-from hpo_fused.kernels.sweeps import (
+from hpo_fused.kernels.first_sweep import (
     absorb_last_step,
     absorb_step,
     combine_lanes,
     edge_statistics,
     from_leader,
+    lane_statistics,
+    leads,
+    row_statistics,
+)
+from hpo_fused.kernels.numerics import round_to, to_float32
+from hpo_fused.kernels.row_tiles import frame, load_step, row_offset
+from hpo_fused.kernels.second_sweep import (
     gradient_body,
     gradient_constants,
     gradient_edge,
     gradient_last_step,
     gradient_step,
-    lane_statistics,
-    leads,
     row_gradient,
-    row_offset,
-    row_scale,
-    row_statistics,
     store_gradient,
     zero_row,
 )
+from hpo_fused.kernels.surrogate import token_log_ratio, token_loss
 from hpo_fused.kernels.token_terms import (
     ADVANTAGE,
     ENTROPY_WEIGHT,
@@ -59,6 +59,7 @@ from hpo_fused.kernels.token_terms import (
     POLICY_WEIGHT,
     REF_LOGPROB,
 )  # fmt: skip
+from hpo_fused.kernels.transform import row_scale
 
 from .providers.fused import Fused
 

@@ -92,7 +92,7 @@ class LaunchConfiguration(NamedTuple):
     unroll: int
     rows: int
     options: dict[str, object]
-    leader: bool = False  # whether one warp computes a row's scalars, see sweeps.leads
+    leader: bool = False  # whether one warp computes a row's scalars, see first_sweep.leads
 
     def programs(self, rows: int) -> int:
         """How many are launched for a call with that many rows."""

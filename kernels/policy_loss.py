@@ -14,22 +14,14 @@ from torch import Tensor
 
 from hpo_fused.interface import LogitTransform, LossSpec
 
+from .first_sweep import combine_lanes, from_leader, lane_statistics, leads, row_statistics
 from .launch import launch_configuration, launch_programs, pressure_of, same_alignment, transform_constants
 from .numerics import to_float32
+from .row_tiles import row_offset
+from .second_sweep import gradient_constants, row_gradient, zero_row
 from .surrogate import token_log_ratio, token_loss
-from .sweeps import (
-    combine_lanes,
-    from_leader,
-    gradient_constants,
-    lane_statistics,
-    leads,
-    row_gradient,
-    row_offset,
-    row_scale,
-    row_statistics,
-    zero_row,
-)
 from .token_terms import ADVANTAGE, ENTROPY_WEIGHT, KL_WEIGHT, MASKED, OLD_LOGPROB, POLICY_WEIGHT, REF_LOGPROB
+from .transform import row_scale
 
 
 @triton.jit(
@@ -60,10 +52,10 @@ def policy_loss_kernel(
     KL: tl.constexpr,
     ENTROPY_BONUS: tl.constexpr,
     ENTROPY: tl.constexpr,  # results has entropies
-    ALIGNED_OUT: tl.constexpr,  # see sweeps.row_gradient
+    ALIGNED_OUT: tl.constexpr,  # see second_sweep.row_gradient
     LANES: tl.constexpr,  # this and UNROLL: how a row is cut, see row_tiles.py
     UNROLL: tl.constexpr,
-    LEADER: tl.constexpr,  # see sweeps.leads
+    LEADER: tl.constexpr,  # see first_sweep.leads
 ):
     """A row per iteration of persistent programs: 1. statistics; 2. loss and coefficients; 3. gradient."""
     VEC: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth  # elements in 16 bytes

@@ -7,7 +7,27 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch_configuration, launch_programs
-from .sweeps import row_offset, scale_row
+from .numerics import round_to, to_float32
+from .row_tiles import edge_columns, frame, group_mask, load_step, row_offset, tile_offsets
+
+
+@triton.jit
+def scale_row(row, V, factor, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr):
+    """A row of V elements times ``factor`` in place: float32 products, rounded once."""
+    lead, groups = frame(row, V, VEC)
+    body = tl.multiple_of(row + lead, 16)
+    dtype: tl.constexpr = row.dtype.element_ty
+    for step in range(tl.cdiv(groups, LANES * UNROLL)):
+        raw = load_step(body, step, groups, LANES, VEC, UNROLL, True, "evict_first")
+        for i in tl.static_range(UNROLL):
+            base, offsets = tile_offsets(step, i, LANES, VEC, UNROLL)
+            mask = group_mask(step, i, groups, LANES, UNROLL)
+            product = round_to(to_float32(raw[i]) * factor, dtype)
+            tl.store(body + base + offsets, product, mask=mask, eviction_policy="evict_first")
+    columns = edge_columns(lead, groups, LANES, VEC)
+    mask = tl.arange(0, LANES) < V - groups * VEC
+    edge = tl.load(row + columns, mask=mask, other=0.0)
+    tl.store(row + columns, round_to(to_float32(edge) * factor, dtype), mask=mask)
 
 
 @triton.jit(do_not_specialize=["N", "T", "V", "stride_b", "stride_t"])

@@ -14,7 +14,8 @@ from hpo_fused.interface import LogitTransform, SoftmaxStatistics
 
 from .launch import launch_programs, response_launch, transform_constants
 from .numerics import LN2, log1p_unit, round_to
-from .sweeps import LOWEST, row_offset, row_scale, softcapped
+from .row_tiles import row_offset
+from .transform import LOWEST, row_scale, softcapped
 
 # Rows of a program. Fixed: a new number of rows must not recompile.
 ROWS_BLOCK = tl.constexpr(128)

@@ -3,8 +3,8 @@
 The torch twin is ``hpo_fused/surrogate.py``: ties, NaN and clamps are treated alike in both. Everything here is a
 scalar of one row, computed once per V logits, so each function aims at accuracy first; it stands between the two
 sweeps, while no byte moves, so long library routines are avoided where a short form is as accurate. Under
-``sweeps.leads`` one warp alone computes it: nothing here may reduce or wait. ``parameters`` travel at run time: a new
-epsilon, temperature or alpha never recompiles.
+``first_sweep.leads`` one warp alone computes it: nothing here may reduce or wait. ``parameters`` travel at run time: a
+new epsilon, temperature or alpha never recompiles.
 """
 
 import triton

@@ -10,7 +10,9 @@ from hpo_fused.interface import LogitTransform, SoftmaxStatistics
 
 from .launch import launch_configuration, launch_programs, pressure_of, same_alignment, transform_constants
 from .numerics import to_float32
-from .sweeps import gradient_constants, row_gradient, row_offset, row_scale, zero_row
+from .row_tiles import row_offset
+from .second_sweep import gradient_constants, row_gradient, zero_row
+from .transform import row_scale
 
 
 @triton.jit(
@@ -37,7 +39,7 @@ def token_gradient_kernel(
     stride_t,
     out_stride_b,
     out_stride_t,
-    ALIGNED_OUT: tl.constexpr,  # see sweeps.row_gradient
+    ALIGNED_OUT: tl.constexpr,  # see second_sweep.row_gradient
     LANES: tl.constexpr,  # this and UNROLL: how a row is cut, see row_tiles.py
     UNROLL: tl.constexpr,
 ):

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from hpo_fused.interface import LogitTransform, SoftmaxStatistics
 
+from .first_sweep import combine_lanes, lane_statistics, leads, row_statistics
 from .launch import launch_configuration, launch_programs, pressure_of, transform_constants
 from .numerics import to_float32
-from .sweeps import combine_lanes, lane_statistics, leads, row_offset, row_scale, row_statistics
+from .row_tiles import row_offset
+from .transform import row_scale
 
 
 @triton.jit(
@@ -34,7 +36,7 @@ def token_statistics_kernel(
     stride_t,
     LANES: tl.constexpr,  # this and UNROLL: how a row is cut, see row_tiles.py
     UNROLL: tl.constexpr,
-    LEADER: tl.constexpr,  # see sweeps.leads
+    LEADER: tl.constexpr,  # see first_sweep.leads
 ):
     """The first sweep of every row whose target is an id; NaN in the others, which are not read."""
     VEC: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth  # elements in 16 bytes
