@@ -1,17 +1,21 @@
-"""Experiment: a row's second sweep and the next row's first in one loop, which no GPU has timed yet.
+"""Experiment: a row's gradient overlaps the next row. No GPU has timed it yet.
 
-The shipped kernel does a row's sweeps one after the other, and between them, and between rows, nothing is in flight
-(docs/kernels.md). Here a program writes a row's gradient step by step, read again from the nearest cache, while the
-next row's logits are on their way from memory for their statistics:
+The shipped kernel does a row's sweeps one after the other, and between them, and between rows, a program has nothing in
+flight (docs/kernels.md). Two remedies; each row's arithmetic is in the shipped kernel's order, so that at the same
+threads and loads the results are the same bits.
+
+"step": the first step of a row, read longest ago and lost from the nearest cache, waits for the next row. It is loaded
+before that row's lanes meet and written after, so that reads and writes of memory fill the meeting.
+
+"all": a row's gradient is written while the next row's logits arrive for their statistics, in one loop:
 
     row r       g n-1 | g n-2 | ... | g 0      what was read last is read again first
     row r + 1   s 0   | s 1   | ... | s n-1    its lines take the place of those used up
 
-Only the lanes' meeting, once a row, is left without loads. Each row's arithmetic is in the shipped kernel's order, so
-that at the same threads and loads the results are the same bits. Timed on a GPU by naming its variants as providers::
+Timed on a GPU by naming the variants as providers::
 
     hpo-fused-bench speed --op policy_loss --shape qwen3-8b --shape gemma3-270m --shape gpt2 --provider hpo_fused \\
-        --provider hpo_fused.bench.chained_rows:Chained512x4 --provider hpo_fused.bench.chained_rows:Chained1024x2
+        --provider hpo_fused.bench.chained_rows:Deferred --provider hpo_fused.bench.chained_rows:Chained
 """
 
 from __future__ import annotations
@@ -38,7 +42,7 @@ from hpo_fused.kernels.first_sweep import (
     row_statistics,
 )
 from hpo_fused.kernels.numerics import round_to, to_float32
-from hpo_fused.kernels.row_tiles import frame, load_step, row_offset
+from hpo_fused.kernels.row_tiles import frame, group_mask, load_step, row_offset, tile_offsets
 from hpo_fused.kernels.second_sweep import (
     gradient_body,
     gradient_constants,
@@ -127,6 +131,18 @@ def chained_sweeps(
 
 
 @triton.jit
+def load_first_step(body, groups, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr):
+    """``load_step`` of step 0 past the first-level cache, which has lost it, and keeps the next row so."""
+    tiles = ()
+    for i in tl.static_range(UNROLL):
+        base, offsets = tile_offsets(0, i, LANES, VEC, UNROLL)
+        mask = group_mask(0, i, groups, LANES, UNROLL)
+        tile = tl.load(body + base + offsets, mask=mask, other=float("-inf"), cache_modifier=".cg")
+        tiles = tiles + (tile,)  # type: ignore[assignment]
+    return tiles
+
+
+@triton.jit
 def deferred_sweep(
     row, out, V, maximum, constant, slope, transform,
     LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
@@ -196,7 +212,7 @@ def chained_rows_kernel(
             held_groups = tl.where((done >= 0) & (done_groups >= LANES * UNROLL), LANES * UNROLL, 0)
             if PART == "step":
                 body = tl.multiple_of(done_start + done_lead, 16)
-                held = load_step(body, 0, held_groups, LANES, VEC, UNROLL, True, "evict_first")
+                held = load_first_step(body, held_groups, LANES, VEC, UNROLL)
             z_y = to_float32(tl.load(start + y))
             advantage = tl.load(values + ADVANTAGE * N + row)
             policy_weight = tl.load(values + POLICY_WEIGHT * N + row)
@@ -228,7 +244,7 @@ def chained_rows_kernel(
                     constant, slope, target = gradient_constants(
                         maximum, others, entropy, z_y, c, h, own, ENTROPY_BONUS
                     )
-            if PART == "step":  # noqa: SIM102  (settled while compiling, the other at run time)
+            if PART == "step":  # settled while compiling
                 if held_groups > 0:  # by the other warps while the leader computes
                     done_scale, done_inverse = row_scale(transform, temperatures, done)
                     store_gradient(
