@@ -116,20 +116,27 @@ links:
 	@rm -rf $(TYPED) && mkdir -p $(TYPED)/hpo_fused
 	@ln -s "$(CURDIR)"/hpo_fused/* "$(CURDIR)/kernels" "$(CURDIR)/bench" $(TYPED)/hpo_fused/
 
-# For a GPU at hand for minutes: nothing is installed (BIN=DIR names another environment's programs), most telling first,
-# each step under a limit of its own and into a log, so that a cut loses nothing: 8 minutes in all.
-ON_GPU := env PYTHONPATH="$(CURDIR)/$(TYPED)"
-UNDER_TEST := tests/test_kernels_rows.py tests/test_equivalence.py tests/test_shards.py
-gpu: links ## what a GPU alone can tell, in 8 minutes, into evidence/: kernels' tests, timings, races, suite
-	@mkdir -p evidence
-	-timeout 60 $(ON_GPU) $(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist worksteal $(UNDER_TEST) \
-		>evidence/kernels.log 2>&1; tail -n 1 evidence/kernels.log
-	-timeout 190 $(ON_GPU) $(BIN)/python -c 'import sys; from hpo_fused.bench.cli import main; sys.exit(main())' \
-		all --output evidence --budget 180 >evidence/all.log 2>&1; tail -n 1 evidence/all.log
-	-timeout 50 $(ON_GPU) compute-sanitizer --tool racecheck --target-processes all \
-		$(BIN)/python -m pytest -q -p no:xdist tests/test_kernels_rows.py >evidence/races.log 2>&1; tail -n 1 evidence/races.log
-	-timeout 180 $(ON_GPU) $(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist worksteal --durations 20 \
-		>evidence/suite.log 2>&1; tail -n 1 evidence/suite.log
+# For a GPU at hand for minutes: nothing is installed (BIN=DIR names another environment's programs, and PYTHONPATH what
+# it lacks), most telling first, each step under a limit of its own, at which it is interrupted as by Ctrl-C and still
+# says what it has: 8 minutes in all, and 8 files. Run from the tree of links: Python looks where it is started first,
+# and hpo_fused/ without kernels/ and bench/ in it is no package.
+UNDER_TEST := $(foreach topic,kernels_launch kernels_rows equivalence shards,../../tests/test_$(topic).py)
+PYTEST := -m pytest -q -p no:cacheprovider
+# SECONDS, NAME of the log, command
+on_gpu = -cd $(TYPED) && timeout --signal INT --kill-after 15 $(1) env --default-signal=INT \
+	PYTHONPATH="$(CURDIR)/$(TYPED)$${PYTHONPATH:+:$$PYTHONPATH}" PYTHONUNBUFFERED=1 $(3) >>$(CURDIR)/evidence/$(2).log 2>&1; \
+	tail -n 3 $(CURDIR)/evidence/$(2).log
+sanitized = env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $(1) --target-processes all \
+	$(abspath $(BIN))/python $(PYTEST) -p no:xdist ../../tests/test_kernels_rows.py
+gpu: links ## what a GPU alone can tell, in 8 minutes, into evidence/: kernels' tests, timings, suite, accesses and races
+	@mkdir -p evidence && rm -f evidence/*.log
+	$(call on_gpu,60,kernels,$(abspath $(BIN))/python $(PYTEST) -n $(PYTEST_WORKERS) --dist worksteal $(UNDER_TEST))
+	$(call on_gpu,175,all,$(abspath $(BIN))/python -c 'from hpo_fused.bench.cli import main; exit(main())' \
+		all --output $(CURDIR)/evidence --budget 165)
+	$(call on_gpu,165,suite,$(abspath $(BIN))/python $(PYTEST) -n $(PYTEST_WORKERS) --dist worksteal --durations 30 \
+		../../tests)
+	$(call on_gpu,40,sanitizer,$(call sanitized,memcheck))
+	$(call on_gpu,40,sanitizer,$(call sanitized,racecheck))
 
 # Each Triton in a folder of its own, found before the one that PyTorch brought. The sample has both paths of the
 # kernels, the terms of a batch, float16 and rows that start anywhere. Before Triton 3.7 the interpreter does not know

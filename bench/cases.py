@@ -106,6 +106,7 @@ class Case:
         inplace: providers that can write the gradient over the logits do.
         cuda_graph: the replay of a CUDA graph is timed, without the host's part of a step.
         chunk_mib: memory for a chunk's logits (``chunk_bytes`` of the linear functions); None: their default.
+        loss_scale: what the loss is multiplied by: hpo_fused is told it, for the others backward starts from it.
     """
 
     operation: Operation
@@ -120,6 +121,7 @@ class Case:
     inplace: bool = False
     cuda_graph: bool = False
     chunk_mib: float | None = None
+    loss_scale: float = 1.0
 
     def __post_init__(self) -> None:
         known = {"operation": OPERATIONS, "dtype": DTYPES, "objective": Objective.presets(), "mode": MODES}
@@ -128,6 +130,8 @@ class Case:
                 raise ValueError(f"{name}: expected one of {', '.join(values)}, got {value!r}")
         if not 0 <= self.inactive <= 1:
             raise ValueError(f"inactive: expected a share of 0 to 1, got {self.inactive}")
+        if not 0 < self.loss_scale < math.inf:
+            raise ValueError(f"loss_scale: expected a positive number, got {self.loss_scale}")
         if self.linear and self.shape.hidden == 0:
             raise ValueError(f"shape: expected a hidden size (H=N) for {self.operation}, got {self.shape.name!r}")
         row = self.shape.vocabulary * self.torch_dtype.itemsize
@@ -182,13 +186,13 @@ class Case:
 
     @property
     def upstream(self) -> float:
-        """Gradient that backward starts from: 1, or for float16 a loss scaler's factor, since gradients underflow.
+        """Factor of the gradients: the loss's, for float16 with a loss scaler's, since gradients underflow.
 
         From hidden states it is where a scaler would settle: the head's gradient, a sum over rows, must not overflow.
         """
         if self.dtype != "fp16":
-            return 1.0
-        return min(65536.0, 8.0 * (1 << self.tokens.bit_length())) if self.linear else 65536.0
+            return self.loss_scale
+        return self.loss_scale * (min(65536.0, 8.0 * (1 << self.tokens.bit_length())) if self.linear else 65536.0)
 
     def resolved_objective(self) -> Objective:
         """The preset, with T as the constant length that Dr. GRPO divides by."""
@@ -223,7 +227,7 @@ def of_tokens(operation: Operation, shape: Shape, tokens: int, **fields: Any) ->
     if operation == "logprob_policy_loss":
         case = replace(case, shape=NO_VOCABULARY, dtype="fp32")
     if not case.gives_loss:
-        case = replace(case, objective=Case.objective, inactive=0.0)
+        case = replace(case, objective=Case.objective, inactive=0.0, loss_scale=1.0)
     return replace(
         case, inplace=case.inplace and operation == "policy_loss", chunk_mib=case.chunk_mib if case.linear else None
     )
@@ -262,10 +266,14 @@ def labels(cases: Iterable[Case], *, without: Sequence[str] = ()) -> dict[Case, 
             yield case.shape.name
         if {"responses", "length"} & set(differing) and "tokens" not in without:
             yield f"N={case.tokens}"
-        told = {"inactive": f"{case.inactive:.0%} inactive", "chunk_mib": f"chunk {case.chunk_mib} MiB"}
-        for name in ("dtype", "objective", "inactive", "mode", "ragged", "inplace", "cuda_graph", "chunk_mib"):
+        told = {
+            "inactive": f"{case.inactive:.0%} inactive", "chunk_mib": f"chunk {case.chunk_mib} MiB",
+            "loss_scale": f"loss × {case.loss_scale:g}",
+        }  # fmt: skip
+        fields = "dtype", "objective", "inactive", "mode", "ragged", "inplace", "cuda_graph", "chunk_mib", "loss_scale"
+        for name in fields:
             value = getattr(case, name)
-            if name in differing and value not in (False, None):
+            if name in differing and value not in (False, None) and (name, value) != ("loss_scale", 1.0):
                 yield told.get(name, name if value is True else value)
 
     return {case: " ".join(words(case)) for case in found}

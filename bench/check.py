@@ -93,7 +93,8 @@ def judge(inputs: Inputs, truth: Truth, step: Step, provider: Provider) -> Error
         loss, coefficients = loss_and_coefficients(provider, inputs, truth.logprobs + shift)
         if out.loss is not None:
             scale = coefficients.abs().sum().maximum(loss.abs()).clamp(min=TINY)
-            loss_error = ((out.loss.detach().double() - loss).abs() / scale).item()
+            got = out.loss.detach().double() / (case.loss_scale if provider.takes_loss_scale else 1.0)
+            loss_error = ((got - loss).abs() / scale).item()
     verdict = Verdict()
     if step.gradients:
         verdict = truth.judge(inputs, step.gradients, coefficients, torch.where(moved, shift, 0.0), provider.tolerance)

@@ -171,8 +171,9 @@ def all_(
 ) -> None:
     """Measure a fixed plan (bench/plan.py), the most important first, and write a report with pictures.
 
-    The report is written anew after each case: Ctrl-C and a used budget leave everything that was measured. The exit
-    status is 1 if a provider was wrong or failed, or if hpo_fused misses a limit of its own.
+    The report is written anew after each case, pictures at the end: Ctrl-C and a used budget leave everything that was
+    measured. On a GPU times are the device's (replays of CUDA graphs) and the step's. The exit status is 1 if a
+    provider was wrong or failed, or if hpo_fused misses a limit of its own.
     """
     where, deadline = device_of(device), time.monotonic() + budget
     check_writable(output / "result.json")
@@ -185,11 +186,12 @@ def all_(
         if time.monotonic() > deadline:
             result.notes.append(f"{names[case]}: not begun, as the budget of {budget:g} s was used")
             continue
-        slow = plan.SLOW_ON_CPU if where.type == "cpu" and not part.slow else ()
-        wanted = [name for name in known.defaults(where) if name not in slow]
-        settings = Settings(where, 100 if part.timed else 0, plan.SECONDS_PER_CASE[where.type], seed)
-        measure(result, [case], [known.create(name) for name in wanted], settings)
-        write_report(result, output)
+        settings = Settings(
+            where, 100 if part.timed else 0, plan.SECONDS_PER_CASE[where.type] / (3 if part.who == "ours" else 1), seed,
+            device_time=where.type == "cuda",
+        )  # fmt: skip
+        measure(result, [case], [known.create(name) for name in part.providers(where)], settings)
+        write_report(result, output, draw=False)
     if time.monotonic() > deadline and not (quick or result.interrupted):
         result.notes.append(f"machine code: not begun, as the budget of {budget:g} s was used")
     elif not (quick or result.interrupted):
@@ -204,11 +206,11 @@ def all_(
     finish(result, output / "result.json")
 
 
-def write_report(result: Result, folder: Path) -> list[str]:
-    """Write result.json, report.md and pictures; the names of the pictures."""
+def write_report(result: Result, folder: Path, *, draw: bool = True) -> list[str]:
+    """Write result.json, report.md and, which takes a second, pictures; the names of the pictures."""
     folder.mkdir(parents=True, exist_ok=True)
     result.write(folder / "result.json")
-    drawn = pictures.draw(result, folder)
+    drawn = pictures.draw(result, folder) if draw else []
     (folder / "report.md").write_text(report.markdown(result, drawn), encoding="utf-8")
     return drawn
 

@@ -16,6 +16,7 @@ from .cases import GROUP, Case
 # moved far, so that every branch of every objective (clipped, saturated) is on the measured path.
 LOGIT_STD = 2.5
 LOG_RATIO_STD, FAR_LOG_RATIO_STD, FAR_SHARE = 0.1, 0.5, 0.05
+RESPONSE_LOG_RATIO_STD = 2e-4  # of a response's mean: GSPO, whose range is [-3e-4, 4e-4], then clips a few
 CANDIDATES = 8  # tokens of a row that share most of its probability
 WEIGHT_STD = 0.02  # of an LM head's entries
 HIGHEST = 0.95  # share of a softcap up to which a peak may lie
@@ -78,11 +79,22 @@ def draw_advantages(responses: int, inactive: float, generator: torch.Generator)
     return values[torch.randperm(responses, generator=generator)]
 
 
-def draw_old_logprobs(logprobs: Tensor, generator: torch.Generator) -> Tensor:
-    """Float32 log-probabilities under the policy that sampled, near these and for some tokens further away."""
+def draw_old_logprobs(
+    logprobs: Tensor, generator: torch.Generator, objective: Objective, mask: Tensor | None
+) -> Tensor:
+    """Float32 log-probabilities under the policy that sampled, near these and for some tokens further away.
+
+    Where a response has one ratio its tokens' log-ratios nearly cancel, as between two updates.
+    """
     far = torch.rand(logprobs.shape, generator=generator, device=logprobs.device) < FAR_SHARE
     spread = torch.where(far, FAR_LOG_RATIO_STD, LOG_RATIO_STD)
-    return (logprobs - spread * torch.randn(logprobs.shape, generator=generator, device=logprobs.device)).float()
+    log_ratios = spread * torch.randn(logprobs.shape, generator=generator, device=logprobs.device)
+    if objective.ratio_level != "token":
+        weights = torch.ones_like(log_ratios) if mask is None else mask.to(log_ratios.dtype)
+        means = (log_ratios * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
+        drawn = torch.randn(means.shape, generator=generator, device=means.device)
+        log_ratios = log_ratios - means + RESPONSE_LOG_RATIO_STD * drawn
+    return (logprobs - log_ratios).float()
 
 
 def _peaks(count: int, vocabulary: int, device: torch.device, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -46,6 +46,7 @@ class CaseOptions:
     dtype: Annotated[Names, repeated("dtype", f"Of {', '.join(DTYPES)} (bf16; accuracy: and fp32)")] = None
     objective: Annotated[Names, repeated("objective", "A preset of hpo_fused.Objective (mhpo_ahpo)")] = None
     inactive: Annotated[list[float] | None, repeated("inactive", "Share of responses with zero advantage (0)")] = None
+    loss_scale: Annotated[list[float] | None, repeated("loss-scale", "What the loss is multiplied by (1)")] = None
     mode: Annotated[Names, repeated("mode", f"Of {', '.join(MODES)} (both); backward: its forward is not timed")] = None
     ragged: Annotated[bool, option("ragged", "Responses of different lengths, padded and masked.")] = False
     inplace: Annotated[bool, option("inplace", "Write the gradient over the logits, where the provider can.")] = False
@@ -59,7 +60,7 @@ class CaseOptions:
         """Every combination; BadParameter for values that there are not. The arguments stand in for missing options."""
         axes: dict[str, Sequence[Any]] = {
             "dtype": self.dtype or dtype, "objective": self.objective or ["mhpo_ahpo"],
-            "inactive": self.inactive or [0.0], "mode": self.mode or ["both"],
+            "inactive": self.inactive or [0.0], "mode": self.mode or ["both"], "loss_scale": self.loss_scale or [1.0],
         }  # fmt: skip
         if cuda_graph and (device.type != "cuda" or "backward" in axes["mode"]):
             raise typer.BadParameter("--cuda-graph: expected a GPU, and mode forward or both: the forward is captured")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+import torch
 
 from .cases import Case, Mode, Operation, cases_of, parse_shape
+from .providers import defaults
 
 
 @dataclass(frozen=True)
@@ -12,48 +16,56 @@ class Part:
     """Cases that are measured alike.
 
     Args:
-        operation, shapes, tokens, dtype, inactive, mode: as on the command line.
+        operation, shapes, tokens, dtype, objective, inactive, loss_scale, mode: as on the command line.
         timed: else results are checked and their memory taken.
-        slow: providers of ``SLOW_ON_CPU`` are measured there, too.
+        who: is measured beside the limits: everybody, all but the device's ``SLOW`` ones, or hpo_fused alone.
     """
 
     operation: Operation
     shapes: tuple[str, ...]
     tokens: tuple[int, ...]
     dtype: str = "bf16"
+    objective: str = "mhpo_ahpo"
     inactive: float = 0.0
+    loss_scale: float = 1.0
     mode: Mode = "both"
     timed: bool = True
-    slow: bool = True
+    who: Literal["all", "quick", "ours"] = "all"
 
     def cases(self) -> list[Case]:
         """One for each shape and number of tokens."""
         shapes = [parse_shape(name) for name in self.shapes]
-        fields = {"dtype": self.dtype, "inactive": self.inactive, "mode": self.mode}
-        return cases_of({self.operation: self.tokens}, shapes, {}, **fields)
+        names = "dtype", "objective", "inactive", "loss_scale", "mode"
+        return cases_of({self.operation: self.tokens}, shapes, {}, **{name: getattr(self, name) for name in names})
+
+    def providers(self, device: torch.device) -> list[str]:
+        """Names of those who are measured on the device."""
+        if self.who == "ours":
+            return ["hpo_fused"]
+        return [name for name in defaults(device) if self.who == "all" or name not in SLOW[device.type]]
 
 
 # Compilation, and ten times the time of everybody else.
-SLOW_ON_CPU = ("compile", "trl:eager")
+SLOW = {"cpu": ("compile", "trl:eager"), "cuda": ("compile",)}
 CPU_QUICK = (
     Part("policy_loss", ("qwen3-0.6b",), (1024,)),
     Part("linear_policy_loss", ("qwen3-0.6b",), (256,)),
-    Part("token_logprobs", ("qwen3-0.6b",), (256,), mode="forward", slow=False),
-    Part("linear_policy_loss", ("qwen3-0.6b",), (256,), inactive=0.75, slow=False),
+    Part("token_logprobs", ("qwen3-0.6b",), (256,), mode="forward", who="quick"),
+    Part("linear_policy_loss", ("qwen3-0.6b",), (256,), inactive=0.75, who="quick"),
 )
 CPU_FULL = (
     *CPU_QUICK,
     Part("policy_loss", ("gpt2",), (1024,)),
     Part("linear_policy_loss", ("gpt2",), (256,)),
-    Part("policy_loss", ("qwen3-0.6b",), (1024,), inactive=0.75, slow=False),
+    Part("policy_loss", ("qwen3-0.6b",), (1024,), inactive=0.75, who="quick"),
     Part("logprob_policy_loss", ("qwen3-0.6b",), (65536,)),
-    Part("token_logprobs", ("qwen3-0.6b",), (256,), slow=False),
-    Part("linear_token_logprobs", ("qwen3-0.6b",), (256,), mode="forward", slow=False),
-    Part("policy_loss", ("qwen3-0.6b",), (64, 128, 256), timed=False, slow=False),
-    Part("linear_policy_loss", ("qwen3-0.6b",), (64, 128), timed=False, slow=False),
-    Part("policy_loss", ("gpt2",), (256,), dtype="fp32", timed=False, slow=False),
-    Part("policy_loss", ("llama3.2-1b", "gemma2-9b"), (256,), slow=False),
-    Part("linear_policy_loss", ("llama3.2-1b", "gemma3-270m"), (128,), slow=False),
+    Part("token_logprobs", ("qwen3-0.6b",), (256,), who="quick"),
+    Part("linear_token_logprobs", ("qwen3-0.6b",), (256,), mode="forward", who="quick"),
+    Part("policy_loss", ("qwen3-0.6b",), (64, 128, 256), timed=False, who="quick"),
+    Part("linear_policy_loss", ("qwen3-0.6b",), (64, 128), timed=False, who="quick"),
+    Part("policy_loss", ("gpt2",), (256,), dtype="fp32", timed=False, who="quick"),
+    Part("policy_loss", ("llama3.2-1b", "gemma2-9b"), (256,), who="quick"),
+    Part("linear_policy_loss", ("llama3.2-1b", "gemma3-270m"), (128,), who="quick"),
 )
 GPU_QUICK = (
     Part("policy_loss", ("qwen3-8b",), (8192,)),
@@ -62,15 +74,24 @@ GPU_QUICK = (
     Part("token_logprobs", ("qwen3-8b",), (8192,), mode="forward"),
 )
 GPU_FULL = (
-    *GPU_QUICK,
-    Part("policy_loss", ("llama3-8b", "gemma2-9b", "gemma3-270m"), (8192,)),
-    Part("linear_policy_loss", ("qwen3-0.6b", "gpt2", "llama3-8b", "gemma2-9b"), (8192,)),
-    Part("policy_loss", ("qwen3-8b",), (8192,), inactive=0.75),
-    Part("linear_policy_loss", ("qwen3-8b",), (8192,), inactive=0.75),
+    # What a machine lent for minutes is to say first: seconds each, but for those with everybody.
+    Part("policy_loss", ("qwen3-8b",), (8192,)),
+    Part("policy_loss", ("qwen3-8b",), (8192,), loss_scale=0.25, who="ours"),
+    Part("policy_loss", ("qwen3-8b",), (8192,), inactive=0.75, who="ours"),
+    Part("policy_loss", ("qwen3-8b",), (8192,), mode="forward", who="ours"),
+    Part("policy_loss", ("qwen3-8b",), (8192,), objective="gspo", who="ours"),
+    Part("policy_loss", ("qwen3-8b",), (512,), who="ours"),
+    Part("policy_loss", ("gemma2-9b",), (8192,), who="ours"),
+    Part("linear_policy_loss", ("qwen3-8b", "qwen3-0.6b"), (8192,), who="quick"),
+    Part("policy_loss", ("gpt2", "llama3-8b", "gemma3-270m"), (8192,), who="quick"),
+    Part("linear_policy_loss", ("qwen3-8b", "qwen3-0.6b"), (8192,), inactive=0.75, who="ours"),
+    Part("policy_loss", ("qwen3-8b",), (4096,), dtype="fp32", who="ours"),
+    # The rest.
+    Part("token_logprobs", ("qwen3-8b",), (8192,), mode="forward"),
+    Part("linear_policy_loss", ("gpt2", "llama3-8b", "gemma2-9b"), (8192,)),
     Part("logprob_policy_loss", ("qwen3-8b",), (65536,)),
     Part("token_logprobs", ("qwen3-8b",), (8192,)),
     Part("linear_token_logprobs", ("qwen3-8b",), (8192,)),
-    Part("policy_loss", ("qwen3-8b",), (4096,), dtype="fp32"),
     Part("policy_loss", ("qwen3-8b",), (4096,), dtype="fp16"),
     Part("policy_loss", ("qwen3-8b",), (1024, 2048, 4096, 16384), timed=False),
     Part("linear_policy_loss", ("qwen3-8b",), (1024, 2048, 4096, 16384), timed=False),

@@ -30,13 +30,18 @@ def speed_table(rows: Sequence[Row]) -> Table | None:
     if not any(row.rounds for row in rows):
         return None
     names = labels(row.case for row in rows)
-    view = Table("Time", ("case", "provider", "median ms", "25–75 %", "÷ ours", "÷ limit", "rate", "peak MiB"))
+    device = any(row.device_s for row in rows)
+    headings = ("device ms", "device ÷ limit") if device else ()
+    view = Table(
+        "Time", ("case", "provider", *headings, "median ms", "25–75 %", "÷ ours", "÷ limit", "rate", "peak MiB")
+    )
     for row in rows:
         if row.median_s is None or row.q25_s is None or row.q75_s is None:
             continue
         speed, unit = rate(row)
+        replayed = (number(row.device_s and 1e3 * row.device_s), number(row.device_over_limit)) if device else ()
         view.add(
-            names[row.case], row.provider, number(1e3 * row.median_s),
+            names[row.case], row.provider, *replayed, number(1e3 * row.median_s),
             f"{number(1e3 * row.q25_s)}–{number(1e3 * row.q75_s)}", number(row.over_ours), number(row.over_limit),
             f"{number(speed)} {unit}".strip(), mib(row.peak_bytes), bold=row.ours,
         )  # fmt: skip
@@ -46,6 +51,11 @@ def speed_table(rows: Sequence[Row]) -> Table | None:
         "rate: GB/s of one read of the active rows and, where there is a gradient, one write of all of it; TFLOP/s of "
         "one GEMM over the active rows, three where there are gradients. Peak MiB: beyond the inputs, with gradients.",
     ]
+    if device:
+        view.notes.append(
+            "median: of steps as they are called; device: of replays of a CUDA graph, without the host's part, "
+            f"{NOTHING} where a step cannot be captured."
+        )
     return view
 
 

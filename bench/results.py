@@ -28,6 +28,8 @@ class Row:
         median_s, q25_s, q75_s: seconds, of the samples.
         over_ours: median over rounds of this time / hpo_fused's in the same round; above 1 hpo_fused is faster.
         over_limit: the same over the fastest limit's time.
+        device_s, device_over_limit: median of replays of a CUDA graph, without the host's part, and over the fastest
+            limit's; None where none were timed.
         peak_bytes: peak memory beyond the inputs, gradients included.
         gradient_bytes: the gradients' own size.
         first_call_s: seconds of the first call, with whatever compilation it takes.
@@ -49,6 +51,8 @@ class Row:
     q75_s: float | None = None
     over_ours: float | None = None
     over_limit: float | None = None
+    device_s: float | None = None
+    device_over_limit: float | None = None
     peak_bytes: int | None = None
     gradient_bytes: int = 0
     first_call_s: float | None = None
@@ -104,6 +108,9 @@ def summarise(rows: Sequence[Row], samples: Mapping[str, Sequence[float]]) -> No
     for name, row in timed.items():
         row.over_ours = median_ratio(samples[name], samples.get(ours, ()))
         row.over_limit = median_ratio(samples[name], samples.get(limit, ()))
+    bound = min((row.device_s for row in rows if row.limit and row.device_s), default=None)
+    for row in rows:
+        row.device_over_limit = row.device_s / bound if row.device_s and bound else None
 
 
 @dataclass

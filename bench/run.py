@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from .results import Row, summarise
 from .truth import Truth, draw
 
 GIB = 1 << 30
+DEVICE_ROUNDS = 20
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,14 @@ class Settings:
         repeats: rounds at most; 0: results are checked and their memory taken, nothing is timed.
         budget: seconds of timing for a case, after which no round starts once three are done.
         seed: of the random inputs.
+        device_time: replays of a CUDA graph are timed as well.
     """
 
     device: torch.device
     repeats: int
     budget: float
     seed: int = 0
+    device_time: bool = False
 
 
 class _Produce(torch.autograd.Function):
@@ -67,7 +71,7 @@ class Trial:
         self.provider, self.inputs = provider, inputs
         self.storage = provider.room(inputs) if inputs.case.inplace and provider.can_inplace else None
         self.anchor = torch.empty(0, device=inputs.tokens.device, requires_grad=True)
-        scale = inputs.case.upstream
+        scale = inputs.case.upstream / (inputs.case.loss_scale if provider.takes_loss_scale else 1.0)
         self.upstream: Tensor | None = None if scale == 1 else torch.tensor(scale, device=inputs.tokens.device)
         if not inputs.case.gives_loss:
             self.upstream = inputs.upstream * scale
@@ -231,6 +235,10 @@ def run_case(
         if settings.repeats:
             tell(f"timing at most {settings.repeats} rounds")
             _time(mine, tasks, samples, settings, case.cuda_graph)
+            if settings.device_time:
+                tell("timing replays of CUDA graphs")
+                graphed = replace(inputs, case=replace(case, cuda_graph=True))
+                _time_device(mine, {name: Trial(everybody[name], graphed) for name in tasks}, settings.device)
     except Exception as error:
         if not measure.is_out_of_memory(error):
             raise
@@ -267,6 +275,22 @@ def _time(
     finally:
         if collecting:
             gc.enable()
+
+
+def _time_device(rows: Mapping[str, Row], trials: Mapping[str, Trial], device: torch.device) -> None:
+    """Each one's ``device_s``, one after the other, since a graph keeps the memory of its step.
+
+    None stays where a step cannot be captured; one whose replay gives other bits is wrong.
+    """
+    clock = measure.clock_for(device)
+    for name, trial in trials.items():
+        tried = {name: replace(rows[name])}
+        for graph in dict(_captured(tried, {name: Task(trial.step, trial.before)})).values():
+            measured = [one[name] for one in measure.rounds({name: graph}, clock, DEVICE_ROUNDS, 1.0)]
+            seconds = [value for value in measured if not isinstance(value, Exception)]
+            rows[name].device_s = statistics.median(seconds) if seconds else None
+        if tried[name].status == "wrong":
+            rows[name].status, rows[name].note = "wrong", tried[name].note
 
 
 def _captured(rows: Mapping[str, Row], tasks: Mapping[str, Task]) -> Iterator[tuple[str, Task]]:

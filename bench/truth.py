@@ -363,6 +363,6 @@ def draw(case: Case, device: torch.device, seed: int) -> tuple[Inputs, Truth]:
         inputs,
         leaves=tuple(leaf.requires_grad_() for leaf in leaves),
         tokens=tokens.view(shape),
-        old_logprobs=draw_old_logprobs(truth.logprobs, generator),
+        old_logprobs=draw_old_logprobs(truth.logprobs, generator, inputs.objective, mask),
         upstream=upstream if mask is None else upstream * mask,
     ), truth

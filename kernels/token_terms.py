@@ -32,6 +32,16 @@ SKIPPED = tl.constexpr(interface.SKIPPED)
 TOKENS_BLOCK = tl.constexpr(1024)
 RESPONSES_BLOCK = tl.constexpr(128)
 
+# Bits of the kernel's ``flags``. At run time they cost a few scalars, as constexprs a compilation for each combination.
+BY_LENGTH = tl.constexpr(1)  # 1 / max(L_i, 1) is a part of 1 / n_i
+BY_TOKENS = tl.constexpr(2)  # so is 1 / the batch's tokens
+ADAPTIVE = tl.constexpr(4)  # the weight of negative advantages is the batch's, and alpha its minimum
+EVERY_ADVANTAGE = tl.constexpr(8)  # see LossSpec
+KL = tl.constexpr(16)
+ENTROPY_BONUS = tl.constexpr(32)
+SEQUENCE = tl.constexpr(64)  # one token with a signal makes its whole response active
+SKIP = tl.constexpr(128)  # rows that are not active are not computed
+
 
 @triton.jit
 def response_range(response, cu_seqlens, N, T):
@@ -110,13 +120,12 @@ def _nonzero(count):
 
 @triton.jit
 def _shared_factors(
-    response_statistics, responses, tokens, positive, negative, factors, B,
-    NORMALIZATION: tl.constexpr, WEIGHTING: tl.constexpr, GIVEN_TOTALS: tl.constexpr,
+    response_statistics, responses, tokens, positive, negative, factors, flags, B, GIVEN_TOTALS: tl.constexpr
 ):  # fmt: skip
     """(factor, alpha): the part of the normalisation that all tokens share, and the weight of negative advantages.
 
-    The factor is n_i itself, but for "response", where 1 / max(L_i, 1) is left, and "given", where 1 / normalizers[i]
-    is left.
+    The factor is 1 / n_i itself, but for ``BY_LENGTH``, where 1 / max(L_i, 1) is left, and given normalizers, where
+    1 / normalizers[i] is left.
     """
     factor = factors[0] + tl.full((), 0.0, tl.float32)
     if not GIVEN_TOTALS:
@@ -131,25 +140,21 @@ def _shared_factors(
         token_count = tl.sum(lengths).to(tl.float32)
         above_count, below_count = tl.sum(above).to(tl.float32), tl.sum(below).to(tl.float32)
     else:
-        if responses is not None and (NORMALIZATION == "response" or NORMALIZATION == "constant"):
+        if responses is not None:
             factor = factor / _nonzero(tl.load(responses).to(tl.float32))
         token_count = _total(tokens, factors[5])
         above_count, below_count = _total(positive, factors[6]), _total(negative, factors[7])
-    if NORMALIZATION == "mean_length":
-        factor = factor / _nonzero(token_count)
-    alpha = tl.full((), 1.0, tl.float32)
-    if WEIGHTING == "adaptive":  # arXiv 2605.30201: clip(N+ / N-, alpha_min, 1), our 1 where N- is 0
-        quotient = tl.where(below_count == 0, 1.0, above_count / _nonzero(below_count))
-        alpha = tl.minimum(tl.maximum(quotient, factors[1]), 1.0)
-    elif WEIGHTING == "fixed":
-        alpha = alpha * factors[1]
-    return factor, alpha
+    factor = tl.where((flags & BY_TOKENS) != 0, factor / _nonzero(token_count), factor)
+    # arXiv 2605.30201: clip(N+ / N-, alpha_min, 1), our 1 where N- is 0
+    quotient = tl.where(below_count == 0, 1.0, above_count / _nonzero(below_count))
+    adaptive = tl.minimum(tl.maximum(quotient, factors[1]), 1.0)
+    return factor, tl.where((flags & ADAPTIVE) != 0, adaptive, factors[1])
 
 
 @triton.jit
 def _policy_terms(
     response, row, inside, penalty, alpha, mask, mask_stride, advantages, advantages_stride, advantages_step,
-    token_weights, weights_stride, weights_step, every_advantage, WEIGHTING: tl.constexpr,
+    token_weights, weights_stride, weights_step, flags,
 ):  # fmt: skip
     """(unmasked, advantage, policy weight, penalty weight, live) of rows; weights are 0 where masked."""
     unmasked = inside
@@ -157,13 +162,11 @@ def _policy_terms(
         unmasked = inside & (_entries(mask, response, row, inside, mask_stride, 1) != 0)
     advantage = to_float32(_entries(advantages, response, row, inside, advantages_stride, advantages_step))
     penalty = tl.where(unmasked, penalty, 0.0)
-    policy = penalty
-    if WEIGHTING != "none":
-        policy = tl.where(advantage < 0, penalty * alpha, penalty)
+    policy = tl.where(advantage < 0, penalty * alpha, penalty)
     if token_weights is not None:
         caller = to_float32(_entries(token_weights, response, row, inside, weights_stride, weights_step))
         policy = tl.where(policy != 0, policy * caller, 0.0)
-    live = (policy != 0) & ((advantage != 0) | (every_advantage != 0))
+    live = (policy != 0) & ((advantage != 0) | ((flags & EVERY_ADVANTAGE) != 0))
     return unmasked, advantage, policy, penalty, live
 
 
@@ -175,7 +178,7 @@ def _policy_terms(
         "entropy_weights", "loss_scale", "old_logprobs", "ref_logprobs", "cu_seqlens", "normalizers", "total_responses",
         "total_tokens", "total_positive", "total_negative", "N", "T", "B", "V", "tokens_stride", "mask_stride",
         "advantages_stride", "advantages_step", "weights_stride", "weights_step", "entropy_stride", "entropy_step",
-        "old_stride", "ref_stride", "every_advantage",
+        "old_stride", "ref_stride", "flags",
     ],
 )  # fmt: skip
 def token_terms_kernel(
@@ -197,7 +200,7 @@ def token_terms_kernel(
     total_tokens,  # on the host
     total_positive,
     total_negative,
-    factors,  # factor, alpha, kl_coef, entropy_coef, scale; with given totals then tokens, N+ and N-
+    factors,  # factor, alpha (1: no weighting), kl_coef, entropy_coef, scale; with given totals then tokens, N+ and N-
     N,  # rows in all
     T,
     B,  # responses
@@ -212,24 +215,18 @@ def token_terms_kernel(
     entropy_step,
     old_stride,
     ref_stride,
-    every_advantage,  # see LossSpec
-    NORMALIZATION: tl.constexpr,  # this and the next: fields of Batch
-    WEIGHTING: tl.constexpr,
+    flags,  # see above
     GIVEN_TOTALS: tl.constexpr,  # else they are this call's
-    KL: tl.constexpr,
-    ENTROPY_BONUS: tl.constexpr,
-    SEQUENCE: tl.constexpr,  # one token with a signal makes its whole response active
-    SKIP: tl.constexpr,  # rows that are not active are not computed
 ):
     """The terms of each token of a response: 1. shared factors; 2. its tokens with a signal; 3. the terms."""
     response = tl.program_id(0)
     penalty, alpha = _shared_factors(
-        response_statistics, total_responses, total_tokens, total_positive, total_negative, factors, B,
-        NORMALIZATION, WEIGHTING, GIVEN_TOTALS,
+        response_statistics, total_responses, total_tokens, total_positive, total_negative, factors, flags, B,
+        GIVEN_TOTALS,
     )  # fmt: skip
-    if NORMALIZATION == "response":
-        penalty = penalty / tl.maximum(tl.load(response_statistics + response), 1).to(tl.float32)
-    elif NORMALIZATION == "given":
+    length = tl.maximum(tl.load(response_statistics + response), 1).to(tl.float32)
+    penalty = tl.where((flags & BY_LENGTH) != 0, penalty / length, penalty)
+    if normalizers is not None:
         penalty = penalty / tl.load(normalizers + response)
     scale = factors[4]
     if loss_scale is not None:
@@ -237,13 +234,13 @@ def token_terms_kernel(
         scale *= to_float32(tl.load(loss_scale))
     first, last = response_range(response, cu_seqlens, N, T)
     signals = tl.full((), 0, tl.int32)
-    if SEQUENCE:
+    if (flags & SEQUENCE) != 0:
         count = tl.zeros([TOKENS_BLOCK], tl.int32)
         for start in range(first, last, TOKENS_BLOCK):
             row = start + tl.arange(0, TOKENS_BLOCK)
             _, _, _, _, live = _policy_terms(
                 response, row, row < last, penalty, alpha, mask, mask_stride, advantages, advantages_stride,
-                advantages_step, token_weights, weights_stride, weights_step, every_advantage, WEIGHTING,
+                advantages_step, token_weights, weights_stride, weights_step, flags,
             )  # fmt: skip
             count += live.to(tl.int32)
         signals = tl.sum(count)
@@ -252,28 +249,24 @@ def token_terms_kernel(
         inside = row < last
         unmasked, advantage, policy, weight, live = _policy_terms(
             response, row, inside, penalty, alpha, mask, mask_stride, advantages, advantages_stride,
-            advantages_step, token_weights, weights_stride, weights_step, every_advantage, WEIGHTING,
+            advantages_step, token_weights, weights_stride, weights_step, flags,
         )  # fmt: skip
-        if SEQUENCE:
-            live = unmasked & (signals > 0)
-        if KL:
-            live = unmasked
-            tl.store(values + KL_WEIGHT * N + row, weight * factors[2], mask=inside)
-        if ENTROPY_BONUS:
-            bonus = weight * factors[3]
-            if entropy_weights is not None:
-                bonus = to_float32(_entries(entropy_weights, response, row, unmasked, entropy_stride, entropy_step))
-                bonus = bonus * scale
-            live = live | (bonus != 0)
-            tl.store(values + ENTROPY_WEIGHT * N + row, bonus, mask=inside)
+        live = tl.where((flags & SEQUENCE) != 0, unmasked & (signals > 0), live)
+        live = tl.where((flags & KL) != 0, unmasked, live)
+        tl.store(values + KL_WEIGHT * N + row, weight * factors[2], mask=inside & ((flags & KL) != 0))
+        with_bonus = (flags & ENTROPY_BONUS) != 0
+        bonus = weight * factors[3]
+        if entropy_weights is not None:
+            bonus = to_float32(_entries(entropy_weights, response, row, unmasked, entropy_stride, entropy_step)) * scale
+        live = live | (with_bonus & (bonus != 0))
+        tl.store(values + ENTROPY_WEIGHT * N + row, bonus, mask=inside & with_bonus)
         target = tl.zeros([TOKENS_BLOCK], tl.int32)
         if tokens is not None:
             token = _entries(tokens, response, row, unmasked, tokens_stride, 1).to(tl.int64)
             valid = (token >= 0) & (token < V)
             tl.device_assert(valid | (unmasked == 0), "tokens: expected ids in [0, V) at unmasked positions")
             target = tl.where(valid, token, SKIPPED).to(tl.int32)  # nobody reads outside a row, even while this fails
-        if SKIP:
-            target = tl.where(live, target, SKIPPED)
+        target = tl.where(live | ((flags & SKIP) == 0), target, SKIPPED)
         tl.store(targets + row, tl.where(unmasked, target, MASKED), mask=inside)
         tl.store(active + row, live, mask=inside)
         tl.store(values + ADVANTAGE * N + row, advantage, mask=inside)
@@ -324,15 +317,20 @@ def token_terms(batch: Batch, spec: LossSpec, vocabulary: int | None, skip_inact
         values, targets, active, response_statistics, tokens, mask, *levels, batch.loss_scale, old, ref,
         batch.cu_seqlens, batch.normalizers, *totals, factors, rows, T, responses, vocabulary or 0, tokens_stride,
         mask_stride, *advantages_steps, *weights_steps, *entropy_steps, old_stride, ref_stride,
-        int(spec.every_advantage),
+        _flags(batch, spec, skip_inactive),
     )  # fmt: skip
-    constants = {
-        "NORMALIZATION": batch.normalization, "WEIGHTING": batch.weighting, "GIVEN_TOTALS": batch.totals is not None,
-        "KL": spec.kl != "none", "ENTROPY_BONUS": spec.entropy_bonus, "SEQUENCE": spec.shared_ratio,
-        "SKIP": skip_inactive,
-    }  # fmt: skip
-    launch_programs(token_terms_kernel, responses, arguments, constants, launch)
+    launch_programs(token_terms_kernel, responses, arguments, {"GIVEN_TOTALS": batch.totals is not None}, launch)
     return terms
+
+
+def _flags(batch: Batch, spec: LossSpec, skip_inactive: bool) -> int:
+    """The kernel's ``flags``."""
+    return (
+        BY_LENGTH.value * (batch.normalization == "response") + BY_TOKENS.value * (batch.normalization == "mean_length")
+        + ADAPTIVE.value * (batch.weighting == "adaptive") + EVERY_ADVANTAGE.value * spec.every_advantage
+        + KL.value * (spec.kl != "none") + ENTROPY_BONUS.value * spec.entropy_bonus
+        + SEQUENCE.value * spec.shared_ratio + SKIP.value * skip_inactive
+    )  # fmt: skip
 
 
 def _steps(value: torch.Tensor | None, batch: Batch) -> tuple[int, int]:
@@ -350,13 +348,15 @@ def _steps(value: torch.Tensor | None, batch: Batch) -> tuple[int, int]:
 
 def _given_totals(batch: Batch) -> tuple[tuple[torch.Tensor | None, ...], tuple[float, ...]]:
     """The kernel's ``totals`` and ``factors``."""
-    responses = batch.responses if batch.totals is None else batch.totals[0]
     factor = batch.scale / batch.max_length
-    if batch.normalization in ("response", "constant") and not isinstance(responses, torch.Tensor):
+    by_responses = batch.normalization in ("response", "constant")
+    responses = batch.responses if batch.totals is None else batch.totals[0]
+    if by_responses and not isinstance(responses, torch.Tensor):
         factor /= responses or 1
     factors = (factor, batch.alpha, batch.kl_coef, batch.entropy_coef, batch.scale)
     if batch.totals is None:
         return (None,) * 4, factors
     pointers = tuple(total if isinstance(total, torch.Tensor) else None for total in batch.totals)
+    pointers = pointers if by_responses else (None, *pointers[1:])
     given = (0.0 if isinstance(total, torch.Tensor) else float(total) for total in batch.totals[1:])
     return pointers, (*factors, *given)

@@ -11,6 +11,8 @@ import torch
 
 # Before anything imports TRL: no test asks a hub for anything.
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
+# Inductor would start a compiler for each core, in each of as many test processes.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 GPU = torch.cuda.is_available()
 if not GPU:  # must happen before the first import of triton
     os.environ.setdefault("TRITON_INTERPRET", "1")

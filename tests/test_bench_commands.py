@@ -208,7 +208,7 @@ def test_all_writes_a_report_and_ends_with_its_budget(
     invoke: Invoke, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     pytest.importorskip("matplotlib")
-    parts = tuple(plan.Part(one, ("custom:V=97,H=16",), (16, 32), slow=False) for one in OPERATIONS[:2])
+    parts = tuple(plan.Part(one, ("custom:V=97,H=16",), (16, 32), who="quick") for one in OPERATIONS[:2])
     monkeypatch.setitem(plan.PLANS, ("cpu", False), parts)
     monkeypatch.setattr(providers, "DEFAULT", ["hpo_fused", "eager"])
     monkeypatch.setattr(plan, "SECONDS_PER_CASE", {"cpu": 0.0})
@@ -243,6 +243,20 @@ def test_all_writes_a_report_and_ends_with_its_budget(
 @pytest.mark.parametrize("part", [part for parts in plan.PLANS.values() for part in parts])
 def test_planned_cases_exist(part: plan.Part) -> None:
     assert len(part.cases()) == (1 if part.operation == "logprob_policy_loss" else len(part.shapes)) * len(part.tokens)
+
+
+@pytest.mark.parametrize("chosen", list(plan.PLANS), ids=str)
+def test_no_case_is_planned_twice(chosen: tuple[str, bool]) -> None:
+    cases = [case for part in plan.PLANS[chosen] for case in part.cases()]
+    assert len(set(cases)) == len(cases)
+
+
+def test_who_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(providers, "DEFAULT", ["hpo_fused", "compile", "liger:triton"])
+    monkeypatch.setattr(plan, "defaults", lambda device: providers.DEFAULT)
+    part = plan.Part("policy_loss", ("gpt2",), (8,))
+    found = [replace(part, who=who).providers(torch.device("cuda")) for who in ("all", "quick", "ours")]
+    assert found == [providers.DEFAULT, ["hpo_fused", "liger:triton"], ["hpo_fused"]]
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from hpo_fused.bench import measure
+from hpo_fused.bench.cases import Operation, Shape, of_tokens
 from hpo_fused.bench.inputs import Inputs
 from hpo_fused.bench.measure import Task, peak_extra_bytes, rounds
 from hpo_fused.bench.providers import PROVIDERS, Output, Provider, Unavailable, create, limits
@@ -270,6 +272,59 @@ def test_launch_parameters_apply_to_the_whole_step(monkeypatch: pytest.MonkeyPat
     assert provider.name == "hpo_fused@512,4,132"
     stepped(CASE, provider)
     assert seen == [(512, 4, 132), "entered", "backward", "left"]
+
+
+def test_device_time_beside_the_step_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for CUDA graphs, which cannot hold eager PyTorch's step here: a dash is all that it gets."""
+    told: list[Any] = []
+
+    class Watched(Fused):
+        def linear_policy_loss(self, inputs: Inputs) -> Output:
+            told.append(self._active_count(inputs))
+            return super().linear_policy_loss(inputs)
+
+    def captured(task: Task) -> Task:
+        if isinstance(task.run.__self__.provider, Eager):  # type: ignore[attr-defined]
+            raise RuntimeError("cannot be captured")
+        return task
+
+    monkeypatch.setattr(measure, "captured", captured)
+    rows: list[Row] = []
+    settings = Settings(CPU, 3, 0.0, device_time=True)
+    run_case(tiny("linear_policy_loss", inactive=0.5), [Watched(), Eager()], settings, rows, lambda line: None)
+    found = {row.provider: row for row in rows}
+    assert {row.status for row in rows} == {"ok"}
+    assert (found["eager"].device_s, found["eager"].device_over_limit) == (None, None)
+    ours, bounds = found["hpo_fused"], [row.device_s for row in rows if row.limit and row.device_s]
+    assert ours.device_s is not None
+    assert ours.device_over_limit == ours.device_s / min(bounds)
+    assert None in told[:3]
+    assert told[-1] == rows[0].case.active
+    report = pytest.importorskip("hpo_fused.bench.report", reason="needs the bench extra")
+    assert report.speed_table(rows).headings[2:5] == ("device ms", "device ÷ limit", "median ms")
+    assert report.speed_table([replace(row, device_s=None) for row in rows]).headings[2] == "median ms"
+
+
+@pytest.mark.parametrize("operation", ["policy_loss", "linear_policy_loss", "logprob_policy_loss"])
+def test_a_scaled_loss_is_checked_whoever_scales_it(operation: Operation) -> None:
+    case = tiny(operation, loss_scale=0.25)
+    rows = measured(case, Fused(), Eager())
+    assert {rows[name].status for name in ("hpo_fused", "eager")} == {"ok"}
+
+    class Forgets(Fused):
+        def _loss(self, inputs: Inputs) -> dict[str, Any]:
+            return {**super()._loss(inputs), "loss_scale": 1.0}
+
+    assert measured(case, Forgets())["hpo_fused"].status == "wrong"
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_gspo_clips_few_responses(ragged: bool) -> None:
+    inputs, truth, _ = stepped(of_tokens("policy_loss", Shape("small", 97), 64 * 32, objective="gspo", ragged=ragged))
+    mask = torch.ones_like(truth.logprobs) if inputs.mask is None else inputs.mask.double()
+    log_ratios = ((truth.logprobs - inputs.old_logprobs) * mask).sum(1) / mask.sum(1)
+    inside = ((log_ratios > -3e-4) & (log_ratios < 4e-4)).double().mean()
+    assert 0.8 < inside < 1.0
 
 
 @pytest.mark.gpu

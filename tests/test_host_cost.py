@@ -372,10 +372,9 @@ def test_new_values_do_not_recompile() -> None:
 
     Two of kernels that sweep: with a number for a temperature and with a tensor, whatever its level and alignment.
     """
-    once = ["logprob_loss_kernel", "response_statistics_kernel", "scale_gradient_kernel"]
+    once = ["logprob_loss_kernel", "response_statistics_kernel", "scale_gradient_kernel", "token_terms_kernel"]
     twice = ["policy_loss_kernel", "token_statistics_kernel"]
-    # By the ratio's level, which decides about active rows; and with entropy coefficients, from hidden states.
-    more = {"token_terms_kernel": 2, "token_gradient_kernel": 2 * 2}
+    more = {"token_gradient_kernel": 2 * 2}  # with entropy coefficients, from hidden states
     assert _compilations() == {**dict.fromkeys(once, 1), **dict.fromkeys(twice, 2), **more}
 
 

@@ -1,4 +1,4 @@
-"""The launch table: what it starts on which GPU, by arithmetic; nothing is launched."""
+"""The launch table: what it starts on which GPU, by arithmetic. On a GPU: launches straight and by Triton's search."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
+import hpo_fused as hf
+from hpo_fused.interface import LogitTransform
+
+from .test_shards import WIDTH, put_together
 
 launch = pytest.importorskip("hpo_fused.kernels.launch", reason="needs Triton")
 
@@ -145,3 +151,53 @@ def test_machine_of_a_device(
         assert tuple(launch.machine(0)) == expected
     finally:
         launch.machine.cache_clear()
+
+
+def steps(device: torch.device, B: int, T: int) -> list[Tensor]:
+    """Results and gradients of calls that launch every kernel."""
+    generator = torch.Generator().manual_seed(T)
+    z, rows = torch.randn(B, T, WIDTH, generator=generator), torch.randn(3, B, T, generator=generator)
+    old, c, h = rows.to(device)
+    advantages, tokens = old.sum(1), torch.randint(WIDTH, (B, T), generator=generator).to(device)
+    found = []
+    for preset, softcap in (("mhpo_ahpo", None), ("gspo", 30.0)):
+        logits = z.to(device).requires_grad_()
+        objective = hf.Objective.preset(preset, kl_coef=0.1, entropy_coef=0.1)
+        out = hf.policy_loss(
+            logits, tokens, advantages, old_logprobs=old - 4, ref_logprobs=c - 4, objective=objective, softcap=softcap,
+            backend="triton",
+        )  # fmt: skip
+        (0.5 * out.loss).backward()
+        assert logits.grad is not None
+        assert out.entropy is not None
+        found += [out.loss.detach(), out.logprobs.detach(), out.entropy.detach(), logits.grad]
+    shards = put_together(z.to(device), tokens.to(torch.int32), c, h, LogitTransform(), "triton")
+    return [*found, *shards.logprobs, *shards.entropies, shards.gradient]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.version.hip is not None, reason="needs an NVIDIA GPU")
+def test_straight_launches_give_the_bits_of_searched_ones(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """Also where a kernel was found for a batch of other shape and values."""
+    shapes = (4, 8), (3, 12)  # tensors cut into theirs begin on 16-byte boundaries in both
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "_variant", lambda *arguments: None)
+        searched = [steps(device, *shape) for shape in shapes]
+    monkeypatch.setattr(launch, "_compiled", {})
+    steps(device, *shapes[0])
+    assert {key[0].__name__ for key in launch._compiled} == {
+        "response_statistics_kernel", "token_terms_kernel", "policy_loss_kernel", "token_statistics_kernel",
+        "logprob_loss_kernel", "token_gradient_kernel", "scale_gradient_kernel", "combine_statistics_kernel",
+        "column_gradient_kernel",
+    }  # fmt: skip
+
+    def search(self: Any, *arguments: Any, **options: Any) -> None:
+        raise AssertionError(f"{self.fn.__name__} was searched for again")
+
+    monkeypatch.setattr(launch.JITFunction, "run", search)
+    for shape, expected in zip(shapes, searched, strict=True):
+        for straight, result in zip(steps(device, *shape), expected, strict=True):
+            assert torch.isfinite(result).all()
+            assert torch.equal(straight, result)

@@ -52,6 +52,7 @@ class Provider:
         ours: belongs to this package; the first such provider is the one that others are compared with.
         limit: no implementation but a bound on all of them, whose result is nothing to judge.
         can_inplace: the gradient can take the logits' storage.
+        takes_loss_scale: the loss that it returns is multiplied by the case's ``loss_scale``; else backward is.
         copies: rough peak beyond the inputs, in float32 copies of the logits. Only used to skip a case that would not
             fit into main memory, where the alternative is being killed with every result.
         tolerance: times the limits of the gradients' errors, for implementations that sum in a narrow dtype.
@@ -65,6 +66,7 @@ class Provider:
     ours: bool = False
     limit: bool = False
     can_inplace: bool = False
+    takes_loss_scale: bool = False
     copies: float = 3.5
     tolerance: float = 1.0
     loss_limit: float | None = None

@@ -26,6 +26,7 @@ class Fused(Provider):
 
     ours = True
     can_inplace = True
+    takes_loss_scale = True
     copies = 1.25
     slow_start = "compiling kernels"
 
@@ -67,7 +68,7 @@ class Fused(Provider):
         advantages, old_logprobs, mask = inputs.batch
         return {
             "advantages": advantages, "old_logprobs": old_logprobs, "mask": mask, "objective": inputs.objective,
-            "backend": self.backend,
+            "loss_scale": inputs.case.loss_scale, "backend": self.backend,
         }  # fmt: skip
 
     def _active_count(self, inputs: Inputs) -> int | None:
