@@ -128,15 +128,18 @@ on_gpu = -cd $(TYPED) && timeout --signal INT --kill-after 15 $(1) env --default
 	tail -n 3 $(CURDIR)/evidence/$(2).log
 sanitized = env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $(1) --target-processes all \
 	$(abspath $(BIN))/python $(PYTEST) -p no:xdist ../../tests/test_kernels_rows.py
+BENCH = $(abspath $(BIN))/python -c 'from hpo_fused.bench.cli import main; exit(main())'
+CHAINED := hpo_fused.bench.chained_rows
 gpu: links ## what a GPU alone can tell, in 8 minutes, into evidence/: kernels' tests, timings, suite, accesses and races
 	@mkdir -p evidence && rm -f evidence/*.log
-	$(call on_gpu,60,kernels,$(abspath $(BIN))/python $(PYTEST) -n $(PYTEST_WORKERS) --dist worksteal $(UNDER_TEST))
-	$(call on_gpu,175,all,$(abspath $(BIN))/python -c 'from hpo_fused.bench.cli import main; exit(main())' \
-		all --output $(CURDIR)/evidence --budget 165)
-	$(call on_gpu,165,suite,$(abspath $(BIN))/python $(PYTEST) -n $(PYTEST_WORKERS) --dist worksteal --durations 30 \
+	$(call on_gpu,50,kernels,$(abspath $(BIN))/python $(PYTEST) -n $(PYTEST_WORKERS) --dist worksteal $(UNDER_TEST))
+	$(call on_gpu,45,kernels,$(BENCH) speed --op policy_loss --shape qwen3-8b --tokens 8192 --provider hpo_fused \
+		--repeats 15 $(foreach variant,Deferred Deferred512x8 Chained ChainedDeep,--provider $(CHAINED):$(variant)))
+	$(call on_gpu,165,all,$(BENCH) all --output $(CURDIR)/evidence --budget 155)
+	$(call on_gpu,160,suite,$(abspath $(BIN))/python $(PYTEST) -n $(PYTEST_WORKERS) --dist worksteal --durations 30 \
 		../../tests)
-	$(call on_gpu,40,sanitizer,$(call sanitized,memcheck))
-	$(call on_gpu,40,sanitizer,$(call sanitized,racecheck))
+	$(call on_gpu,30,sanitizer,$(call sanitized,memcheck))
+	$(call on_gpu,30,sanitizer,$(call sanitized,racecheck))
 
 # Each Triton in a folder of its own, found before the one that PyTorch brought. The sample has both paths of the
 # kernels, the terms of a batch, float16 and rows that start anywhere. Before Triton 3.7 the interpreter does not know
