@@ -185,7 +185,7 @@ class Case:
         return None if self.chunk_mib is None else int(self.chunk_mib * (1 << 20))
 
     @property
-    def upstream(self) -> float:
+    def gradient_factor(self) -> float:
         """Factor of the gradients: the loss's, for float16 with a loss scaler's, since gradients underflow.
 
         From hidden states it is where a scaler would settle: the head's gradient, a sum over rows, must not overflow.

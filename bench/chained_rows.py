@@ -300,33 +300,35 @@ class _Chained:
     """In the place of the shipped kernel, which keeps the calls without a gradient."""
 
     def __init__(self, shipped: Any, part: str, deep: bool) -> None:
-        self.shipped, self.constants = shipped, {"PART": part, "DEEP": deep}
+        self.shipped, self.constants, self.launches = shipped, {"PART": part, "DEEP": deep}, 0
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]:
         def run(logits: object, out: object, *others: object, **options: object) -> object:
             if out is None:
                 return self.shipped[grid](logits, out, *others, **options)
+            self.launches += 1
             return chained_rows_kernel[grid](logits, out, *others, **options, **self.constants)
 
         return run
 
 
 @contextmanager
-def chained(part: str, deep: bool = False) -> Iterator[None]:
-    """Until the block ends ``policy_loss`` launches :func:`chained_rows_kernel`."""
+def chained(part: str, deep: bool = False) -> Iterator[_Chained]:
+    """Until the block ends ``policy_loss`` launches :func:`chained_rows_kernel`, as the value given counts."""
     module = importlib.import_module("hpo_fused.kernels.policy_loss")
-    with mock.patch.object(module, "policy_loss_kernel", _Chained(module.policy_loss_kernel, part, deep)):
-        yield
+    kernel = _Chained(module.policy_loss_kernel, part, deep)
+    with mock.patch.object(module, "policy_loss_kernel", kernel):
+        yield kernel
 
 
 class Deferred(Fused):
-    """hpo_fused with a row's first step left to the next row's meeting of the lanes: 1024 threads, 4 loads."""
+    """hpo_fused with a row's first step left to the next row: 1024 threads, 4 loads."""
 
     threads, loads, part, deep = 1024, 4, "step", False
 
     def __init__(self) -> None:
         super().__init__()
-        self.summary = "an experiment: a row's gradient overlaps the next row"
+        self.summary = str(self.__doc__).partition(":")[0]
 
     @contextmanager
     def context(self) -> Iterator[None]:
@@ -337,24 +339,18 @@ class Deferred(Fused):
 
 
 class Deferred512x8(Deferred):
-    """The same with 512 threads of 128 registers, and 8 loads."""
+    """hpo_fused with a row's first step left to the next row: 512 threads of 128 registers, 8 loads."""
 
     threads, loads = 512, 8
 
 
 class Chained(Deferred):
-    """hpo_fused with a row's second sweep and the next one's first in one loop: 512 threads, 4 loads, a row per SM."""
+    """hpo_fused with two rows' sweeps in one loop: 512 threads, 4 loads, a row per SM."""
 
     threads, loads, part = 512, 4, "all"
 
 
 class ChainedDeep(Chained):
-    """The same with the next row's loads a step ahead."""
+    """hpo_fused with two rows' sweeps in one loop, the next row's loads a step ahead: 512 threads, 4 loads."""
 
     deep = True
-
-
-class Chained1024(Chained):
-    """With 1024 threads and 2 loads."""
-
-    threads, loads = 1024, 2

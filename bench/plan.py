@@ -74,7 +74,7 @@ GPU_QUICK = (
     Part("token_logprobs", ("qwen3-8b",), (8192,), mode="forward"),
 )
 GPU_FULL = (
-    # What a machine lent for minutes is to say first: seconds each, but for those with everybody.
+    # What a few minutes on a GPU are to say first: seconds each, but for those with everybody.
     Part("policy_loss", ("qwen3-8b",), (8192,)),
     Part("policy_loss", ("qwen3-8b",), (8192,), loss_scale=0.25, who="ours"),
     Part("policy_loss", ("qwen3-8b",), (8192,), inactive=0.75, who="ours"),

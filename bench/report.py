@@ -54,7 +54,7 @@ def speed_table(rows: Sequence[Row]) -> Table | None:
     if device:
         view.notes.append(
             "median: of steps as they are called; device: of replays of a CUDA graph, without the host's part, "
-            f"{NOTHING} where a step cannot be captured."
+            f"over the fastest limit's; {NOTHING} where a step cannot be captured or gives other bits each time."
         )
     return view
 

@@ -6,6 +6,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -71,7 +72,7 @@ class Trial:
         self.provider, self.inputs = provider, inputs
         self.storage = provider.room(inputs) if inputs.case.inplace and provider.can_inplace else None
         self.anchor = torch.empty(0, device=inputs.tokens.device, requires_grad=True)
-        scale = inputs.case.upstream / (inputs.case.loss_scale if provider.takes_loss_scale else 1.0)
+        scale = inputs.case.gradient_factor / (inputs.case.loss_scale if provider.takes_loss_scale else 1.0)
         self.upstream: Tensor | None = None if scale == 1 else torch.tensor(scale, device=inputs.tokens.device)
         if not inputs.case.gives_loss:
             self.upstream = inputs.upstream * scale
@@ -238,7 +239,8 @@ def run_case(
             if settings.device_time:
                 tell("timing replays of CUDA graphs")
                 graphed = replace(inputs, case=replace(case, cuda_graph=True))
-                _time_device(mine, {name: Trial(everybody[name], graphed) for name in tasks}, settings.device)
+                alive = [name for name in tasks if mine[name].status == "ok"]
+                _time_device(mine, {name: Trial(everybody[name], graphed) for name in alive}, settings.device)
     except Exception as error:
         if not measure.is_out_of_memory(error):
             raise
@@ -261,9 +263,7 @@ def _time(
     """Interleaved rounds into the samples."""
     clock = measure.clock_for(settings.device)
     warm_up = 3 if settings.device.type == "cuda" else 1
-    collecting = gc.isenabled()
-    gc.disable()  # a collection in the middle of a sample is nobody's time
-    try:
+    with _uncollected():
         for outcome in measure.rounds(tasks, clock, warm_up, 0.0, warm_up):
             record_failures(rows, outcome)
         alive = {name: task for name, task in tasks.items() if rows[name].status == "ok"}
@@ -272,6 +272,15 @@ def _time(
         for outcome in measure.rounds(alive, clock, settings.repeats, settings.budget):
             for name, seconds in record_failures(rows, outcome).items():
                 samples[name].append(seconds)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection: one in the middle of a sample is nobody's time."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
         if collecting:
             gc.enable()
@@ -283,14 +292,19 @@ def _time_device(rows: Mapping[str, Row], trials: Mapping[str, Trial], device: t
     None stays where a step cannot be captured; one whose replay gives other bits is wrong.
     """
     clock = measure.clock_for(device)
+
+    def median_replay(row: Row, task: Task) -> float | None:
+        graphs = dict(_captured({row.provider: row}, {row.provider: task}))
+        with _uncollected():
+            outcomes = list(measure.rounds(graphs, clock, DEVICE_ROUNDS, 1.0)) if graphs else []
+        seconds = [value for outcome in outcomes for value in outcome.values() if not isinstance(value, Exception)]
+        return statistics.median(seconds) if seconds else None
+
     for name, trial in trials.items():
-        tried = {name: replace(rows[name])}
-        for graph in dict(_captured(tried, {name: Task(trial.step, trial.before)})).values():
-            measured = [one[name] for one in measure.rounds({name: graph}, clock, DEVICE_ROUNDS, 1.0)]
-            seconds = [value for value in measured if not isinstance(value, Exception)]
-            rows[name].device_s = statistics.median(seconds) if seconds else None
-        if tried[name].status == "wrong":
-            rows[name].status, rows[name].note = "wrong", tried[name].note
+        tried = replace(rows[name])
+        rows[name].device_s = median_replay(tried, Task(trial.step, trial.before))
+        if tried.status == "wrong":
+            rows[name].status, rows[name].note = "wrong", tried.note
 
 
 def _captured(rows: Mapping[str, Row], tasks: Mapping[str, Task]) -> Iterator[tuple[str, Task]]:

@@ -153,7 +153,7 @@ class LogitsTruth(Truth):
 
     def judge(self, inputs: Inputs, gradients: Gradients, c: Tensor, moved: Tensor, tolerance: float) -> Verdict:
         """The column of a row's token is judged apart from the others: its entry can be larger than all of them."""
-        (gradient,), upstream, verdict = gradients, inputs.case.upstream, Verdict()
+        (gradient,), upstream, verdict = gradients, inputs.case.gradient_factor, Verdict()
         c = c.flatten()[self.rows]
         exact = c.unsqueeze(-1) * self.slopes
         got = gradient.detach().flatten(0, 1)[self.rows].double() / upstream
@@ -181,7 +181,7 @@ class LogprobsTruth(Truth):
     """Truth about log-probabilities that are given: their gradient is c itself."""
 
     def judge(self, inputs: Inputs, gradients: Gradients, c: Tensor, moved: Tensor, tolerance: float) -> Verdict:
-        c, got, verdict = c.flatten(), gradients[0].detach().flatten().double() / inputs.case.upstream, Verdict()
+        c, got, verdict = c.flatten(), gradients[0].detach().flatten().double() / inputs.case.gradient_factor, Verdict()
         verdict.hold("log-probabilities", (got - c).abs(), c.abs(), tolerance * GRADIENT_LIMIT["fp32"])
         return verdict
 
@@ -272,7 +272,7 @@ class LinearTruth(Truth):
     def _judge_hidden(
         self, verdict: Verdict, inputs: Inputs, got: Tensor, c: Tensor, steady: Tensor, limits: tuple[float, float]
     ) -> None:
-        upstream = inputs.case.upstream
+        upstream = inputs.case.gradient_factor
         floor = PEAKED * c.abs() * inputs.leaves[1].detach()[inputs.tokens.flatten()].double().norm(dim=-1)
         expected = c[self.rows].unsqueeze(-1) * self.directions
         error = (got[self.rows].double() / upstream - expected).norm(dim=-1)
@@ -288,7 +288,7 @@ class LinearTruth(Truth):
     def _judge_weight(
         self, verdict: Verdict, inputs: Inputs, got: Tensor, c: Tensor, moved: Tensor, limits: tuple[float, float]
     ) -> None:
-        upstream, hidden = inputs.case.upstream, inputs.leaves[0].detach().flatten(0, 1).double()
+        upstream, hidden = inputs.case.gradient_factor, inputs.leaves[0].detach().flatten(0, 1).double()
         sizes, rows = c.abs() * hidden.norm(dim=-1), (moved != 0).nonzero().squeeze(1)
 
         def expected_of(slopes: Tensor, masses: Tensor) -> tuple[Tensor, Tensor]:

@@ -89,7 +89,10 @@ def head_shards(
 
     Those of which statistics are gathered; hidden states and their gradient are those of all rows.
     """
-    statistics, size = vocabulary_shards(computed or rows, ranks, entropy=entropy), rows * hidden * itemsize
+    statistics, size = (
+        vocabulary_shards(rows if computed is None else computed, ranks, entropy=entropy),
+        rows * hidden * itemsize,
+    )
     if not sequence_parallel:
         return [*statistics, Collective("all_reduce", size, ranks, "s n H")]
     gathered = Collective("all_gather", size // ranks, ranks, "s n H ÷ W")

@@ -120,8 +120,8 @@ def metric_sums(
     }
 
     # Of a response in parts each rank counts its share of the rows, for together they are one response.
-    shares = 1.0 if batch.context is None else terms.lengths / batch.context.lengths.clamp(min=1)
-    positive, negative = ((shares * (terms.signs * sign > 0)).sum() for sign in (1, -1))
+    parts = 1.0 if batch.context is None else terms.lengths / batch.context.lengths.clamp(min=1)
+    positive, negative = ((parts * (terms.signs * sign > 0)).sum() for sign in (1, -1))
     sums |= {"active_fraction": terms.active.sum(), "positive_fraction": positive}
     calls = torch.ones((), device=logprobs.device)
     if objective.weighting is not None:

@@ -85,7 +85,7 @@ def logprob_loss_kernel(
     OFF_POLICY: tl.constexpr,
     KL: tl.constexpr,
     ENTROPY_BONUS: tl.constexpr,
-    SEQUENCE: tl.constexpr,
+    SHARED_RATIO: tl.constexpr,
 ):
     """One ratio for a response only: 1. its log-ratio; 2. the derivative by it. Always: 3. every token's own."""
     response = tl.program_id(0)
@@ -96,7 +96,7 @@ def logprob_loss_kernel(
     log_ratio = tl.full((), 0.0, tl.float32)
     shared = tl.full((), 0.0, tl.float32)
     kl_spread = (spread != 0) & (summed == 0)
-    if SEQUENCE:
+    if SHARED_RATIO:
         if response_log_ratios is not None:
             log_ratio = tl.load(response_log_ratios + response)
         elif OFF_POLICY:
@@ -134,14 +134,14 @@ def logprob_loss_kernel(
             difference = logprob - old
         x, slope = token_log_ratio(difference, advantage, parameters, KIND)
         kl_log_ratio = difference
-        if SEQUENCE:
+        if SHARED_RATIO:
             x = zero + log_ratio
             kl_log_ratio = tl.where(kl_spread, x, difference)
         loss, by_ratio, by_logprob, h = token_loss(
             logprob, row_entropy, advantage, policy_weight, kl_weight, entropy_weight, x, kl_log_ratio, ref,
             parameters, max_log_ratio, kl_spread, KIND, OFF_POLICY, KL, ENTROPY_BONUS,
         )  # fmt: skip
-        if SEQUENCE:
+        if SHARED_RATIO:
             by_ratio = tl.where(spread != 0, tl.where(unmasked, shared, 0.0), by_ratio)
         tl.store(results + row, loss, mask=inside)
         tl.store(results + N + row, logprob, mask=inside)
@@ -175,7 +175,7 @@ def logprob_loss(logprobs: Tensor, entropy: Tensor | None, terms: TokenTerms, sp
     )  # fmt: skip
     constants = {
         "KIND": spec.kind, "OFF_POLICY": spec.off_policy, "KL": spec.kl, "ENTROPY_BONUS": spec.entropy_bonus,
-        "SEQUENCE": spec.shared_ratio,
+        "SHARED_RATIO": spec.shared_ratio,
     }  # fmt: skip
     launch_programs(logprob_loss_kernel, responses, arguments, constants, response_launch())
     return LogprobLoss(results, c, h)

@@ -37,9 +37,9 @@ BY_LENGTH = tl.constexpr(1)  # 1 / max(L_i, 1) is a part of 1 / n_i
 BY_TOKENS = tl.constexpr(2)  # so is 1 / the batch's tokens
 ADAPTIVE = tl.constexpr(4)  # the weight of negative advantages is the batch's, and alpha its minimum
 EVERY_ADVANTAGE = tl.constexpr(8)  # see LossSpec
-KL = tl.constexpr(16)
-ENTROPY_BONUS = tl.constexpr(32)
-SEQUENCE = tl.constexpr(64)  # one token with a signal makes its whole response active
+WITH_KL = tl.constexpr(16)
+WITH_BONUS = tl.constexpr(32)
+SHARED_RATIO = tl.constexpr(64)  # one token with a signal makes its whole response active
 SKIP = tl.constexpr(128)  # rows that are not active are not computed
 
 
@@ -234,7 +234,7 @@ def token_terms_kernel(
         scale *= to_float32(tl.load(loss_scale))
     first, last = response_range(response, cu_seqlens, N, T)
     signals = tl.full((), 0, tl.int32)
-    if (flags & SEQUENCE) != 0:
+    if (flags & SHARED_RATIO) != 0:
         count = tl.zeros([TOKENS_BLOCK], tl.int32)
         for start in range(first, last, TOKENS_BLOCK):
             row = start + tl.arange(0, TOKENS_BLOCK)
@@ -244,6 +244,8 @@ def token_terms_kernel(
             )  # fmt: skip
             count += live.to(tl.int32)
         signals = tl.sum(count)
+    # Rows that have these weights end here, none where the objective has no such term.
+    penalised, rewarded = tl.where((flags & WITH_KL) != 0, last, 0), tl.where((flags & WITH_BONUS) != 0, last, 0)
     for start in range(first, last, TOKENS_BLOCK):
         row = start + tl.arange(0, TOKENS_BLOCK)
         inside = row < last
@@ -251,15 +253,14 @@ def token_terms_kernel(
             response, row, inside, penalty, alpha, mask, mask_stride, advantages, advantages_stride,
             advantages_step, token_weights, weights_stride, weights_step, flags,
         )  # fmt: skip
-        live = tl.where((flags & SEQUENCE) != 0, unmasked & (signals > 0), live)
-        live = tl.where((flags & KL) != 0, unmasked, live)
-        tl.store(values + KL_WEIGHT * N + row, weight * factors[2], mask=inside & ((flags & KL) != 0))
-        with_bonus = (flags & ENTROPY_BONUS) != 0
+        live = tl.where((flags & SHARED_RATIO) != 0, unmasked & (signals > 0), live)
+        live = tl.where((flags & WITH_KL) != 0, unmasked, live)
+        tl.store(values + KL_WEIGHT * N + row, weight * factors[2], mask=row < penalised)
         bonus = weight * factors[3]
         if entropy_weights is not None:
             bonus = to_float32(_entries(entropy_weights, response, row, unmasked, entropy_stride, entropy_step)) * scale
-        live = live | (with_bonus & (bonus != 0))
-        tl.store(values + ENTROPY_WEIGHT * N + row, bonus, mask=inside & with_bonus)
+        live = live | ((row < rewarded) & (bonus != 0))
+        tl.store(values + ENTROPY_WEIGHT * N + row, bonus, mask=row < rewarded)
         target = tl.zeros([TOKENS_BLOCK], tl.int32)
         if tokens is not None:
             token = _entries(tokens, response, row, unmasked, tokens_stride, 1).to(tl.int64)
@@ -328,8 +329,8 @@ def _flags(batch: Batch, spec: LossSpec, skip_inactive: bool) -> int:
     return (
         BY_LENGTH.value * (batch.normalization == "response") + BY_TOKENS.value * (batch.normalization == "mean_length")
         + ADAPTIVE.value * (batch.weighting == "adaptive") + EVERY_ADVANTAGE.value * spec.every_advantage
-        + KL.value * (spec.kl != "none") + ENTROPY_BONUS.value * spec.entropy_bonus
-        + SEQUENCE.value * spec.shared_ratio + SKIP.value * skip_inactive
+        + WITH_KL.value * (spec.kl != "none") + WITH_BONUS.value * spec.entropy_bonus
+        + SHARED_RATIO.value * spec.shared_ratio + SKIP.value * skip_inactive
     )  # fmt: skip
 
 

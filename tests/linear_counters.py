@@ -29,7 +29,7 @@ LAUNCHES = {
     ],
     "logprobs": [
         "clamp", "eq", "eq", "bitwise_or", *["scalar_tensor", "where"] * 2, "_to_copy", "nonzero", *_ROWS,
-        "index_select", "token_statistics_kernel", "new_full", "index_copy_",
+        "index_select", "token_statistics_kernel", "new_full", "index_copy_", "clone", "clone",
     ],
 }  # fmt: skip
 

@@ -235,7 +235,7 @@ def test_backward_of_two_sweeps(entropy_coef: float, dtype: torch.dtype, launche
 
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_launches_from_hidden_states(name: str, launches: list[Launch], monkeypatch: pytest.MonkeyPatch) -> None:
-    """``nonzero`` waits: what needs no rows is before it, a GEMM soon after, and behind that what it does not need."""
+    """``nonzero`` waits: the terms are before it, a GEMM soon after, and behind that what the GEMM does not need."""
     values = arguments(torch.device("cpu"))
     inputs = values["base"][:, 1:].clone().requires_grad_(), values["weight"].requires_grad_()
     batch, mask, old = (*inputs, values["tokens"], values["advantages"]), values["mask"], values["old_logprobs"]

@@ -87,7 +87,7 @@ class _Chunks:
 
 
 def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Dtypes were settled from it before. Entering it costs more than asking."""
+    """A context without autocast, from which the dtypes were settled before; asking costs less than entering it."""
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
@@ -267,7 +267,7 @@ def _all_statistics(
         whole = statistics.new_full(((1 + entropy) * B, T), other)
         for rows, entries in zip(selections, found[: 1 + entropy].split(lengths, 2), strict=True):
             rows.scatter(entries, whole.view(1 + entropy, B, T))
-        # Not views of each other: the caller may write to them.
+        # Not views of each other, though they share their memory: the caller may write to them.
         return whole.unsafe_chunk(1 + entropy), selections[0], statistics[..., : lengths[0]]
 
 

@@ -91,8 +91,9 @@ def linear_policy_loss(
             it, also one that was asked for hidden's gradient only.
         vocab_group: weight (and bias) are this rank's rows of a head that is sharded over these ranks, or DTensors
             with Shard(0) over them as ``ColwiseParallel`` leaves them; otherwise as in :func:`policy_loss`. Every rank
-            has all rows of hidden, whose gradient is summed over the ranks in backward, in its own dtype: one
-            all-reduce. Four GEMMs, as for sequence-level objectives.
+            has all rows of hidden and the same arguments, so that the same rows are active; hidden's gradient is
+            summed over the ranks in backward, in its own dtype: one all-reduce. Four GEMMs, as for sequence-level
+            objectives.
         sequence_parallel: with ``vocab_group``: hidden is this rank's part of the sequence, [B, T / W, H] (packed
             [N / W, H]), in the ranks' order: gathered in forward, its gradient reduced and scattered in backward, and
             held in between as a whole. Everything else has all T tokens.
@@ -212,7 +213,11 @@ def linear_token_logprobs(
 
     logprobs, entropies = autograd.token_statistics(inputs, choose, settings, entropy=entropy, into=into, other=0.0)
 
-    def shaped(value: Tensor) -> Tensor:  # rows that only fill up to a bound hold NaN
-        return (value if active_count is None else torch.where(row_mask, value, 0.0)).reshape(shape)
+    def shaped(value: Tensor) -> Tensor:
+        if active_count is not None:  # rows that only fill up to a bound hold NaN
+            value = torch.where(row_mask, value, 0.0)
+        elif entropies is not None:  # who keeps one of them is not to keep both
+            value = value.clone()
+        return value.reshape(shape)
 
     return TokenLogprobs(shaped(logprobs), None if entropies is None else shaped(entropies))

@@ -36,7 +36,7 @@ class Rows:
 
     @cached_property
     def targets(self) -> Tensor:
-        """int32 [n]; gathered when first asked for, since the first GEMM does not wait for them."""
+        """int32 [n]; gathered when asked for: the first GEMM waits for them only where rows fill up to a bound."""
         return self._select(self.everywhere.view(-1), 0)
 
     @classmethod

@@ -52,7 +52,7 @@ class HPOConfig(GRPOConfig):  # type: ignore[misc]  # Any: TRL's types are not f
 
     Raises:
         TypeError, ValueError: an objective or key that does not exist, or a setting given twice, in the objective and
-            in a field of TRL's. What a config or a trainer's ``args`` saves is read back unchanged.
+            in a field of TRL's; ``generation_batch_size`` and ``steps_per_generation`` that disagree.
     """
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "objective"]  # noqa: RUF012
