@@ -34,18 +34,15 @@ from hpo_fused.kernels import launch
 from hpo_fused.kernels.first_sweep import (
     absorb_last_step,
     absorb_step,
-    combine_lanes,
     edge_statistics,
     from_leader,
     lane_statistics,
-    leads,
-    row_statistics,
 )
-from hpo_fused.kernels.numerics import round_to, to_float32
+from hpo_fused.kernels.numerics import round_to
+from hpo_fused.kernels.policy_loss import empty_row, row_loss
 from hpo_fused.kernels.row_tiles import frame, group_mask, load_step, row_offset, tile_offsets
 from hpo_fused.kernels.second_sweep import (
     gradient_body,
-    gradient_constants,
     gradient_edge,
     gradient_last_step,
     gradient_step,
@@ -53,16 +50,6 @@ from hpo_fused.kernels.second_sweep import (
     store_gradient,
     zero_row,
 )
-from hpo_fused.kernels.surrogate import token_log_ratio, token_loss
-from hpo_fused.kernels.token_terms import (
-    ADVANTAGE,
-    ENTROPY_WEIGHT,
-    KL_WEIGHT,
-    MASKED,
-    OLD_LOGPROB,
-    POLICY_WEIGHT,
-    REF_LOGPROB,
-)  # fmt: skip
 from hpo_fused.kernels.transform import row_scale
 
 from .providers.fused import Fused
@@ -97,26 +84,20 @@ def chained_sweeps(
     common = tl.minimum(steps, done_steps)
     if DEEP:
         raw = load_step(body, 0, groups, LANES, VEC, UNROLL, True, "evict_last")
-        for step in range(common):
+    for step in range(common):
+        if DEEP:
             ahead = load_step(body, tl.minimum(step + 1, common - 1), groups, LANES, VEC, UNROLL, False, "evict_last")
-            gradient_step(
-                done_body, out_body, common - 1 - step, done_groups, maximum, constant, slope, done_transform,
-                LANES, VEC, UNROLL, ENTROPY_BONUS,
-            )  # fmt: skip
-            peak, total, moment = absorb_step(
-                peak, total, moment, raw, step, y_element, transform, LANES, VEC, UNROLL, ENTROPY
-            )  # fmt: skip
-            raw = ahead
-    else:
-        for step in range(common):
+        else:
             raw = load_step(body, step, groups, LANES, VEC, UNROLL, False, "evict_last")
-            gradient_step(
-                done_body, out_body, common - 1 - step, done_groups, maximum, constant, slope, done_transform,
-                LANES, VEC, UNROLL, ENTROPY_BONUS,
-            )  # fmt: skip
-            peak, total, moment = absorb_step(
-                peak, total, moment, raw, step, y_element, transform, LANES, VEC, UNROLL, ENTROPY
-            )  # fmt: skip
+        gradient_step(
+            done_body, out_body, common - 1 - step, done_groups, maximum, constant, slope, done_transform,
+            LANES, VEC, UNROLL, ENTROPY_BONUS,
+        )  # fmt: skip
+        peak, total, moment = absorb_step(
+            peak, total, moment, raw, step, y_element, transform, LANES, VEC, UNROLL, ENTROPY
+        )  # fmt: skip
+        if DEEP:
+            raw = ahead
     if steps > done_steps:
         raw = load_step(body, steps - 1, groups, LANES, VEC, UNROLL, False, "evict_last")
         peak, total, moment = absorb_step(
@@ -182,7 +163,6 @@ def chained_rows_kernel(
     run a step ahead.
     """
     VEC: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
-    unknown = tl.full((), float("nan"), tl.float32)
     zero = tl.full((), 0.0, tl.float32)
     # The row whose gradient is still to be written, or -1, and what that takes.
     done, done_y = tl.full((), -1, tl.int32), tl.full((), 0, tl.int32)
@@ -213,37 +193,10 @@ def chained_rows_kernel(
             if PART == "step":
                 body = tl.multiple_of(done_start + done_lead, 16)
                 held = load_first_step(body, held_groups, LANES, VEC, UNROLL)
-            z_y = to_float32(tl.load(start + y))
-            advantage = tl.load(values + ADVANTAGE * N + row)
-            policy_weight = tl.load(values + POLICY_WEIGHT * N + row)
-            kl_weight, entropy_weight, ref_logprob, difference = zero, zero, zero, zero
-            if OFF_POLICY:
-                old_logprob = tl.load(values + OLD_LOGPROB * N + row)
-            if KL != "none":
-                kl_weight = tl.load(values + KL_WEIGHT * N + row)
-                ref_logprob = tl.load(values + REF_LOGPROB * N + row)
-            if ENTROPY_BONUS:
-                entropy_weight = tl.load(values + ENTROPY_WEIGHT * N + row)
-            maximum, others, moment = combine_lanes((peak, total, moments), z_y, own, ENTROPY)
-            constant, slope, target = zero, zero, zero
-            if leads(LEADER):
-                logprob, entropy = row_statistics(maximum, others, moment, z_y, own, ENTROPY)
-                if OFF_POLICY:
-                    difference = logprob - old_logprob
-                log_ratio, inside = token_log_ratio(difference, advantage, parameters, KIND)
-                loss, by_ratio, by_logprob, h = token_loss(
-                    logprob, entropy, advantage, policy_weight, kl_weight, entropy_weight, log_ratio, difference,
-                    ref_logprob, parameters, max_log_ratio, 0, KIND, OFF_POLICY, KL, ENTROPY_BONUS,
-                )  # fmt: skip
-                tl.store(results + row, loss)
-                tl.store(results + N + row, logprob)
-                if ENTROPY:
-                    tl.store(results + 2 * N + row, entropy)
-                c = tl.where(inside != 0, by_ratio, 0.0) + by_logprob
-                if (c != 0) | (h != 0):
-                    constant, slope, target = gradient_constants(
-                        maximum, others, entropy, z_y, c, h, own, ENTROPY_BONUS
-                    )
+            maximum, constant, slope, target = row_loss(
+                row, start, y, (peak, total, moments), values, results, own, parameters, max_log_ratio, N,
+                KIND, OFF_POLICY, KL, ENTROPY_BONUS, ENTROPY, LEADER,
+            )  # fmt: skip
             if PART == "step":  # settled while compiling
                 if held_groups > 0:  # by the other warps while the leader computes
                     done_scale, done_inverse = row_scale(transform, temperatures, done)
@@ -270,10 +223,7 @@ def chained_rows_kernel(
                     LANES, VEC, UNROLL, ENTROPY_BONUS, ALIGNED_OUT,
                 )  # fmt: skip
         else:
-            tl.store(results + row, tl.where(y < V, zero, unknown))
-            tl.store(results + N + row, tl.where(y == MASKED, zero, unknown))
-            if ENTROPY:
-                tl.store(results + 2 * N + row, tl.where(y == MASKED, zero, unknown))
+            empty_row(row, y, V, results, N, ENTROPY)
             zero_row(out + row_offset(row, T, out_stride_b, out_stride_t), V, LANES, VEC, UNROLL)
     if done >= 0:
         scale, inverse = row_scale(transform, temperatures, done)

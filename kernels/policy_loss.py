@@ -24,6 +24,64 @@ from .token_terms import ADVANTAGE, ENTROPY_WEIGHT, KL_WEIGHT, MASKED, OLD_LOGPR
 from .transform import row_scale
 
 
+@triton.jit
+def row_loss(
+    row, start, y, lanes, values, results, transform, parameters, max_log_ratio, N,
+    KIND: tl.constexpr, OFF_POLICY: tl.constexpr, KL: tl.constexpr, ENTROPY_BONUS: tl.constexpr, ENTROPY: tl.constexpr,
+    LEADER: tl.constexpr,
+):  # fmt: skip
+    """Between the sweeps: writes a row's results; (maximum, constant, slope, target) of its second sweep.
+
+    The last three are the leader's, and 0 where the row has no gradient. ``start``: pointer to the row's first logit;
+    ``lanes``: of ``lane_statistics``; ``transform``: the row's own; the others as in the kernel.
+    """
+    zero = tl.full((), 0.0, tl.float32)
+    constant, slope, target = zero, zero, zero
+    # Asked for here, the row's terms arrive while the lanes meet, and occupy no register before. In place, the lanes'
+    # barriers also give every thread its copy of z_y before any thread overwrites it.
+    z_y = to_float32(tl.load(start + y))
+    advantage = tl.load(values + ADVANTAGE * N + row)
+    policy_weight = tl.load(values + POLICY_WEIGHT * N + row)
+    kl_weight, entropy_weight, ref_logprob, difference = zero, zero, zero, zero
+    if OFF_POLICY:
+        old_logprob = tl.load(values + OLD_LOGPROB * N + row)
+    if KL != "none":
+        kl_weight = tl.load(values + KL_WEIGHT * N + row)
+        ref_logprob = tl.load(values + REF_LOGPROB * N + row)
+    if ENTROPY_BONUS:
+        entropy_weight = tl.load(values + ENTROPY_WEIGHT * N + row)
+    maximum, others, moment = combine_lanes(lanes, z_y, transform, ENTROPY)
+    if leads(LEADER):
+        logprob, entropy = row_statistics(maximum, others, moment, z_y, transform, ENTROPY)
+        if OFF_POLICY:
+            difference = logprob - old_logprob
+        log_ratio, inside = token_log_ratio(difference, advantage, parameters, KIND)
+        loss, by_ratio, by_logprob, h = token_loss(
+            logprob, entropy, advantage, policy_weight, kl_weight, entropy_weight, log_ratio, difference, ref_logprob,
+            parameters, max_log_ratio, 0, KIND, OFF_POLICY, KL, ENTROPY_BONUS,
+        )  # fmt: skip
+        tl.store(results + row, loss)
+        tl.store(results + N + row, logprob)
+        if ENTROPY:
+            tl.store(results + 2 * N + row, entropy)
+        c = tl.where(inside != 0, by_ratio, 0.0) + by_logprob
+        if (c != 0) | (h != 0):  # a weight of 0 stays 0 whatever the row holds
+            constant, slope, target = gradient_constants(
+                maximum, others, entropy, z_y, c, h, transform, ENTROPY_BONUS
+            )  # fmt: skip
+    return maximum, constant, slope, target
+
+
+@triton.jit
+def empty_row(row, y, V, results, N, ENTROPY: tl.constexpr):
+    """Writes the results of a row that is masked, skipped or has a target that there is not."""
+    zero, unknown = tl.full((), 0.0, tl.float32), tl.full((), float("nan"), tl.float32)
+    tl.store(results + row, tl.where(y < V, zero, unknown))
+    tl.store(results + N + row, tl.where(y == MASKED, zero, unknown))
+    if ENTROPY:
+        tl.store(results + 2 * N + row, tl.where(y == MASKED, zero, unknown))
+
+
 @triton.jit(
     do_not_specialize=[
         "targets", "values", "results", "temperatures", "N", "T", "V", "stride_b", "stride_t", "out_stride_b",
@@ -63,7 +121,6 @@ def policy_loss_kernel(
     FIRST_READ: tl.constexpr = "evict_last" if out is not None else "evict_first"
     for row in range(tl.program_id(0), N, tl.num_programs(0)):
         y = tl.load(targets + row)
-        unknown = tl.full((), float("nan"), tl.float32)
         zero = tl.full((), 0.0, tl.float32)
         maximum, constant, slope, target = zero, zero, zero, zero
         start = logits + row_offset(row, T, stride_b, stride_t)
@@ -71,48 +128,16 @@ def policy_loss_kernel(
             scale, inverse = row_scale(transform, temperatures, row)
             own = (scale, inverse, transform[2])
             lanes = lane_statistics(start, V, y, own, LANES, VEC, UNROLL, ENTROPY, FIRST_READ)
-            # Asked for here, the row's terms arrive while the lanes meet, and occupy no register before. In place, the
-            # lanes' barriers also give every thread its copy of z_y before any thread overwrites it.
-            z_y = to_float32(tl.load(start + y))
-            advantage = tl.load(values + ADVANTAGE * N + row)
-            policy_weight = tl.load(values + POLICY_WEIGHT * N + row)
-            kl_weight, entropy_weight, ref_logprob, difference = zero, zero, zero, zero
-            if OFF_POLICY:
-                old_logprob = tl.load(values + OLD_LOGPROB * N + row)
-            if KL != "none":
-                kl_weight = tl.load(values + KL_WEIGHT * N + row)
-                ref_logprob = tl.load(values + REF_LOGPROB * N + row)
-            if ENTROPY_BONUS:
-                entropy_weight = tl.load(values + ENTROPY_WEIGHT * N + row)
-            maximum, others, moment = combine_lanes(lanes, z_y, own, ENTROPY)
-            if leads(LEADER):
-                logprob, entropy = row_statistics(maximum, others, moment, z_y, own, ENTROPY)
-                if OFF_POLICY:
-                    difference = logprob - old_logprob
-                log_ratio, inside = token_log_ratio(difference, advantage, parameters, KIND)
-                loss, by_ratio, by_logprob, h = token_loss(
-                    logprob, entropy, advantage, policy_weight, kl_weight, entropy_weight, log_ratio, difference,
-                    ref_logprob, parameters, max_log_ratio, 0, KIND, OFF_POLICY, KL, ENTROPY_BONUS,
-                )  # fmt: skip
-                tl.store(results + row, loss)
-                tl.store(results + N + row, logprob)
-                if ENTROPY:
-                    tl.store(results + 2 * N + row, entropy)
-                if out is not None:
-                    c = tl.where(inside != 0, by_ratio, 0.0) + by_logprob
-                    if (c != 0) | (h != 0):  # a weight of 0 stays 0 whatever the row holds
-                        constant, slope, target = gradient_constants(
-                            maximum, others, entropy, z_y, c, h, own, ENTROPY_BONUS
-                        )
+            maximum, constant, slope, target = row_loss(
+                row, start, y, lanes, values, results, own, parameters, max_log_ratio, N,
+                KIND, OFF_POLICY, KL, ENTROPY_BONUS, ENTROPY, LEADER,
+            )  # fmt: skip
             if out is not None:
                 constant = from_leader(constant, LANES, LEADER)
             if out is not None and ENTROPY_BONUS:
                 slope = from_leader(slope, LANES, LEADER)
         else:
-            tl.store(results + row, tl.where(y < V, zero, unknown))
-            tl.store(results + N + row, tl.where(y == MASKED, zero, unknown))
-            if ENTROPY:
-                tl.store(results + 2 * N + row, tl.where(y == MASKED, zero, unknown))
+            empty_row(row, y, V, results, N, ENTROPY)
         if out is not None:
             destination = out + row_offset(row, T, out_stride_b, out_stride_t)
             # NaN differs from 0: an undefined row gets a NaN gradient, never a silent 0.
