@@ -105,9 +105,9 @@ def objective_of(args: HPOConfig) -> Objective:
     def given(name: str) -> bool:
         return bool(getattr(args, name) != defaults[name])
 
-    def refuse(ours: str, theirs: str) -> None:
+    def refuse(ours: str, theirs: str, also: str = "") -> None:
         raise ValueError(
-            f"{theirs}: expected its default ({defaults[theirs]!r}) beside {ours}, which says it already, got "
+            f"{theirs}: expected its default ({defaults[theirs]!r}){also} beside {ours}, which says it already, got "
             f"{getattr(args, theirs)!r}"
         )
 
@@ -116,7 +116,7 @@ def objective_of(args: HPOConfig) -> Objective:
             refuse(f"objective={args.objective!r}", name)
     objective = Objective.from_mapping(args.objective)
     if objective.kl_coef != 0 and args.beta not in (0, objective.kl_coef):  # a trainer's own args have both
-        refuse("objective.kl_coef", "beta")
+        refuse("objective.kl_coef", "beta", f" or {objective.kl_coef}")
     says_kl = objective.kl_coef != 0 or (isinstance(args.objective, Mapping) and "kl" in args.objective)
     if says_kl and given("use_bias_correction_kl"):
         refuse("objective.kl", "use_bias_correction_kl")
