@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -277,6 +278,18 @@ def test_launch_parameters_apply_to_the_whole_step(monkeypatch: pytest.MonkeyPat
 def test_device_time_beside_the_step_s(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stand-in for CUDA graphs, which cannot hold eager PyTorch's step here: a dash is all that it gets."""
     told: list[Any] = []
+    asked: list[tuple[str, int]] = []
+    graphs: weakref.WeakSet[Task] = weakref.WeakSet()
+
+    class Breaks(Eager):
+        name = "breaks"
+        calls = 0
+
+        def linear_policy_loss(self, inputs: Inputs) -> Output:
+            self.calls += 1
+            if self.calls > 4:  # checked and warm
+                raise RuntimeError("it broke")
+            return super().linear_policy_loss(inputs)
 
     class Watched(Fused):
         def linear_policy_loss(self, inputs: Inputs) -> Output:
@@ -284,16 +297,26 @@ def test_device_time_beside_the_step_s(monkeypatch: pytest.MonkeyPatch) -> None:
             return super().linear_policy_loss(inputs)
 
     def captured(task: Task) -> Task:
-        if isinstance(task.run.__self__.provider, Eager):  # type: ignore[attr-defined]
+        provider = task.run.__self__.provider  # type: ignore[attr-defined]
+        asked.append((provider.name, len(graphs)))
+        if isinstance(provider, Eager):
             raise RuntimeError("cannot be captured")
-        return task
+        graph = replace(task)
+        graphs.add(graph)
+        return graph
 
     monkeypatch.setattr(measure, "captured", captured)
     rows: list[Row] = []
     settings = Settings(CPU, 3, 0.0, device_time=True)
-    run_case(tiny("linear_policy_loss", inactive=0.5), [Watched(), Eager()], settings, rows, lambda line: None)
+    run_case(
+        tiny("linear_policy_loss", inactive=0.5), [Watched(), Eager(), Breaks()], settings, rows, lambda line: None
+    )
     found = {row.provider: row for row in rows}
-    assert {row.status for row in rows} == {"ok"}
+    broken = found.pop("breaks")
+    assert (broken.status, broken.device_s) == ("failed", None)
+    assert "breaks" not in dict(asked), "it had failed"
+    assert not any(alive for _, alive in asked), "a graph keeps the memory of its step"
+    assert {row.status for row in found.values()} == {"ok"}
     assert (found["eager"].device_s, found["eager"].device_over_limit) == (None, None)
     ours, bounds = found["hpo_fused"], [row.device_s for row in rows if row.limit and row.device_s]
     assert ours.device_s is not None
